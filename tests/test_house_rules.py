@@ -1,0 +1,193 @@
+"""Rules of the house that no linter knows: sizes, who may import whom, what may not be written."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import bilevel
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("bilevel", "methods")
+SCRIPTS = ("examples", "benchmarks")
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 400
+TORCH_NAMES = {"forward", "state_dict", "load_state_dict"}  # they mean here what they mean there
+
+# In pieces, or this file would break its own rule.
+PACKAGE_HOSTS = re.compile(
+    "|".join(
+        re.escape(".".join(parts))
+        for parts in (
+            ("pypi", "org"),
+            ("pythonhosted", "org"),
+            ("anaconda", "org"),
+            ("anaconda", "com"),
+            ("npmjs", "org"),
+            ("npmjs", "com"),
+            ("unpkg", "com"),
+            ("jsdelivr", "net"),
+            ("download", "pytorch", "org"),
+        )
+    ),
+    re.IGNORECASE,
+)
+# A path that exists on one machine only.
+PRIVATE_PATHS = re.compile(r"(?<![\w./])/(?:home|root|work|Users)/\w|(?<![\w.])/tmp/\w")
+
+
+@cache
+def project_files(*, new: bool = True) -> tuple[Path, ...]:
+    """What belongs to the project, relative to its root; links are listed, not followed.
+
+    `new` adds what git neither tracks nor ignores: a file that is still being written.
+    """
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        kinds = ["--cached", "--others", "--exclude-standard"] if new else ["--cached"]
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", *kinds], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found = [Path(name) for name in listing.stdout.split("\0") if name]
+    else:  # an unpacked sdist
+        rooms = (*PACKAGES, *SCRIPTS, "tests", "docs")
+        found = [path for room in rooms for path in (ROOT / room).rglob("*") if path.is_file()]
+        found += [path for path in ROOT.iterdir() if path.is_file() and path.name != "PKG-INFO"]
+        found = [path.relative_to(ROOT) for path in found if "__pycache__" not in path.parts]
+    present = (path for path in found if (ROOT / path).is_file() or (ROOT / path).is_symlink())
+    return tuple(sorted(present))
+
+
+def python_files(*rooms: str) -> list[Path]:
+    return [path for path in project_files() if path.suffix == ".py" and path.parts[0] in rooms]
+
+
+def syntax(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a file imports, those inside functions included."""
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            for alias in node.names:
+                yield node.lineno, f"{dots}{node.module or ''}.{alias.name}"
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, signature included; its docstring may be as long as it has to be."""
+    first = node.body[0]
+    documented = ast.get_docstring(node) is not None
+    docstring = (first.end_lineno or first.lineno) - first.lineno + 1 if documented else 0
+    return (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
+
+
+def test_files_and_functions_are_short() -> None:
+    too_long = []
+    for path in python_files(*PACKAGES, *SCRIPTS):
+        lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
+        if lines > MAX_FILE_LINES:
+            too_long.append(f"{path}: {lines} lines")
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = code_lines(node)
+                if lines > MAX_FUNCTION_LINES:
+                    too_long.append(f"{path}:{node.lineno} {node.name}: {lines} lines")
+    assert not too_long, "\n".join(too_long)
+
+
+def test_dependencies_point_one_way() -> None:
+    allowed = {  # room: the rooms it may import from
+        "bilevel": ("bilevel",),
+        "methods": ("bilevel", "bilevel.methods"),
+    }
+    ours = ("bilevel", "bilevel.methods", "methods", "examples", "benchmarks", "tests")
+    wrong = []
+    for path in python_files(*PACKAGES):
+        if path.parts[0] == "bilevel" and path.parts[1].startswith("cli"):
+            continue  # the command line knows everybody
+        for line, name in imported(path):
+            room = max((room for room in ours if within(name, room)), key=len, default=None)
+            if room is not None and room not in allowed[path.parts[0]]:
+                wrong.append(f"{path}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_are_absolute() -> None:
+    relative = [
+        f"{path}:{line} imports {name}"
+        for path in python_files(*PACKAGES)
+        for line, name in imported(path)
+        if name.startswith(".")
+    ]
+    assert not relative, "\n".join(relative)
+
+
+def public_modules() -> Iterator[str]:
+    yield "bilevel"
+    # A checkout without links finds `tests` and the others beside `bilevel/`.
+    others = {*SCRIPTS, "bilevel", "docs", "tests"}
+    for found in pkgutil.walk_packages(bilevel.__path__, "bilevel."):
+        parts = found.name.split(".")
+        if parts[1] not in others and not any(part.startswith("_") for part in parts):
+            yield found.name
+
+
+def public_members(module: ModuleType) -> Iterator[tuple[str, object]]:
+    """The classes and functions a module defines, and the methods of its classes."""
+    for name, member in vars(module).items():
+        if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(member) or inspect.isclass(member):
+            yield f"{module.__name__}.{name}", member
+        # A protocol repeats names that somebody else documents.
+        if inspect.isclass(member) and not getattr(member, "_is_protocol", False):
+            for method_name in vars(member).keys() - TORCH_NAMES:
+                method = getattr(member, method_name)
+                if not method_name.startswith("_") and inspect.isroutine(method):
+                    yield f"{module.__name__}.{name}.{method_name}", method
+
+
+def test_public_names_are_documented() -> None:
+    """An overridden method may stay bare: it inherits the docstring of the abstract one."""
+    members = (
+        member
+        for name in public_modules()
+        for member in public_members(importlib.import_module(name))
+    )
+    bare = [name for name, member in members if not inspect.getdoc(member)]
+    assert not bare, "\n".join(sorted(bare))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [(PACKAGE_HOSTS, "a package host"), (PRIVATE_PATHS, "a private path")],
+    ids=["package hosts", "private paths"],
+)
+def test_nothing_ties_the_tree_to_one_place(pattern: re.Pattern[str], what: str) -> None:
+    """Where packages come from and where the checkout lies is the user's choice."""
+    found = []
+    for path in project_files():
+        if (ROOT / path).is_symlink():
+            continue
+        try:
+            text = (ROOT / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture or an array
+        found += [f"{path}: names {what}, {match[0]}" for match in pattern.finditer(text)]
+    assert not found, "\n".join(found)
