@@ -1,0 +1,47 @@
+"""Bilevel optimization in PyTorch, and energy-based latent-variable models trained by it."""
+
+import pathlib as _pathlib
+
+if not (_pathlib.Path(__file__).parent / "methods" / "__init__.py").is_file():
+    # a checkout that could not make the symbolic link `bilevel/methods`
+    __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
+
+from bilevel.batches import Batches
+from bilevel.check import HypergradientCheck, check_hypergradient
+from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
+from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
+from bilevel.oracles import Oracles
+from bilevel.problem import Problem
+from bilevel.second_order import check_second_order
+from bilevel.solvers import Alternating, Hypergradient, Implicit, Solver, Stats, Unrolled
+from bilevel.state import State
+from bilevel.training import Step, train
+
+__version__ = "0.1.0"
+__all__ = [
+    "GMRES",
+    "Alternating",
+    "Batches",
+    "CheckpointError",
+    "Cholesky",
+    "ConjugateGradient",
+    "DivergenceError",
+    "Hypergradient",
+    "HypergradientCheck",
+    "HypergradientError",
+    "Identity",
+    "Implicit",
+    "LinearSolver",
+    "Neumann",
+    "Oracles",
+    "Problem",
+    "Result",
+    "Solver",
+    "State",
+    "Stats",
+    "Step",
+    "Unrolled",
+    "check_hypergradient",
+    "check_second_order",
+    "train",
+]

@@ -1,0 +1,40 @@
+"""Vector-Jacobian products with the conventions of this library: unused is zero, NaN stays NaN."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+def gradients(
+    loss: Tensor, variables: Sequence[Tensor], *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """The gradient of a scalar in each variable, `None` where it does not depend on it."""
+    if not loss.requires_grad:
+        return [None for _ in variables]
+    grads = torch.autograd.grad(loss, variables, create_graph=create_graph, allow_unused=True)
+    return list(cast("tuple[Tensor | None, ...]", grads))
+
+
+def vector_jacobian_product(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """`sum_i cotangent_i^T d output_i / d input` for every input; the graph is kept.
+
+    Outputs without a graph are constants; inputs that no output depends on get zeros.
+    """
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(i) for i in inputs]
+    grads = torch.autograd.grad(
+        [o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, retain_graph=True
+    )
+    return fill(list(cast("tuple[Tensor | None, ...]", grads)), inputs)
+
+
+def fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, zeros where one is `None`."""
+    return [
+        torch.zeros_like(tensor) if g is None else g for g, tensor in zip(grads, like, strict=True)
+    ]

@@ -1,0 +1,218 @@
+"""Endless streams of minibatches that know their position: what a run reads its data from."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import CheckpointError
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An endless stream of batches whose position can be saved and restored."""
+
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Batches:
+    """Minibatches of tensors held in memory, in a fresh random order every epoch.
+
+    Batches are cut on the tensors' own device, without a loader process or a copy from the host. The
+    last, smaller batch of an epoch is dropped.
+
+    Args:
+        data: a tensor, or any pytree (tuple, dict, ...) of tensors with the same first dimension.
+        batch_size: rows per batch; `None` gives all rows every time, in their own order.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: if the data are empty, of unequal length, fewer than `batch_size` rows, or hold a
+            NaN or infinite number (named by index).
+        TypeError: if a leaf is not a tensor.
+
+    Example:
+        >>> batches = Batches(torch.arange(4), batch_size=2, seed=0)
+        >>> sorted(torch.cat([next(batches), next(batches)]).tolist())
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, data: Any, batch_size: int | None = None, *, seed: int = 0) -> None:
+        self.length = _check(data)
+        if batch_size is not None and not 1 <= batch_size <= self.length:
+            raise ValueError(
+                f"`batch_size` must lie between 1 and the number of rows, {self.length}; "
+                f"got {batch_size}"
+            )
+        self.data = data
+        self.batch_size = batch_size
+        leaf: Tensor = optree.tree_leaves(data)[0]
+        self._generator = torch.Generator(leaf.device).manual_seed(seed)
+        self._order = torch.randperm(0)
+        self._position = self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.batch_size is None:
+            return self.data
+        if self._position + self.batch_size > self.length:
+            device = self._generator.device
+            self._order = torch.randperm(self.length, generator=self._generator, device=device)
+            self._position = 0
+        rows = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return optree.tree_map(lambda leaf: leaf[rows], self.data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the epoch, order of the epoch and state of the generator."""
+        return {
+            "generator": self._generator.get_state(),
+            "order": self._order,
+            "position": self._position,
+            "length": self.length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: if the data have another number of rows than then.
+        """
+        if state["length"] != self.length:
+            raise CheckpointError(
+                f"the checkpoint was written with {state['length']} rows of data, "
+                f"there are {self.length} now; resume with the same data"
+            )
+        self._generator.set_state(state["generator"].cpu())
+        self._order = state["order"].to(self._generator.device)
+        self._position = state["position"]
+
+
+class Repeated:
+    """An iterable (a `DataLoader`, say) started again whenever it ends.
+
+    To be resumable it must give the same batches again: either it does not shuffle, or it is a
+    `DataLoader` with its own `generator`, whose state is then saved at the start of each epoch.
+
+    Args:
+        iterable: yields the batches of one epoch each time it is iterated.
+
+    Raises:
+        ValueError: when asked for a batch, if an epoch is empty.
+    """
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterable = iterable
+        self._epoch: Iterator[Any] | None = None
+        self._drawn = 0
+        self._start: Tensor | None = None
+
+    def __next__(self) -> Any:
+        if self._epoch is None:
+            self._begin()
+        assert self._epoch is not None
+        try:
+            batch = next(self._epoch)
+        except StopIteration:
+            if self._drawn == 0:
+                raise ValueError("the data are empty: an epoch gave no batch") from None
+            self._begin()
+            self._drawn = 0
+            return next(self)
+        self._drawn += 1
+        return batch
+
+    def _begin(self) -> None:
+        generator = getattr(self._iterable, "generator", None)
+        self._start = generator.get_state() if generator is not None else None
+        self._epoch = iter(self._iterable)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches drawn in this epoch and the loader's generator at its start.
+
+        Raises:
+            CheckpointError: if the iterable shuffles from the global generator.
+        """
+        sampler = type(getattr(self._iterable, "sampler", None)).__name__
+        if sampler == "RandomSampler" and getattr(self._iterable, "generator", None) is None:
+            raise CheckpointError(
+                "this `DataLoader` shuffles from torch's global generator, so the run could not be "
+                "resumed; give it `generator=torch.Generator().manual_seed(...)`"
+            )
+        return {"drawn": self._drawn, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start the saved epoch again and skip the batches that were drawn."""
+        generator = getattr(self._iterable, "generator", None)
+        if state["start"] is not None and generator is not None:
+            generator.set_state(state["start"].cpu())
+        self._epoch = None
+        self._drawn = 0
+        for _ in range(state["drawn"]):
+            next(self)
+
+
+class Nothing:
+    """The source of problems that need no data: every batch is `None`."""
+
+    def __next__(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def as_source(data: Any, batch_size: int | None, seed: int) -> Source:
+    """What `train` accepts as data, as a `Source`.
+
+    Raises:
+        TypeError: if `data` is neither tensors, nor a source, nor an iterable of batches.
+    """
+    if data is None:
+        return Nothing()
+    if isinstance(data, Source):
+        return data
+    leaves = optree.tree_leaves(data)
+    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+        return Batches(data, batch_size, seed=seed)
+    if isinstance(data, Iterable) and not isinstance(data, (list, tuple, dict, str)):
+        return Repeated(data)
+    raise TypeError(
+        "`data` must be a pytree of tensors, a `DataLoader` (or another iterable of batches), or "
+        f"`None`; got {type(data).__name__}. Convert arrays with `torch.as_tensor`"
+    )
+
+
+def _check(data: Any) -> int:
+    leaves = optree.tree_leaves(data)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"the data must be tensors, got a {type(leaf).__name__} among them")
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if len(lengths) != 1:
+        raise ValueError(
+            "the tensors of the data must share their first dimension, got lengths "
+            f"{sorted(lengths)}"
+        )
+    (length,) = lengths
+    if length == 0:
+        raise ValueError("the data are empty: their first dimension is 0")
+    for leaf in leaves:
+        finite = leaf.isfinite().reshape(length, -1).all(dim=1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero()[:, 0].tolist()
+            rows = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(
+                f"the data hold NaN or infinite numbers in {len(bad)} of {length} rows "
+                f"(index {rows}); drop or repair these rows"
+            )
+    return length

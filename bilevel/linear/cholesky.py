@@ -1,0 +1,63 @@
+"""Dense direct solve: materialise the operator and factorise it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import Result
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+
+
+@dataclass(frozen=True)
+class Cholesky(LinearSolver):
+    """Cholesky factorisation of `A + damping I`, built column by column: n products, n^2 numbers.
+
+    The reference for small lower levels. If the matrix is not positive definite, the system is
+    solved by LU instead and the result says that negative curvature was met.
+
+    Args:
+        damping: added to the diagonal of A.
+        max_size: largest n accepted.
+
+    Raises:
+        ValueError: if a setting is out of range, or (in `solve`) if n > max_size.
+
+    Example:
+        >>> Cholesky().solve(lambda v: 2 * v, torch.ones(2)).value
+        tensor([0.5000, 0.5000])
+    """
+
+    damping: float = 0.0
+    max_size: int = 5000
+
+    def __post_init__(self) -> None:
+        positive("damping", self.damping, zero=True)
+        positive("max_size", self.max_size)
+
+    def solve(
+        self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
+    ) -> LinearSolution:
+        n = rhs.numel()
+        if n > self.max_size:
+            raise ValueError(
+                f"`Cholesky` would materialise a {n} x {n} matrix, more than `max_size` = "
+                f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
+            )
+        eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
+        matrix = torch.stack([operator(column) for column in eye], dim=1)
+        matrix = (matrix + matrix.mT) / 2 + self.damping * eye
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        negative = bool(info != 0)
+        if negative:
+            lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+            w = torch.linalg.lu_solve(lu, pivots, rhs[:, None])[:, 0]
+        else:
+            w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        residual = relative(
+            torch.linalg.vector_norm(rhs - matrix @ w), torch.linalg.vector_norm(rhs)
+        )
+        result = Result.NEGATIVE_CURVATURE if negative else Result.SUCCESS
+        if not bool(residual.isfinite()):
+            result = result if negative and bool(matrix.isfinite().all()) else Result.NOT_FINITE
+        return LinearSolution(w, result, residual, n, negative)

@@ -1,0 +1,70 @@
+r"""The truncated Neumann series of an inverse."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import Result
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    r"""$w = \eta \sum_{k<K} (I - \eta A)^k b$, which tends to $A^{-1} b$.
+
+    It converges for a symmetric positive definite A if $0 < \eta < 2/\lambda_{\max}$. The same number as differentiating $K$ plain gradient steps of size $\eta$ taken at the solution
+    (truncated backpropagation). Converges for non-symmetric A too if $\|I - \eta A\| < 1$.
+
+    Args:
+        num_steps: number of terms K, each one product with A.
+        step_size: the factor eta.
+        rtol: if given, reaching it is required; otherwise the truncated sum is a success unless it
+            diverges.
+        warm_start: start from the previous solution instead of zero.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> Neumann(num_steps=50, step_size=0.5).solve(lambda v: v, torch.ones(2)).value
+        tensor([1., 1.])
+
+    References:
+        Optimizing Millions of Hyperparameters by Implicit Differentiation (Lorraine, Vicol,
+        Duvenaud, 2020), https://arxiv.org/abs/1911.02590, Eq. 8.
+    """
+
+    num_steps: int = 20
+    step_size: float = 0.1
+    rtol: float | None = None
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        positive("num_steps", self.num_steps)
+        positive("step_size", self.step_size)
+        if self.rtol is not None:
+            positive("rtol", self.rtol)
+
+    def solve(
+        self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
+    ) -> LinearSolution:
+        start = guess if self.warm_start else None
+        w = torch.zeros_like(rhs) if start is None else start
+        r = rhs if start is None else rhs - operator(w)
+        # b - A w after a step w += eta r is (I - eta A) r: the next term of the series
+        for _ in range(self.num_steps):
+            w = w + self.step_size * r
+            r = r - self.step_size * operator(r)
+        products = self.num_steps + (0 if start is None else 1)
+        residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
+        return LinearSolution(w, self._result(residual), residual, products)
+
+    def _result(self, residual: Tensor) -> Result:
+        if not bool(residual.isfinite()):
+            return Result.NOT_FINITE
+        if residual > 1 + 1e-6:
+            return Result.DIVERGED
+        return (
+            Result.SUCCESS if self.rtol is None or residual <= self.rtol else Result.NOT_CONVERGED
+        )

@@ -1,0 +1,254 @@
+"""`Oracles`: the losses of a problem and their derivatives as pure functions of the variables.
+
+A solver touches nothing else. Whatever must be done alike by every solver is done here, once:
+
+- variables and buffers are substituted (`torch.func.functional_call`), never written: batch-norm
+  statistics and power iterations advance on copies, and `train` commits them once a step;
+- random numbers inside a loss (dropout) come from a fixed seed, so that every product of one
+  hypergradient sees the same masks;
+- where second derivatives are taken, attention uses its differentiable kernel, cuDNN is off for
+  recurrent layers, power iterations stand still, and layers whose second derivative torch gets
+  silently wrong are refused;
+- NaN is never replaced. A missing gradient (a variable the loss does not use) is a zero.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bilevel.autodiff import fill, gradients, vector_jacobian_product
+from bilevel.problem import Level, Problem
+from bilevel.second_order import differentiable_twice, second_order_context
+from bilevel.tree import Layout, Tree
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a loss: its value, what it logged and the buffers it left behind."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+    buffers: Tree
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The lower gradient at a point and products with its derivatives (one graph, many products).
+
+    Attributes:
+        gradient: the lower gradient dG/dy as a vector, shape (n,).
+        hessian: v -> (d2G/dy2)^T v on vectors of shape (n,). A vector-Jacobian product: right also
+            where the operator is not symmetric.
+        cross: w -> w^T d2G/(dy dx), a tree over the upper variables.
+        layout: how the lower variables lie in the vectors.
+    """
+
+    gradient: Tensor
+    hessian: Callable[[Tensor], Tensor]
+    cross: Callable[[Tensor], Tree]
+    layout: Layout
+
+
+class Oracles:
+    """A problem bound to one upper batch and to the lower batches of one hypergradient.
+
+    Args:
+        problem: the problem; its modules are never modified.
+        upper_batch: batch of the upper loss.
+        lower_batches: batches of the lower loss, in the order in which they are used.
+        seed: seed of the random numbers drawn inside the losses.
+
+    Raises:
+        ValueError: if a level has no variables.
+    """
+
+    def __init__(
+        self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], *, seed: int = 0
+    ) -> None:
+        self.problem = problem
+        self.upper_batch = upper_batch
+        self.lower_batches = lower_batches
+        self.seed = seed
+        slots = _slots(problem)
+        self._upper = _Names(problem, "upper", slots)
+        self._lower = _Names(problem, "lower", slots)
+        self._buffers = _buffer_slots(problem)
+        self._devices = [problem.device] if problem.device.type == "cuda" else []
+
+    @property
+    def upper(self) -> Tree:
+        """The current upper variables, detached leaves that share memory with the module's."""
+        return self._upper.leaves()
+
+    @property
+    def lower(self) -> Tree:
+        """The current lower variables, likewise."""
+        return self._lower.leaves()
+
+    @property
+    def shared(self) -> list[str]:
+        """Names of the upper variables that are lower variables too."""
+        lower = {id(p) for p in self._lower.parameters.values()}
+        return [name for name, p in self._upper.parameters.items() if id(p) in lower]
+
+    def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
+        """The loss of one level at (upper, lower).
+
+        A variable that belongs to both levels takes the value it has in the tree of `level`.
+
+        Raises:
+            TypeError: if the loss is neither a scalar nor a pair of a scalar and a dict.
+        """
+        batch = self.upper_batch if level == "upper" else self.lower_batches[index]
+        trees = [(self._lower, lower), (self._upper, upper)]
+        values: dict[str, Tensor] = {}
+        for names, tree in trees if level == "upper" else reversed(trees):
+            names.fill(values, tree)
+        buffers = {name: b.clone() for name, b in self._buffers.items()}
+        arguments = (level, batch)
+        with _fixed_seed(self.seed + index, self._devices):
+            out = functional_call(self.problem, {**values, **buffers}, arguments, tie_weights=False)
+        loss, logs = _scalar(out, level, self.problem)
+        return Evaluation(loss, logs, buffers)
+
+    def gradient(
+        self, loss: Tensor, variables: Tree, *, create_graph: bool = False
+    ) -> dict[str, Tensor | None]:
+        """The gradient of a loss, `None` for variables it does not use."""
+        grads = gradients(loss, list(variables.values()), create_graph=create_graph)
+        return dict(zip(variables, grads, strict=True))
+
+    def lower_gradient(
+        self, upper: Tree, lower: Tree, index: int = 0, *, create_graph: bool = False
+    ) -> tuple[Evaluation, dict[str, Tensor | None]]:
+        """The lower loss and its gradient dG/dy; `None` marks variables the loss does not use.
+
+        Raises:
+            ValueError: if the lower loss uses none of the lower variables.
+        """
+        evaluation = self.evaluate("lower", upper, lower, index)
+        grads = self.gradient(evaluation.loss, lower, create_graph=create_graph)
+        if all(g is None for g in grads.values()):
+            raise ValueError(
+                f"the lower loss of `{type(self.problem).__name__}` does not depend on any of its "
+                f"{len(lower)} lower variables; check for a `.detach()`, a `torch.no_grad()` or "
+                "the wrong module in `lower_loss`"
+            )
+        return evaluation, grads
+
+    def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
+        """The lower gradient at (upper, lower) and products with its two derivatives."""
+        _, grads = self.lower_gradient(upper, lower, create_graph=True)
+        leaves = list(lower.values())
+        layout = Layout(leaves)
+        gradient = fill(list(grads.values()), leaves)
+
+        def product(vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
+            return vector_jacobian_product(gradient, wrt, layout.unravel(vector))
+
+        return Linearization(
+            gradient=layout.ravel(gradient).detach(),
+            hessian=lambda v: layout.ravel(product(v, leaves)),
+            cross=lambda v: dict(zip(upper, product(v, list(upper.values())), strict=True)),
+            layout=layout,
+        )
+
+    @contextlib.contextmanager
+    def differentiated_twice(self, solver: str) -> Iterator[None]:
+        """The context in which a solver takes second derivatives of the lower loss.
+
+        Raises:
+            ValueError: if the problem stops its lower gradient, shares variables between levels,
+                or holds a layer whose second derivative is wrong or missing in this torch.
+        """
+        name = type(self.problem).__name__
+        if self.problem.stops_lower_gradient is not None:
+            raise ValueError(
+                f"`{solver}` needs the lower loss's true gradient, but in `{name}` "
+                f"{self.problem.stops_lower_gradient}; or use `Alternating()`"
+            )
+        if self.shared:
+            raise ValueError(
+                f"`{solver}` needs upper and lower variables to be disjoint, but in `{name}` both "
+                f"levels hold `{self.shared[0]}`; use `Alternating()`"
+            )
+        differentiable_twice(self.problem.lower, solver)
+        with second_order_context(self.problem):
+            yield
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The variables of one level, and every place of the problem where each of them is held."""
+
+    problem: Problem
+    level: Level
+    slots: dict[int, list[str]]
+    parameters: Tree = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = self.problem.variables(self.level)
+        if not parameters:
+            raise ValueError(
+                f"the {self.level} level of `{type(self.problem).__name__}` has no trainable "
+                f"variables; put them in `self.{self.level}` and leave `requires_grad` on"
+            )
+        object.__setattr__(self, "parameters", parameters)
+
+    def leaves(self) -> Tree:
+        return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+
+    def fill(self, values: dict[str, Tensor], tree: Tree) -> None:
+        for name, parameter in self.parameters.items():
+            for slot in self.slots[id(parameter)]:
+                values[slot] = tree[name]
+
+
+def _slots(problem: nn.Module) -> dict[int, list[str]]:
+    """For each parameter (by identity) the full names under which a module holds it."""
+    slots: dict[int, list[str]] = {}
+    for path, module in problem.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            slots.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return slots
+
+
+def _buffer_slots(problem: nn.Module) -> Tree:
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in problem.named_modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    }
+
+
+@contextlib.contextmanager
+def _fixed_seed(seed: int, devices: list[torch.device]) -> Iterator[None]:
+    """Draw from a fixed seed inside, leave the global generators as they were."""
+    generators = [torch.default_generator] + [
+        torch.cuda.default_generators[d.index or 0] for d in devices
+    ]
+    before = [g.get_state() for g in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def _scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, logs = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(logs, Mapping):
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise TypeError(
+            f"`{type(problem).__name__}.{level}_loss` must return a scalar tensor, or a scalar "
+            f"tensor and a dict of tensors to log; got {got}. Average it over the batch, for "
+            "example with `.mean()`"
+        )
+    return loss.reshape(()), {name: torch.as_tensor(v).detach() for name, v in logs.items()}

@@ -1,0 +1,188 @@
+"""`Problem`: what is optimized - two levels of variables and a loss for each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.tree import Tree
+
+Level = Literal["upper", "lower"]
+Loss: TypeAlias = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+TensorDict: TypeAlias = Mapping[str, Any]
+
+
+class Problem(nn.Module, ABC):
+    r"""A bilevel problem: $\min_x F(x, y^*(x))$ with $y^*(x) \in \arg\min_y G(x, y)$.
+
+    A subclass sets `self.upper` and `self.lower` (modules that hold $x$ and $y$) and defines the
+    losses $F$ and $G$ in ordinary stateful PyTorch. A level's variables are the parameters of its
+    module that require grad: frozen, tied and partly shared ones need no special care.
+
+    The losses must be deterministic in (upper, lower, batch): noise is drawn *into the batch* by
+    `draw`. Dropout is the one exception; it sees a fixed seed within one hypergradient.
+
+    Attributes:
+        upper: module that holds the upper-level variables $x$.
+        lower: module that holds the lower-level variables $y$.
+        stops_lower_gradient: `None`, or a clause that says where the lower loss stops a gradient
+            ("it is stopped at the posterior; use variant='complete'"). The lower gradient is then
+            not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
+
+    Example:
+        >>> class Ridge(Problem):
+        ...     def __init__(self, features):
+        ...         super().__init__()
+        ...         self.upper = nn.ParameterDict({"log_l2": torch.zeros(())})
+        ...         self.lower = nn.Linear(features, 1).double()
+        ...     def upper_loss(self, batch):
+        ...         inputs, targets = batch
+        ...         return (self.lower(inputs) - targets).square().mean()
+        ...     def lower_loss(self, batch):
+        ...         l2 = self.upper["log_l2"].exp() * self.lower.weight.square().sum()
+        ...         return self.upper_loss(batch) + l2
+        >>> list(Ridge(3).variables("lower"))
+        ['weight', 'bias']
+    """
+
+    upper: nn.Module
+    lower: nn.Module
+    stops_lower_gradient: str | None = None
+
+    @abstractmethod
+    def upper_loss(self, batch: Any) -> Loss:
+        """The upper loss $F$: a scalar, or a scalar and a dict of scalars to log."""
+
+    @abstractmethod
+    def lower_loss(self, batch: Any) -> Loss:
+        """The lower loss $G$: a scalar, or a scalar and a dict of scalars to log."""
+
+    def draw(self, data: Any, generator: torch.Generator) -> Any:
+        """Add to `data` the noise the losses need; the default adds none.
+
+        Args:
+            data: one minibatch, as the data source gave it.
+            generator: the only source of randomness, on the problem's device.
+
+        Returns:
+            The batch that `upper_loss` and `lower_loss` receive.
+        """
+        return data
+
+    def best_response(self, batch: Any) -> Tree | None:
+        """The lower solution y*(x) in closed form, where the problem has one; `None` otherwise.
+
+        Used by `check_hypergradient` and by the benchmarks, never by a solver.
+        """
+        return None
+
+    def forward(self, level: Level, batch: Any) -> Loss:
+        """The loss of one level; exists so that `torch.func.functional_call` can evaluate it."""
+        return self.upper_loss(batch) if level == "upper" else self.lower_loss(batch)
+
+    @final
+    def variables(self, level: Level) -> Tree:
+        """The variables of a level by name: the parameters of its module that require grad."""
+        module = self.upper if level == "upper" else self.lower
+        return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    @final
+    @property
+    def device(self) -> torch.device:
+        """The device of the problem's first parameter."""
+        return next(self.parameters()).device
+
+    @staticmethod
+    def from_functions(
+        upper_loss: Callable[[Any, Any, Any], Loss],
+        lower_loss: Callable[[Any, Any, Any], Loss],
+        upper: TensorDict,
+        lower: TensorDict,
+    ) -> "Problem":
+        """A problem from two functions `(upper, lower, batch) -> scalar` and two dicts of tensors.
+
+        The dicts may be nested. Every floating-point tensor becomes a variable that shares its
+        memory with the tensor given (an `nn.Parameter` with `requires_grad=False` stays frozen),
+        every other tensor a constant.
+
+        Args:
+            upper_loss: the upper loss F.
+            lower_loss: the lower loss G.
+            upper: initial upper variables, possibly nested dicts of tensors.
+            lower: initial lower variables, likewise.
+
+        Returns:
+            The problem; its variables are named by their path, as in `encoder.weight`.
+
+        Raises:
+            TypeError: if a leaf of `upper` or `lower` is not a tensor.
+
+        Example:
+            >>> problem = Problem.from_functions(
+            ...     upper_loss=lambda x, y, batch: (y["w"] - 1).square().sum(),
+            ...     lower_loss=lambda x, y, batch: (y["w"] - x["a"]).square().sum(),
+            ...     upper={"a": torch.zeros(2)},
+            ...     lower={"w": torch.zeros(2)},
+            ... )
+            >>> problem.lower_loss(None)
+            tensor(0., grad_fn=<SumBackward0>)
+        """
+        return FunctionProblem(upper_loss, lower_loss, upper, lower)
+
+
+@final
+class Variables(nn.Module):
+    """A module made of a (nested) dict of tensors; `tensors()` gives the dict back."""
+
+    def __init__(self, tensors: TensorDict, path: str = "") -> None:
+        super().__init__()
+        self._order = list(tensors)
+        for key, value in tensors.items():
+            if isinstance(value, Mapping):
+                self.add_module(key, Variables(value, f"{path}{key}."))
+            elif isinstance(value, nn.Parameter):
+                self.register_parameter(key, value)
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                self.register_parameter(key, nn.Parameter(value.detach()))
+            elif isinstance(value, Tensor):
+                self.register_buffer(key, value)
+            else:
+                raise TypeError(
+                    f"variable `{path}{key}` must be a tensor or a dict of tensors, "
+                    f"got {type(value).__name__}"
+                )
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors as they are now, nested as they were given."""
+        values = {key: getattr(self, key) for key in self._order}
+        return {k: v.tensors() if isinstance(v, Variables) else v for k, v in values.items()}
+
+
+@final
+class FunctionProblem(Problem):
+    """What `Problem.from_functions` returns."""
+
+    def __init__(
+        self,
+        upper_loss: Callable[[Any, Any, Any], Loss],
+        lower_loss: Callable[[Any, Any, Any], Loss],
+        upper: TensorDict,
+        lower: TensorDict,
+    ) -> None:
+        super().__init__()
+        self.upper = Variables(upper)
+        self.lower = Variables(lower)
+        self._losses = {"upper": upper_loss, "lower": lower_loss}
+
+    def upper_loss(self, batch: Any) -> Loss:
+        return self._evaluate("upper", batch)
+
+    def lower_loss(self, batch: Any) -> Loss:
+        return self._evaluate("lower", batch)
+
+    def _evaluate(self, level: Level, batch: Any) -> Loss:
+        assert isinstance(self.upper, Variables)
+        assert isinstance(self.lower, Variables)
+        return self._losses[level](self.upper.tensors(), self.lower.tensors(), batch)

@@ -1,0 +1,17 @@
+"""The three families of solvers: alternating, unrolled, implicit."""
+
+from bilevel.solvers.alternating import Alternating
+from bilevel.solvers.base import Hypergradient, Response, ResponseProduct, Solver, Stats
+from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.unrolled import Unrolled
+
+__all__ = [
+    "Alternating",
+    "Hypergradient",
+    "Implicit",
+    "Response",
+    "ResponseProduct",
+    "Solver",
+    "Stats",
+    "Unrolled",
+]

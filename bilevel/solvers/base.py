@@ -1,0 +1,208 @@
+r"""`Solver`: how the upper level feels the lower level's answer, and the record it returns.
+
+Every hypergradient has the same shape. With $\hat y(x)$ the answer a solver attributes to the lower
+level,
+
+$$ \frac{d}{dx} F(x, \hat y(x)) = \partial_x F(x, \hat y) +
+   \Big(\frac{d\hat y}{dx}\Big)^{\!\top} \partial_y F(x, \hat y), $$
+
+the *direct* term and the *response* term. A new solver writes `respond`: what $\hat y$ is and how to
+multiply a vector by the transposed Jacobian of the best response.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel.autodiff import fill
+from bilevel.errors import HypergradientError, Result
+from bilevel.oracles import Oracles
+from bilevel.problem import Problem
+from bilevel.tree import Tree, norm
+
+Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a hypergradient tells about itself; scalars stay on the device, `None` is "not computed".
+
+    Attributes:
+        direct_norm: norm of the direct term.
+        response_norm: norm of the response term (0 where the solver drops it).
+        lower_residual: norm of dG/dy where the hypergradient was taken.
+        linear_residual: relative residual of the linear solve.
+        negative_curvature: whether the linear solver met negative curvature.
+        num_products: number of Hessian-vector products, or of differentiated lower steps.
+    """
+
+    direct_norm: Tensor
+    response_norm: Tensor
+    lower_residual: Tensor | None = None
+    linear_residual: Tensor | None = None
+    negative_curvature: bool = False
+    num_products: int = 0
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The record a solver returns; nothing is written into the problem.
+
+    Attributes:
+        value: the upper loss F(x, y_hat), a detached scalar.
+        grad: the hypergradient, a tree over the upper variables.
+        result: how the computation ended; print its `.value` for a sentence.
+        stats: residuals, norms and counts.
+        state: what the solver wants back at the next call (warm starts), or `None`.
+        logs: what the upper loss logged.
+        buffers: the problem's buffers as one evaluation of the upper loss left them.
+    """
+
+    value: Tensor
+    grad: Tree
+    result: Result
+    stats: Stats
+    state: Any = None
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    buffers: Tree = field(default_factory=dict)
+
+
+class ResponseProduct(NamedTuple):
+    """The product (dy_hat/dx)^T v and what is known about it."""
+
+    product: Tree
+    result: Result = Result.SUCCESS
+    linear_residual: Tensor | None = None
+    negative_curvature: bool = False
+    num_products: int = 0
+    state: Any = None
+
+
+class Response(NamedTuple):
+    """The lower answer a solver takes the upper loss at, and its derivative.
+
+    Attributes:
+        lower: the answer y_hat.
+        vjp: v -> (dy_hat/dx)^T v; `None` if the solver drops the term.
+        lower_residual: norm of dG/dy at the answer, if it was computed.
+    """
+
+    lower: Tree
+    vjp: Callable[[Tree], ResponseProduct] | None
+    lower_residual: Tensor | None = None
+
+
+class Solver(ABC):
+    """Abstract base of the solvers; each is a frozen record of its settings."""
+
+    @abstractmethod
+    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
+        """The lower level's answer at the current variables, and its vector-Jacobian product.
+
+        Args:
+            oracles: the losses and their derivatives; the only access to the problem.
+            state: what this solver returned as `Hypergradient.state` last time, or `None`.
+            lower_optimizer: the running optimizer(s) of the lower level, if there are any.
+
+        Returns:
+            The answer and its derivative.
+        """
+
+    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        """The context `hypergradient` runs in; solvers of second order check the problem here."""
+        return nullcontext()
+
+    def num_lower_batches(self) -> int:
+        """How many fresh lower batches one hypergradient can use."""
+        return 0
+
+    @final
+    def hypergradient(
+        self,
+        problem: Problem,
+        upper_batch: Any = None,
+        lower_batches: Sequence[Any] = (None,),
+        *,
+        state: Any = None,
+        lower_optimizer: Optimizers | None = None,
+        seed: int = 0,
+        throw: bool = True,
+    ) -> Hypergradient:
+        """The gradient of the upper loss in the upper variables, response included.
+
+        The problem, its buffers, its `.grad` fields and the optimizers are left as they were.
+
+        Args:
+            problem: the problem, at its current variables.
+            upper_batch: batch of the upper loss.
+            lower_batches: batches of the lower loss; `Unrolled` uses one per step, or one for all.
+            state: `Hypergradient.state` of the previous call, for warm starts.
+            lower_optimizer: running optimizer(s) of the lower level, which `Unrolled` branches from.
+            seed: seed of the random numbers drawn inside the losses (dropout masks).
+            throw: raise if the computation did not succeed; otherwise the caller reads `result`.
+
+        Returns:
+            Value, gradient, result and statistics.
+
+        Raises:
+            HypergradientError: if `throw` and the result is not a success.
+            ValueError: if the problem does not fit the solver.
+        """
+        oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
+        with self.context(oracles), torch.enable_grad():
+            response = self.respond(oracles, state, lower_optimizer)
+            answer = self._assemble(oracles, response)
+        if throw and answer.result is not Result.SUCCESS:
+            raise HypergradientError(_explain(self, answer), answer)
+        return answer
+
+    def _assemble(self, oracles: Oracles, response: Response) -> Hypergradient:
+        upper = oracles.upper
+        lower = response.lower
+        if response.vjp is not None:
+            lower = {name: y.detach().requires_grad_() for name, y in lower.items()}
+        else:
+            lower = {name: y.detach() for name, y in lower.items()}
+        evaluation = oracles.evaluate("upper", upper, lower)
+        leaves = upper if response.vjp is None else {**_keyed(upper, 0), **_keyed(lower, 1)}
+        grads = oracles.gradient(evaluation.loss, leaves)
+        filled = fill(list(grads.values()), list(leaves.values()))
+        direct = dict(zip(upper, filled[: len(upper)], strict=True))
+        if response.vjp is None:
+            product, grad = ResponseProduct({}), direct
+        else:
+            product = response.vjp(dict(zip(lower, filled[len(upper) :], strict=True)))
+            grad = {name: direct[name] + product.product[name] for name in direct}
+        return Hypergradient(
+            value=evaluation.loss.detach(),
+            grad=grad,
+            result=product.result,
+            stats=Stats(
+                direct_norm=norm(direct),
+                response_norm=norm(product.product),
+                lower_residual=response.lower_residual,
+                linear_residual=product.linear_residual,
+                negative_curvature=product.negative_curvature,
+                num_products=product.num_products,
+            ),
+            state=product.state,
+            logs=evaluation.logs,
+            buffers=evaluation.buffers,
+        )
+
+
+def _keyed(tree: Tree, level: int) -> Tree:
+    """The tree with names that cannot collide with the other level's."""
+    return {f"{level}.{name}": tensor for name, tensor in tree.items()}
+
+
+def _explain(solver: Solver, answer: Hypergradient) -> str:
+    residual = answer.stats.linear_residual
+    number = "" if residual is None else f" (relative residual {float(residual):.2e}"
+    number += "" if residual is None else f" after {answer.stats.num_products} products)"
+    return f"`{solver}` did not succeed{number}: {answer.result.value}"

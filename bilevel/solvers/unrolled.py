@@ -1,0 +1,249 @@
+r"""`Unrolled`: differentiate through the steps of the lower optimizer.
+
+With $(y_{t+1}, s_{t+1}) = \Phi_t(x, y_t, s_t)$ one step of the lower optimizer and its state $s$, the
+answer is $\hat y(x) = y_T$ and its derivative comes from the chain rule,
+
+$$ \Big(\frac{dy_T}{dx}\Big)^{\!\top} v = \sum_{t} (\partial_x \Phi_t)^\top \lambda_{t+1}, \qquad
+   \lambda_t = (\partial_{(y,s)} \Phi_t)^\top \lambda_{t+1}, \quad \lambda_T = (v, 0). $$
+
+Reverse mode keeps the graph of all steps; *recompute* keeps the iterates only and runs each step
+again on the way back (a third more time, a fraction of the memory); *truncate* differentiates the
+last steps only; *forward* carries tangents instead and needs no memory per step, once per upper
+variable.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bilevel.autodiff import vector_jacobian_product
+from bilevel.linear.base import positive
+from bilevel.oracles import Oracles
+from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
+from bilevel.tree import Tree, norm
+from bilevel.twins import RunningTwin, TransformationTwin, Twin, as_transformation
+
+
+@dataclass(frozen=True)
+class Unrolled(Solver):
+    """Differentiates through `num_steps` steps of the lower optimizer, taken from the current y.
+
+    The unrolled steps are hypothetical: the problem's lower variables and the running optimizer stay
+    where they are.
+
+    Args:
+        num_steps: number T of unrolled steps.
+        optimizer: a torchopt transformation, started afresh; or `None` to branch from the running
+            `lower_optimizer` (`torch.optim` SGD, Adam, AdamW) with its state.
+        truncate: differentiate the last `truncate` steps only.
+        mode: "reverse", "recompute" (reverse with the steps run again on the way back) or "forward"
+            (tangents; for few upper variables).
+        max_grad_norm: clip the lower gradient in every unrolled step of a running optimizer; give
+            the same number to `train(clip_lower=...)`.
+
+    Raises:
+        ValueError: if a setting is out of range.
+        TypeError: if `optimizer` is not a transformation.
+
+    Example:
+        >>> Unrolled(num_steps=10, truncate=5, mode="recompute").num_lower_batches()
+        10
+
+    References:
+        Gradient-based Hyperparameter Optimization through Reversible Learning (Maclaurin, Duvenaud,
+        Adams, 2015), https://arxiv.org/abs/1502.03492
+        Truncated Back-propagation for Bilevel Optimization (Shaban, Cheng, Hatch, Boots, 2019),
+        https://arxiv.org/abs/1810.10667
+    """
+
+    num_steps: int
+    optimizer: Any = None
+    truncate: int | None = None
+    mode: Literal["reverse", "recompute", "forward"] = "reverse"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("num_steps", self.num_steps)
+        if self.truncate is not None and not 1 <= self.truncate <= self.num_steps:
+            raise ValueError(
+                f"`truncate` must lie between 1 and `num_steps` = {self.num_steps}, "
+                f"got {self.truncate!r}"
+            )
+        if self.mode not in ("reverse", "recompute", "forward"):
+            raise ValueError(
+                f'`mode` must be "reverse", "recompute" or "forward", got {self.mode!r}'
+            )
+        if self.optimizer is not None:
+            as_transformation(self.optimizer)
+            if self.max_grad_norm is not None:
+                raise ValueError(
+                    "`max_grad_norm` goes with a running optimizer; chain "
+                    "`torchopt.clip.clip_grad_norm` into the transformation instead"
+                )
+
+    def num_lower_batches(self) -> int:
+        return self.num_steps
+
+    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        count = len(oracles.lower_batches)
+        if count != 1 and count < self.num_steps:
+            raise ValueError(
+                f"`Unrolled` takes one lower batch for all steps or one per step: {self.num_steps} "
+                f"are needed, got {count}"
+            )
+        return oracles.differentiated_twice(type(self).__name__)
+
+    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
+        unroll = _Unroll(self, oracles, self._twin(oracles, lower_optimizer))
+        return unroll.run()
+
+    def _twin(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> Twin:
+        lower = oracles.lower
+        # torch's optimizers skip variables without a gradient, so the twin must know them
+        _, grads = oracles.lower_gradient(oracles.upper, lower)
+        used = {name for name, g in grads.items() if g is not None}
+        if self.optimizer is not None:
+            return TransformationTwin(self.optimizer, lower, used)
+        if lower_optimizer is None:
+            raise ValueError(
+                "`Unrolled` without `optimizer` branches from the running lower optimizer; pass it "
+                "as `lower_optimizer`, or give `Unrolled` a torchopt transformation"
+            )
+        variables = oracles.problem.variables("lower")
+        return RunningTwin(lower_optimizer, variables, lower, used, self.max_grad_norm)
+
+
+class _Unroll:
+    """One unrolling: the iterates of a twin at the oracles' upper variables."""
+
+    def __init__(self, settings: Unrolled, oracles: Oracles, twin: Twin) -> None:
+        self.settings = settings
+        self.oracles = oracles
+        self.twin = twin
+        self.upper = oracles.upper
+        self.residual = torch.zeros(())
+        self.one_batch = len(oracles.lower_batches) == 1
+
+    def run(self) -> Response:
+        steps, mode = self.settings.num_steps, self.settings.mode
+        first = steps - (self.settings.truncate or steps)
+        points = self.twin.pack(self.oracles.lower)
+        state = self.twin.start(points)
+        for t in range(first):
+            points, state = self._plain(points, state, t)
+        if mode == "reverse":
+            return self._reverse(points, state, range(first, steps))
+        saved = []
+        for t in range(first, steps):
+            saved.append((t, points, state))
+            points, state = self._plain(points, state, t)
+        back = self._recompute if mode == "recompute" else self._forward
+        return Response(self.twin.unpack(points), back(saved), self.residual)
+
+    def _plain(self, points: list[Tensor], state: Any, t: int) -> tuple[list[Tensor], Any]:
+        """A step nobody differentiates."""
+        points = [p.detach().requires_grad_() for p in points]
+        points, state = self._step(self.upper, points, state, t, create_graph=False)
+        return [p.detach() for p in points], _detach(state)
+
+    def _step(
+        self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
+    ) -> tuple[list[Tensor], Any]:
+        index = 0 if self.one_batch else t
+        lower = self.twin.unpack(points)
+        # variables that no optimizer moves are constants, yet must be differentiable like the rest
+        lower = {n: y if y.requires_grad else y.requires_grad_() for n, y in lower.items()}
+        _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
+        self.residual = norm([g.detach() for g in grads.values() if g is not None])
+        return self.twin.step(points, grads, state)
+
+    def _reverse(self, points: list[Tensor], state: Any, steps: range) -> Response:
+        points = [p.detach().requires_grad_() for p in points]
+        for t in steps:
+            points, state = self._step(self.upper, points, state, t, create_graph=True)
+
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            product = vector_jacobian_product(
+                points, list(self.upper.values()), self.twin.pack(cotangent)
+            )
+            return self._product(product, len(steps))
+
+        return Response(self.twin.unpack(points), vjp, self.residual)
+
+    def _recompute(
+        self, saved: list[tuple[int, list[Tensor], Any]]
+    ) -> Callable[[Tree], ResponseProduct]:
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            upper = list(self.upper.values())
+            total = [torch.zeros_like(x) for x in upper]
+            adjoint: list[Tensor] = self.twin.pack(cotangent)
+            for t, points, state in reversed(saved):
+                points = [p.detach().requires_grad_() for p in points]
+                state = _detach(state, requires_grad=True)
+                after, next_state = self._step(self.upper, points, state, t, create_graph=True)
+                inputs = [*upper, *points, *_moments(state)]
+                outputs = [*after, *_moments(next_state)]
+                adjoint += [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
+                grads = vector_jacobian_product(outputs, inputs, adjoint)
+                total = [a + g for a, g in zip(total, grads, strict=False)]
+                adjoint = grads[len(upper) :]
+            return self._product(total, len(saved))
+
+        return vjp
+
+    def _forward(
+        self, saved: list[tuple[int, list[Tensor], Any]]
+    ) -> Callable[[Tree], ResponseProduct]:
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            target = self.twin.pack(cotangent)
+            product = {name: torch.zeros_like(x) for name, x in self.upper.items()}
+            for name, x in self.upper.items():
+                for i in range(x.numel()):
+                    direction = torch.zeros_like(x).view(-1)
+                    direction[i] = 1
+                    tangents = self._tangents(saved, name, direction.view_as(x))
+                    pairs = zip(tangents, target, strict=True)
+                    product[name].view(-1)[i] = sum((a * b).sum() for a, b in pairs)
+            return self._product(list(product.values()), len(saved))
+
+        return vjp
+
+    def _tangents(
+        self, saved: list[tuple[int, list[Tensor], Any]], name: str, direction: Tensor
+    ) -> list[Tensor]:
+        """d(points after the last step) along one direction of the upper variables."""
+        _, points, state = saved[0]
+        with forward_ad.dual_level():
+            x = self.upper[name].detach().requires_grad_()
+            upper = {**self.upper, name: forward_ad.make_dual(x, direction)}
+            points = [p.detach().requires_grad_() for p in points]
+            for t, _, _ in saved:
+                points, state = self._step(upper, points, state, t, create_graph=True)
+            tangents = [forward_ad.unpack_dual(p).tangent for p in points]
+        zeros = (torch.zeros_like(p) for p in points)
+        return [z if d is None else d.detach() for d, z in zip(tangents, zeros, strict=True)]
+
+    def _product(self, product: list[Tensor], steps: int) -> ResponseProduct:
+        return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
+
+
+def _is_moment(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _moments(state: Any) -> list[Tensor]:
+    """The floating-point tensors of an optimizer state, in a fixed order."""
+    leaves: list[Any] = optree.tree_leaves(state)
+    return [leaf for leaf in leaves if _is_moment(leaf)]
+
+
+def _detach(state: Any, *, requires_grad: bool = False) -> Any:
+    return optree.tree_map(
+        lambda s: s.detach().requires_grad_(requires_grad) if _is_moment(s) else s, state
+    )

@@ -1,0 +1,332 @@
+"""`train`: the loop, a generator that yields after every upper step."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from bilevel.batches import as_source
+from bilevel.errors import DivergenceError
+from bilevel.linear.base import positive
+from bilevel.oracles import Oracles
+from bilevel.problem import Level, Problem
+from bilevel.solvers import Alternating, Hypergradient, Solver
+from bilevel.solvers.base import Optimizers
+from bilevel.state import Scheduler, State
+from bilevel.tree import Tree
+
+Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `train` yields after each upper step; tensors stay on the device.
+
+    Attributes:
+        number: upper steps taken so far, from 1.
+        upper_loss: the upper loss at which the hypergradient was taken.
+        lower_loss: the lower loss before the last lower step, `None` without lower steps.
+        logs: what the losses logged.
+        hypergradient: the solver's whole record.
+        seconds: time spent in the loop so far, without the time the caller took between steps.
+        state: the run's live state; `state.save(path)` writes a checkpoint.
+    """
+
+    number: int
+    upper_loss: Tensor
+    lower_loss: Tensor | None
+    logs: dict[str, Tensor]
+    hypergradient: Hypergradient
+    seconds: float
+    state: State
+
+
+def train(
+    problem: Problem,
+    data: Any = None,
+    *,
+    upper_optimizer: Optimizers,
+    lower_optimizer: Optimizers | None = None,
+    num_steps: int,
+    solver: Solver | None = None,
+    lower_steps: int = 1,
+    upper_data: Any = None,
+    batch_size: int | None = None,
+    order: Literal["lower_first", "upper_first"] = "lower_first",
+    upper_scheduler: Schedulers = (),
+    lower_scheduler: Schedulers = (),
+    clip_upper: float | None = None,
+    clip_lower: float | None = None,
+    seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    check_every: int = 20,
+    throw: bool = True,
+) -> Iterator[Step]:
+    """Train a bilevel problem: lower steps, a hypergradient, an upper step, and again.
+
+    With `data` alone, both levels and all lower steps of a turn see the same batch. With
+    `upper_data` too, the upper level reads that, and every lower step and every unrolled step gets a
+    fresh batch of `data`.
+
+    Args:
+        problem: the problem; trained in place, in the mode (train or eval) its modules are in.
+        data: a pytree of tensors, a `DataLoader` or another iterable of batches, a source with
+            `state_dict`, or `None` if the problem needs none. Passed through `problem.draw`.
+        upper_optimizer: `torch.optim` optimizer(s) of the upper variables, used as given.
+        lower_optimizer: likewise of the lower variables; may be left out if `lower_steps` is 0.
+        num_steps: upper steps in total, those before a resume included.
+        solver: how the hypergradient is computed; `Alternating()` by default.
+        lower_steps: lower steps per upper step.
+        upper_data: data of the upper level, if different.
+        batch_size: rows per batch where data are tensors; all rows by default.
+        order: whether a turn begins with the lower or with the upper step.
+        upper_scheduler: learning-rate scheduler(s), stepped once per upper step.
+        lower_scheduler: likewise, also once per upper step.
+        clip_upper: largest norm of the hypergradient.
+        clip_lower: largest norm of the lower gradient.
+        seed: seed of batch order, noise and dropout.
+        resume: checkpoint to continue from; the run then equals the uninterrupted one to the bit.
+        check_every: steps between two looks for NaN. Each look waits for the device once; the step
+            and term it names are exact.
+        throw: raise when a hypergradient does not succeed; otherwise read it from the step.
+
+    Yields:
+        A `Step` after every upper step. The clock stands still while the caller has control.
+
+    Raises:
+        ValueError: at the call, for a setting out of range or an optimizer of other variables.
+        DivergenceError: when a loss becomes NaN or infinite, with step and term.
+        CheckpointError: at the call, if `resume` cannot be used.
+
+    Example:
+        >>> from bilevel import Implicit
+        >>> x, y = {"x": torch.zeros(())}, {"y": torch.zeros(())}
+        >>> problem = Problem.from_functions(
+        ...     lambda x, y, _: (y["y"] - 3) ** 2, lambda x, y, _: (y["y"] - x["x"]) ** 2, x, y
+        ... )
+        >>> for step in train(
+        ...     problem, num_steps=100, solver=Implicit(), lower_steps=10,
+        ...     upper_optimizer=torch.optim.SGD(problem.upper.parameters(), 0.1),
+        ...     lower_optimizer=torch.optim.SGD(problem.lower.parameters(), 0.4),
+        ... ): pass
+        >>> problem.upper.x.detach().round(decimals=4)
+        tensor(3.)
+    """
+    solver = Alternating() if solver is None else solver
+    _check(num_steps, lower_steps, order, check_every, lower_optimizer)
+    optimizers: dict[Level, list[torch.optim.Optimizer]] = {
+        "upper": _listed(upper_optimizer),
+        "lower": _listed(lower_optimizer or ()),
+    }
+    for level, group in optimizers.items():
+        _check_ownership(problem, level, group)
+    sources = {"data": as_source(data, batch_size, seed)}
+    if upper_data is not None:
+        sources["upper_data"] = as_source(upper_data, batch_size, seed + 1)
+    state = State(
+        problem,
+        {str(level): group for level, group in optimizers.items()},
+        {"upper": _listed(upper_scheduler), "lower": _listed(lower_scheduler)},
+        sources,
+        torch.Generator(problem.device).manual_seed(seed),
+        {
+            "problem": type(problem).__name__,
+            "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
+            "solver": repr(solver),
+            "order": order,
+            "lower_steps": str(lower_steps),
+            "batch_size": str(batch_size),
+            "seed": str(seed),
+        },
+    )
+    if resume is not None:
+        state.load(resume)
+    turn = _Turn(state, solver, lower_steps, order == "upper_first", clip_upper, clip_lower, throw)
+    return _loop(turn, num_steps, check_every, seed)
+
+
+def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
+    state, watch = turn.state, _Watch()
+    seconds = 0.0
+    while state.step < num_steps:
+        start = time.perf_counter()
+        turn.begin(
+            seed=hash((seed, state.step)) % 2**62
+        )  # a hash of integers is the same everywhere
+        hypergradient = turn.run()
+        state.step += 1
+        watch.add(state.step, turn.terms(hypergradient))
+        if state.step % check_every == 0 or state.step == num_steps:
+            watch.look()
+        seconds += time.perf_counter() - start
+        yield Step(
+            number=state.step,
+            upper_loss=hypergradient.value,
+            lower_loss=turn.lower_loss,
+            logs={**turn.logs, **hypergradient.logs},
+            hypergradient=hypergradient,
+            seconds=seconds,
+            state=state,
+        )
+
+
+@dataclass
+class _Turn:
+    """One turn of the loop: the lower steps and the upper step, in either order."""
+
+    state: State
+    solver: Solver
+    lower_steps: int
+    upper_first: bool
+    clip_upper: float | None
+    clip_lower: float | None
+    throw: bool
+    lower_loss: Tensor | None = None
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = self.state.problem
+        self._parameters: dict[Level, Tree] = {
+            "upper": problem.variables("upper"),
+            "lower": problem.variables("lower"),
+        }
+        self._shared = "upper_data" not in self.state.sources
+
+    def begin(self, seed: int) -> None:
+        """Draw this turn's batch and seeds."""
+        self._seeds = itertools.count(seed, 2**10)
+        self._batch = self._draw("data") if self._shared else None
+
+    def run(self) -> Hypergradient:
+        if self.upper_first:
+            hypergradient = self._upper_step()
+            self._lower_steps()
+        else:
+            self._lower_steps()
+            hypergradient = self._upper_step()
+        for schedulers in self.state.schedulers.values():
+            for scheduler in schedulers:
+                scheduler.step()
+        return hypergradient
+
+    def terms(self, hypergradient: Hypergradient) -> dict[str, Tensor]:
+        """The numbers whose finiteness says that training is well."""
+        terms = {**self.logs, **hypergradient.logs, "upper loss": hypergradient.value}
+        terms["norm of the hypergradient's direct term"] = hypergradient.stats.direct_norm
+        terms["norm of the hypergradient's response term"] = hypergradient.stats.response_norm
+        if self.lower_loss is not None:
+            terms["lower loss"] = self.lower_loss
+        return terms
+
+    def _draw(self, source: str) -> Any:
+        batch = next(self.state.sources[source])
+        return self.state.problem.draw(batch, self.state.generator)
+
+    def _lower_batch(self) -> Any:
+        return self._batch if self._shared else self._draw("data")
+
+    def _lower_steps(self) -> None:
+        problem = self.state.problem
+        for _ in range(self.lower_steps):
+            oracles = Oracles(problem, None, [self._lower_batch()], seed=next(self._seeds))
+            constants = {name: x.detach() for name, x in oracles.upper.items()}
+            evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
+            self.lower_loss, self.logs = evaluation.loss.detach(), evaluation.logs
+            self._apply("lower", grads, self.clip_lower)
+            commit(problem, evaluation.buffers)
+
+    def _upper_step(self) -> Hypergradient:
+        problem, state = self.state.problem, self.state
+        batch = self._batch if self._shared else self._draw("upper_data")
+        fresh = 1 if self._shared else self.solver.num_lower_batches()
+        lower_batches = [self._lower_batch() for _ in range(fresh)] or [None]
+        hypergradient = self.solver.hypergradient(
+            problem,
+            batch,
+            lower_batches,
+            state=state.solver_state,
+            lower_optimizer=state.optimizers["lower"] or None,
+            seed=next(self._seeds),
+            throw=self.throw,
+        )
+        state.solver_state = hypergradient.state
+        self._apply("upper", dict(hypergradient.grad), self.clip_upper)
+        commit(problem, hypergradient.buffers)
+        return hypergradient
+
+    def _apply(self, level: Level, grads: dict[str, Tensor | None], clip: float | None) -> None:
+        parameters = self._parameters[level]
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name]
+        if clip is not None:
+            clip_grad_norm_(parameters.values(), clip)
+        for optimizer in self.state.optimizers[level]:
+            optimizer.step()
+        for parameter in parameters.values():
+            parameter.grad = None
+
+
+class _Watch:
+    """Looks for NaN in many steps at once, and still names the first step and term."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, str, Tensor]] = []
+
+    def add(self, step: int, terms: dict[str, Tensor]) -> None:
+        self._pending += [(step, name, t) for name, t in terms.items() if t.numel() == 1]
+
+    def look(self) -> None:
+        values = torch.stack([t.detach().reshape(()).double() for _, _, t in self._pending])
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            step, term, value = self._pending[int(bad[0])]
+            raise DivergenceError(step, term, float(value), _ADVICE)
+        self._pending.clear()
+
+
+_ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
+
+
+def commit(problem: Problem, buffers: Tree) -> None:
+    """Write buffers that an evaluation advanced on copies back into the problem's modules."""
+    mine = dict(problem.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in buffers.items():
+            mine[name].copy_(value)
+
+
+def _listed(one_or_more: Any) -> list[Any]:
+    return list(one_or_more) if isinstance(one_or_more, Sequence) else [one_or_more]
+
+
+def _check(
+    num_steps: int, lower_steps: int, order: str, check_every: int, lower_optimizer: Any
+) -> None:
+    positive("num_steps", num_steps)
+    positive("lower_steps", lower_steps, zero=True)
+    positive("check_every", check_every)
+    if order not in ("lower_first", "upper_first"):
+        raise ValueError(f'`order` must be "lower_first" or "upper_first", got {order!r}')
+    if lower_steps and lower_optimizer is None:
+        raise ValueError(
+            f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
+            "`lower_steps=0` to leave the lower variables where they are"
+        )
+
+
+def _check_ownership(
+    problem: Problem, level: Level, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    mine = problem.variables(level)
+    if optimizers and not held & {id(p) for p in mine.values()}:
+        raise ValueError(
+            f"`{level}_optimizer` holds none of the {level} variables; build it from "
+            f"`problem.{level}.parameters()`"
+        )

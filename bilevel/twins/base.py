@@ -1,0 +1,63 @@
+"""`Twin`: a lower-level optimizer as a pure, differentiable function of variables and state."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.tree import Tree
+
+Gradients = dict[str, Tensor | None]
+
+
+class Twin(ABC):
+    """An optimizer step `(points, gradients, state) -> (points, state)` that writes nothing.
+
+    The variables travel as `points`, a list of tensors of the twin's own making (one vector per
+    parameter group, say); `pack` and `unpack` are permutations, each the transpose of the other.
+    """
+
+    @abstractmethod
+    def pack(self, tree: Tree) -> list[Tensor]:
+        """The variables as points."""
+
+    @abstractmethod
+    def unpack(self, points: list[Tensor]) -> Tree:
+        """The points as variables; those that the optimizer does not move are constants."""
+
+    @abstractmethod
+    def start(self, points: list[Tensor]) -> Any:
+        """The state before the first step: a pytree of tensors and numbers."""
+
+    @abstractmethod
+    def step(
+        self, points: list[Tensor], gradients: Gradients, state: Any
+    ) -> tuple[list[Tensor], Any]:
+        """One step; differentiable in points, gradients and state."""
+
+
+def safe_sqrt(v: Tensor) -> Tensor:
+    """Square root with derivative 0 at 0, so that a second moment of exactly 0 gives no NaN.
+
+    With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
+    dm / eps: the root's own derivative multiplies m = 0 and drops out.
+    """
+    zero = v == 0
+    return torch.where(zero, torch.zeros_like(v), torch.where(zero, torch.ones_like(v), v).sqrt())
+
+
+def moved(gradients: Gradients, names: list[str], who: str) -> list[Tensor]:
+    """The gradients of `names` in order; all must be there.
+
+    Raises:
+        ValueError: if the lower loss does not use one of them in this step.
+    """
+    grads = [gradients[name] for name in names]
+    missing = [name for name, g in zip(names, grads, strict=True) if g is None]
+    if missing:
+        raise ValueError(
+            f"`{who}`: the lower loss used `{missing[0]}` in the first unrolled step but not in a "
+            "later one; make the loss use the same variables in every step"
+        )
+    return [g for g in grads if g is not None]

@@ -1,0 +1,90 @@
+"""The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
+
+import warnings
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bilevel.tree import Tree
+from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
+
+
+@runtime_checkable
+class Transformation(Protocol):
+    """A torchopt (or optax-like) gradient transformation."""
+
+    init: Any
+    update: Any
+
+
+class TransformationTwin(Twin):
+    """Starts a transformation afresh at the given variables.
+
+    Args:
+        transformation: any torchopt transformation, e.g. `torchopt.adam(1e-3)`.
+        tree: the point at which to start.
+        used: names of the variables the lower loss uses; the others stay where they are.
+    """
+
+    def __init__(self, transformation: Transformation, tree: Tree, used: set[str]) -> None:
+        self._transformation = transformation
+        self._tree = {name: value.detach() for name, value in tree.items()}
+        self._names = [name for name in tree if name in used]
+
+    def pack(self, tree: Tree) -> list[Tensor]:
+        return [tree[name] for name in self._names]
+
+    def unpack(self, points: list[Tensor]) -> Tree:
+        return {**self._tree, **dict(zip(self._names, points, strict=True))}
+
+    def start(self, points: list[Tensor]) -> Any:
+        return self._transformation.init(dict(zip(self._names, points, strict=True)))
+
+    def step(
+        self, points: list[Tensor], gradients: Gradients, state: Any
+    ) -> tuple[list[Tensor], Any]:
+        params = dict(zip(self._names, points, strict=True))
+        grads = dict(zip(self._names, moved(gradients, self._names, "Unrolled"), strict=True))
+        with _SafeSqrt():
+            updates, state = self._transformation.update(grads, state, params=params, inplace=False)
+        return [params[name] + updates[name] for name in self._names], state
+
+
+class _SafeSqrt(TorchFunctionMode):
+    """Replaces the square roots inside an optimizer's update by `safe_sqrt`.
+
+    torchopt's own remedy, `eps_root > 0`, moves the iterates; this does not.
+    """
+
+    _ROOTS = (torch.sqrt, Tensor.sqrt, Tensor.sqrt_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._ROOTS and isinstance(args[0], Tensor):
+            return safe_sqrt(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def as_transformation(optimizer: Any) -> Transformation:
+    """Check that `optimizer` is a transformation.
+
+    Raises:
+        TypeError: if it is something else, saying what to pass.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "`Unrolled(optimizer=...)` takes a torchopt transformation; leave it out to branch from "
+            f"the running `{type(optimizer).__name__}` given as `lower_optimizer`"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchopt imports functorch
+        is_transformation = isinstance(optimizer, Transformation)
+    if not is_transformation:
+        raise TypeError(
+            "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)`, got "
+            f"{optimizer!r}"
+        )
+    return optimizer  # type: ignore[no-any-return]
