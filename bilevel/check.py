@@ -154,10 +154,8 @@ def solve_lower(oracles: Oracles, steps: int = 500) -> Tree:
 
     def closure() -> Tensor:
         evaluation, grads = oracles.lower_gradient(upper, leaves)
-        for leaf, g in zip(
-            leaves.values(), fill(list(grads.values()), list(leaves.values())), strict=True
-        ):
-            leaf.grad = g
+        for name, leaf in leaves.items():
+            leaf.grad = grads[name]
         return evaluation.loss.detach()
 
     with oracles.differentiated_twice("check_hypergradient"):

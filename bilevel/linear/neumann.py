@@ -13,8 +13,9 @@ from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive
 class Neumann(LinearSolver):
     r"""$w = \eta \sum_{k<K} (I - \eta A)^k b$, which tends to $A^{-1} b$.
 
-    It converges for a symmetric positive definite A if $0 < \eta < 2/\lambda_{\max}$. The same number as differentiating $K$ plain gradient steps of size $\eta$ taken at the solution
-    (truncated backpropagation). Converges for non-symmetric A too if $\|I - \eta A\| < 1$.
+    It converges for a symmetric positive definite A if $0 < \eta < 2/\lambda_{\max}$, and for any A
+    with $\|I - \eta A\| < 1$. The sum is what differentiating $K$ plain gradient steps of size
+    $\eta$ taken at the solution gives (truncated backpropagation).
 
     Args:
         num_steps: number of terms K, each one product with A.

@@ -169,9 +169,8 @@ class _Unroll:
             points, state = self._step(self.upper, points, state, t, create_graph=True)
 
         def vjp(cotangent: Tree) -> ResponseProduct:
-            product = vector_jacobian_product(
-                points, list(self.upper.values()), self.twin.pack(cotangent)
-            )
+            upper, target = list(self.upper.values()), self.twin.pack(cotangent)
+            product = vector_jacobian_product(points, upper, target)
             return self._product(product, len(steps))
 
         return Response(self.twin.unpack(points), vjp, self.residual)
