@@ -63,6 +63,10 @@ class Oracles:
         lower_batches: batches of the lower loss, in the order in which they are used.
         seed: seed of the random numbers drawn inside the losses.
 
+    Attributes:
+        shared: upper name -> lower name of the variables that belong to both levels. The lower
+            level decides their value; their upper gradient is the partial derivative of F.
+
     Raises:
         ValueError: if a level has no variables.
     """
@@ -77,12 +81,16 @@ class Oracles:
         slots = _slots(problem)
         self._upper = _Names(problem, "upper", slots)
         self._lower = _Names(problem, "lower", slots)
+        self.shared = self._upper.take_out(self._lower)
         self._buffers = _buffer_slots(problem)
         self._devices = [problem.device] if problem.device.type == "cuda" else []
 
     @property
     def upper(self) -> Tree:
-        """The current upper variables, detached leaves that share memory with the module's."""
+        """The current upper variables, detached leaves that share memory with the module's.
+
+        Without those that belong to the lower level too (`shared`): they are lower variables here.
+        """
         return self._upper.leaves()
 
     @property
@@ -90,25 +98,16 @@ class Oracles:
         """The current lower variables, likewise."""
         return self._lower.leaves()
 
-    @property
-    def shared(self) -> list[str]:
-        """Names of the upper variables that are lower variables too."""
-        lower = {id(p) for p in self._lower.parameters.values()}
-        return [name for name, p in self._upper.parameters.items() if id(p) in lower]
-
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
         """The loss of one level at (upper, lower).
-
-        A variable that belongs to both levels takes the value it has in the tree of `level`.
 
         Raises:
             TypeError: if the loss is neither a scalar nor a pair of a scalar and a dict.
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
-        trees = [(self._lower, lower), (self._upper, upper)]
         values: dict[str, Tensor] = {}
-        for names, tree in trees if level == "upper" else reversed(trees):
-            names.fill(values, tree)
+        self._upper.fill(values, upper)
+        self._lower.fill(values, lower)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         arguments = (level, batch)
         with _fixed_seed(self.seed + index, self._devices):
@@ -163,19 +162,14 @@ class Oracles:
         """The context in which a solver takes second derivatives of the lower loss.
 
         Raises:
-            ValueError: if the problem stops its lower gradient, shares variables between levels,
-                or holds a layer whose second derivative is wrong or missing in this torch.
+            ValueError: if the problem stops its lower gradient, or its lower level holds a layer
+                whose second derivative is wrong in this torch.
         """
         name = type(self.problem).__name__
         if self.problem.stops_lower_gradient is not None:
             raise ValueError(
                 f"`{solver}` needs the lower loss's true gradient, but in `{name}` "
                 f"{self.problem.stops_lower_gradient}; or use `Alternating()`"
-            )
-        if self.shared:
-            raise ValueError(
-                f"`{solver}` needs upper and lower variables to be disjoint, but in `{name}` both "
-                f"levels hold `{self.shared[0]}`; use `Alternating()`"
             )
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
@@ -199,6 +193,14 @@ class _Names:
                 f"variables; put them in `self.{self.level}` and leave `requires_grad` on"
             )
         object.__setattr__(self, "parameters", parameters)
+
+    def take_out(self, others: "_Names") -> dict[str, str]:
+        """Leave the variables that `others` holds too to it; their names here and there."""
+        there = {id(p): name for name, p in others.parameters.items()}
+        shared = {n: there[id(p)] for n, p in self.parameters.items() if id(p) in there}
+        for name in shared:
+            del self.parameters[name]
+        return shared
 
     def leaves(self) -> Tree:
         return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}

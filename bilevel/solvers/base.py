@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import fill
+from bilevel.autodiff import fill, gradients
 from bilevel.errors import HypergradientError, Result
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
@@ -162,22 +162,24 @@ class Solver(ABC):
         return answer
 
     def _assemble(self, oracles: Oracles, response: Response) -> Hypergradient:
-        upper = oracles.upper
-        lower = response.lower
-        if response.vjp is not None:
-            lower = {name: y.detach().requires_grad_() for name, y in lower.items()}
-        else:
-            lower = {name: y.detach() for name, y in lower.items()}
+        upper, shared = oracles.upper, oracles.shared
+        lower = {name: y.detach() for name, y in response.lower.items()}
+        for name in lower if response.vjp is not None else shared.values():
+            lower[name].requires_grad_()
         evaluation = oracles.evaluate("upper", upper, lower)
-        leaves = upper if response.vjp is None else {**_keyed(upper, 0), **_keyed(lower, 1)}
-        grads = oracles.gradient(evaluation.loss, leaves)
-        filled = fill(list(grads.values()), list(leaves.values()))
-        direct = dict(zip(upper, filled[: len(upper)], strict=True))
-        if response.vjp is None:
-            product, grad = ResponseProduct({}), direct
-        else:
-            product = response.vjp(dict(zip(lower, filled[len(upper) :], strict=True)))
-            grad = {name: direct[name] + product.product[name] for name in direct}
+        wanted = {name: y for name, y in lower.items() if y.requires_grad}
+        leaves = [*upper.values(), *wanted.values()]
+        grads = fill(gradients(evaluation.loss, leaves), leaves)
+        by_upper = dict(zip(upper, grads[: len(upper)], strict=True))
+        by_lower = dict(zip(wanted, grads[len(upper) :], strict=True))
+        direct = {
+            name: by_lower[shared[name]] if name in shared else by_upper[name]
+            for name in oracles.problem.variables("upper")
+        }
+        product, grad = ResponseProduct({}), direct
+        if response.vjp is not None:
+            product = response.vjp(by_lower)
+            grad = {name: g + product.product.get(name, 0) for name, g in direct.items()}
         return Hypergradient(
             value=evaluation.loss.detach(),
             grad=grad,
@@ -194,11 +196,6 @@ class Solver(ABC):
             logs=evaluation.logs,
             buffers=evaluation.buffers,
         )
-
-
-def _keyed(tree: Tree, level: int) -> Tree:
-    """The tree with names that cannot collide with the other level's."""
-    return {f"{level}.{name}": tensor for name, tensor in tree.items()}
 
 
 def _explain(solver: Solver, answer: Hypergradient) -> str:
