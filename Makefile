@@ -29,6 +29,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(OK)  ## make the environment
+	@:
 
 # The stamp is written last: an interrupted set-up is taken up again by the next call.
 $(OK): pyproject.toml constraints.txt
@@ -36,7 +37,7 @@ $(OK): pyproject.toml constraints.txt
 	    echo "bilevel needs Python 3.11 or newer as '$(PYTHON)'; name another one: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Setting up $(VENV) (once, some minutes)"
+	@echo "Setting up $(VENV); the first time takes some minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -59,13 +60,13 @@ types: $(OK)  ## mypy --strict
 	@$(BIN)/mypy
 
 unit: $(OK)  ## the tests; every example runs as one of them
-	@$(PYTEST) --numprocesses $(WORKERS)
+	@$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup
 
 doctest: $(OK)  ## the examples in docstrings
 	@$(PYTEST) --doctest-modules bilevel
 
 examples: $(OK)  ## only the examples and the documents' code, at small size
-	@$(PYTEST) --numprocesses $(WORKERS) tests/test_examples.py
+	@$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup tests/test_examples.py
 
 docs: $(OK)  ## build the site, every warning an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

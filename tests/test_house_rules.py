@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -13,8 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-import bilevel
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("bilevel", "methods")
@@ -139,13 +136,11 @@ def test_imports_are_absolute() -> None:
 
 
 def public_modules() -> Iterator[str]:
-    yield "bilevel"
-    # A checkout without links finds `tests` and the others beside `bilevel/`.
-    others = {*SCRIPTS, "bilevel", "docs", "tests"}
-    for found in pkgutil.walk_packages(bilevel.__path__, "bilevel."):
-        parts = found.name.split(".")
-        if parts[1] not in others and not any(part.startswith("_") for part in parts):
-            yield found.name
+    for path in python_files(*PACKAGES):
+        parts = path.with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if not any(part.startswith("_") for part in parts):
+            yield ".".join(parts if parts[0] == "bilevel" else ("bilevel", *parts))
 
 
 def public_members(module: ModuleType) -> Iterator[tuple[str, object]]:

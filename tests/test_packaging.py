@@ -15,6 +15,9 @@ import pytest
 
 from tests.test_house_rules import ROOT, project_files, python_files
 
+# One test process for all of them: they share the built archives.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 # Says where a fresh interpreter got the packages from, and that every public class knows its name.
 PROBE = """
 import sys, inspect
