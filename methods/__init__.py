@@ -3,3 +3,10 @@
 if __name__ != "bilevel.methods":
     # Under another name every class would exist twice: `isinstance` and pickles would disagree.
     raise ImportError(f"import `bilevel.methods`, not `{__name__}`")
+
+from bilevel.methods.bidvl import BiDVL
+from bilevel.methods.config import Training
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.fitting import History
+
+__all__ = ["EBLVM", "BiDVL", "History", "Training"]

@@ -1,0 +1,358 @@
+r"""BiDVL: bidirectional variational learning of a decoupled EBLVM, in its compact form.
+
+The model is $p(v, h) = p_\psi(v)\, q_1(h|v)$ with $p_\psi(v) \propto e^{-E(v)}$: the posterior *is*
+$q_1$. With the data density $q(v)$, a variational joint $p_2(v, h) = p(h)\,p_2(v|h)$ and
+$\omega$ the parameters of $q_1$ and $p_2$, the paper's levels are
+
+$$ \text{upper (10):}\quad \min_\psi\; KL(q\,q_1 \,\|\, p_\psi q_1) - KL(p_2 \,\|\, p_\psi q_1), \qquad
+   \text{lower (9):}\quad \min_\omega\; KL(p_\psi q_1 \,\|\, p_2) + KL(p_2 \,\|\, p_\psi q_1). $$
+
+As losses, with $\hat v = G(\hat h)$, $\hat h \sim p(h) = N(0, I)$, $h \sim q_1(h|v)$ and the importance
+ratio $r(v) = p_\psi(v) / q(v)$:
+
+| term | here | equation |
+| --- | --- | --- |
+| upper | $E_q[E(v)] - E_{p_2}[E(\hat v)]$ | (14) |
+| lower, energy | $E_{p_2}[E(\hat v)]$ | (11), second term |
+| lower, latent | $KL(p_2 \| q_1)$: $\hat h$ recovered from $\hat v$ | (11), third term |
+| lower, VAE | $E_q\, r(v)\,[\lVert G(h)-v\rVert^2 + KL(q_1(h|v) \| p(h))]$ | (11), first term |
+
+What becomes of the two latent terms in $\omega_1$ (one in each level, of opposite sign) is the variant:
+`offset` keeps neither (13, 14), `complete` keeps both, `without` has no latent term at all.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.func import functional_call
+from torch.nn.functional import relu
+
+from bilevel.methods.config import Training, one_of
+from bilevel.methods.eblvm import EBLVM, Statistics
+from bilevel.methods.networks import Energy, Generator, Posterior, scale_of
+from bilevel.problem import Loss
+from bilevel.solvers.base import Optimizers
+
+Variant = Literal["offset", "complete", "without"]
+RatioBias = Literal["none", "sigmoid"]
+UpperLoss = Literal["difference", "hinge"]
+
+
+class Batch(NamedTuple):
+    """Images and the noise of one step, the same in both levels and in every lower step."""
+
+    visible: Tensor
+    latent: Tensor  # h_hat ~ p(h), shape (n, d)
+    noise: Tensor  # reparameterises q1(h|v), shape (n, d)
+    cycle_noise: Tensor  # reparameterises q1(h|v_hat), shape (n, d)
+
+
+@final
+class BiDVL(EBLVM):
+    r"""A decoupled EBLVM and its learning problem.
+
+    The energy is the upper level, posterior and generator are the lower one.
+
+    Args:
+        energy: module v -> (n,), the marginal energy E.
+        posterior: module v -> (mean, log-variance), each (n, d): a diagonal Gaussian q1(h|v).
+        generator: module h -> v, shape (n, d) -> (n, *visible_shape).
+        latent_dim: dimension d of the latent.
+        variant: "offset", "complete" (latent terms of both levels, and the posterior trained in both) or
+            "without" (Table 6 of the paper).
+        ratio: r', the constant part of the importance ratio: 0.05 at 32 pixels, 0.1 at 64 (Sec. 5.4;
+            the official code has 1.0 at 64).
+        ratio_bias: "sigmoid" multiplies r' by sigmoid(mean E - E(v)), the bias term of Eq. 15 as the
+            text gives it; "none" drops it, as the formal experiments do.
+        latent_weight: weight of the latent reconstruction, 1/d by default.
+        upper: "difference" (Eq. 14), or "hinge", the official ResNet scripts' relu(1 + E(v)) +
+            relu(1 - E(v_hat)).
+        statistics: batch-norm statistics at evaluation; "batch" is what the paper's numbers use.
+        visible_shape: shape of one image, if known: checked before training.
+        visible_range: range of the pixels, (-1, 1) for generators that end in a tanh.
+
+    Raises:
+        ValueError: for an unknown option (naming the nearest) or a weight out of range.
+
+    Example:
+        >>> model = BiDVL.for_images((1, 8, 8), latent_dim=4, width=8)
+        >>> history = model.fit(torch.rand(200, 1, 8, 8) * 2 - 1, num_steps=2, batch_size=50)
+        >>> model.sample(3).shape, model.energy(torch.zeros(2, 1, 8, 8)).shape
+        (torch.Size([3, 1, 8, 8]), torch.Size([2]))
+
+    References:
+        Bi-level Doubly Variational Learning for Energy-based Latent Variable Models (Kan, Lü, Wang,
+        Zhang, Zhu, Huang, Ding, Chen, CVPR 2022), https://arxiv.org/abs/2203.14702
+        Differs from the paper in:
+        - the dropped best-response term can be kept: `fit(solver=Implicit(...))` or `Unrolled(...)`
+          (Algorithm 1, line 6, of which no public implementation exists);
+        - upper level first by default, as the official code; Algorithm 1 starts with the lower one
+          (`order="lower_first"`);
+        - `latent` is the official code's squared error of the posterior *mean* times 1/d, not the
+          Gaussian log-density of Eq. 11 (weight 1/2, variance term): the published coefficients;
+        - $p_2(v|h)$ has a fixed variance of 1/2 (squared error with weight one), so the entropy of
+          $p_2$ is a constant and left out;
+        - `complete` shares the posterior between the levels; each level has its own Adam state (the
+          official code shares one), and in the upper level the unbounded ascent of (12) is replaced
+          by the descent of $KL(q_1(h|\hat v) \| p(h)) / d$, as the official code does;
+        - the sigmoid bias is that of the text; the official code computes a clamped exponential and
+          never uses it.
+    """
+
+    training_defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        energy: nn.Module,
+        posterior: nn.Module,
+        generator: nn.Module,
+        *,
+        latent_dim: int,
+        variant: Variant = "offset",
+        ratio: float = 0.05,
+        ratio_bias: RatioBias = "none",
+        latent_weight: float | None = None,
+        upper: UpperLoss = "difference",
+        statistics: Statistics = "running",
+        visible_shape: tuple[int, ...] | None = None,
+        visible_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("variant", variant, ("offset", "complete", "without"))
+        one_of("ratio_bias", ratio_bias, ("none", "sigmoid"))
+        one_of("upper", upper, ("difference", "hinge"))
+        one_of("statistics", statistics, ("running", "batch"))
+        if latent_dim < 1 or ratio < 0:
+            raise ValueError(
+                f"`latent_dim` must be positive and `ratio` not negative, got {latent_dim} and {ratio}"
+            )
+        both = {"posterior": posterior} if variant == "complete" else {}
+        self.upper = nn.ModuleDict({"energy": energy, **both})
+        self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
+        self.latent_dim = latent_dim
+        self.variant = variant
+        self.ratio = ratio
+        self.ratio_bias = ratio_bias
+        self.latent_weight = 1 / latent_dim if latent_weight is None else latent_weight
+        self.upper_kind = upper
+        self.statistics = statistics
+        self.visible_shape = visible_shape
+        self.visible_range = visible_range
+        if variant == "offset":
+            self.stops_lower_gradient = (
+                "variant='offset' stops it at the posterior of generated samples (Eq. 13); use "
+                "variant='complete' or 'without'"
+            )
+
+    @classmethod
+    def for_images(
+        cls,
+        shape: tuple[int, int, int],
+        *,
+        latent_dim: int = 100,
+        width: float = 64,
+        **options: Any,
+    ) -> Self:
+        """The published convolutional networks, scaled to square images in [-1, 1].
+
+        Args:
+            shape: (channels, side, side).
+            latent_dim: dimension of the latent; 100 in the paper.
+            width: first channels of the energy; posterior and generator have 3/4 of it. 64 gives the
+                published networks.
+            **options: further arguments of `BiDVL`.
+
+        Returns:
+            The untrained model.
+
+        Raises:
+            ValueError: if the shape cannot be halved down to 4-8 pixels.
+        """
+        scale_of(shape)
+        narrow = max(1, round(width * 3 / 4))
+        model = cls(
+            Energy(shape, round(width)),
+            Posterior(shape, latent_dim, narrow),
+            Generator(shape, latent_dim, narrow),
+            latent_dim=latent_dim,
+            visible_shape=shape,
+            visible_range=(-1.0, 1.0),
+            **options,
+        )
+        model.recipe = {"shape": tuple(shape), "latent_dim": latent_dim, "width": width, **options}
+        return model
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        return cls.for_images(**recipe)
+
+    def network(self, name: Literal["energy", "posterior", "generator"]) -> nn.Module:
+        """One of the three networks."""
+        return (self.upper if name == "energy" else self.lower).get_submodule(name)
+
+    # ------------------------------------------------------------------ the learning problem
+
+    def draw(self, data: Any, generator: torch.Generator) -> Batch:
+        def normal() -> Tensor:
+            size = (len(data), self.latent_dim)
+            return torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
+
+        return Batch(data, latent=normal(), noise=normal(), cycle_noise=normal())
+
+    def upper_loss(self, batch: Batch) -> Loss:
+        """Eq. 14, or its hinge; `complete` adds the posterior's term."""
+        generated = self.generate(batch.latent)
+        real, fake = self.free_energy(batch.visible), self.free_energy(generated)
+        if self.upper_kind == "hinge":
+            loss = relu(1 + real).mean() + relu(1 - fake).mean()
+        else:
+            loss = real.mean() - fake.mean()
+        if self.variant == "complete":
+            # v_hat is a constant here: the term trains the posterior only
+            mean, log_variance = self.network("posterior")(generated.detach())
+            loss = loss + kl_to_prior(mean, log_variance).mean() / self.latent_dim
+        return loss, {"energy_data": real.mean(), "energy_samples": fake.mean()}
+
+    def lower_loss(self, batch: Batch) -> Loss:
+        """Eq. 13 (`offset`), Eq. 11 (`complete`), or Eq. 11 without its third term."""
+        mean, log_variance = self.network("posterior")(batch.visible)
+        h = mean + (log_variance / 2).exp() * batch.noise
+        reconstruction = (self.generate(h) - batch.visible).square().flatten(1).sum(dim=1)
+        vae = reconstruction + kl_to_prior(mean, log_variance)
+        weighted_vae = (self.importance_ratio(batch.visible) * vae).mean()
+
+        generated = self.generate(batch.latent)
+        energy = self.free_energy(generated).mean()
+        latent = self.latent_reconstruction(generated, batch).mean()
+        loss = energy + self.latent_weight * latent + weighted_vae
+        return loss, {"reconstruction": reconstruction.mean(), "latent_reconstruction": latent}
+
+    def importance_ratio(self, v: Tensor) -> Tensor:
+        """r(v) = r' bias(v) of Eq. 15, shape (n,) or a constant."""
+        if self.ratio_bias == "none":
+            return torch.as_tensor(self.ratio, dtype=v.dtype, device=v.device)
+        energy = self.free_energy(v)
+        return self.ratio * torch.sigmoid(energy.mean() - energy)
+
+    def latent_reconstruction(self, generated: Tensor, batch: Batch) -> Tensor:
+        r"""What is left of $-\log q_1(\hat h|\hat v)$: $\lVert h(\hat v) - \hat h \rVert^2$, (n,)."""
+        if self.variant == "without":
+            return batch.latent.new_zeros(len(generated))
+        posterior = self.network("posterior")
+        if self.variant == "offset":
+            # gradients reach the generator through v_hat, never the posterior's weights
+            frozen = {name: p.detach() for name, p in posterior.named_parameters()}
+            recovered, _ = functional_call(posterior, frozen, (generated,))
+        else:
+            mean, log_variance = posterior(generated)
+            recovered = mean + (log_variance / 2).exp() * batch.cycle_noise
+        difference: Tensor = recovered - batch.latent
+        return difference.square().sum(dim=1)
+
+    def generate(self, h: Tensor) -> Tensor:
+        """G(h), differentiable, in the mode the module is in."""
+        images: Tensor = self.network("generator")(h)
+        return images
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """E(v), differentiable, shape (n,)."""
+        energies: Tensor = self.network("energy")(v)
+        return energies.flatten()
+
+    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
+        """Adam for both levels; weight decay in the lower one only (the official settings)."""
+        groups: list[dict[str, Any]] = [{"params": _trainable(self.network("energy"))}]
+        if self.variant == "complete":  # Algorithm 1: omega1 moves at the lower rate in both levels
+            groups.append(
+                {
+                    "params": _trainable(self.network("posterior")),
+                    "lr": training.lower_lr,
+                    "weight_decay": training.lower_weight_decay,
+                }
+            )
+        upper = torch.optim.Adam(groups, lr=training.upper_lr, betas=training.betas)
+        lower = torch.optim.Adam(
+            _trainable(self.lower),
+            lr=training.lower_lr,
+            betas=training.betas,
+            weight_decay=training.lower_weight_decay,
+        )
+        return upper, lower
+
+    # ------------------------------------------------------------------ the trained model
+
+    def energy(self, v: Tensor) -> Tensor:
+        """The marginal energy E(v), shape (n,); its negative scores how typical v is.
+
+        Batch norm, if the energy has any, always uses running statistics.
+        """
+        with self.evaluating("running"):
+            return _chunked(self.free_energy, self.check(v))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """N visibles G(h), h ~ N(0, I); in one pass, no Markov chain."""
+        if n < 1:
+            raise ValueError(f"`n` must be positive, got {n}")
+        p = next(self.network("generator").parameters())
+        h = torch.randn(n, self.latent_dim, generator=generator, dtype=p.dtype, device=p.device)
+        with self.evaluating():
+            return _chunked(self.generate, h)
+
+    def posterior(self, v: Tensor) -> Distribution:
+        """q1(h|v), the model's own posterior: a diagonal Gaussian over (n, d)."""
+        with self.evaluating():
+            mean = _chunked(lambda part: self.network("posterior")(part)[0], self.check(v))
+            log_variance = _chunked(lambda part: self.network("posterior")(part)[1], self.check(v))
+        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """G(mean of q1(h|v)), same shape as v."""
+        with self.evaluating():
+            return _chunked(
+                lambda part: self.generate(self.network("posterior")(part)[0]), self.check(v)
+            )
+
+    def probe(self, v: Tensor) -> None:
+        h = v.new_zeros(len(v), self.latent_dim)
+        with self.evaluating("running"):
+            generated = _try("generator", self.network("generator"), h)
+            if generated.shape != v.shape:
+                raise ValueError(
+                    f"the generator maps {self.latent_dim} latents to visibles of shape "
+                    f"{tuple(generated.shape[1:])}, but the data have {tuple(v.shape[1:])}"
+                )
+            energy = _try("energy", self.network("energy"), v)
+            if not isinstance(energy, Tensor) or energy.numel() != len(v):
+                raise ValueError("the energy must give one number per visible, shape (n,)")
+            out = _try("posterior", self.network("posterior"), v)
+            if not isinstance(out, tuple) or any(part.shape != h.shape for part in out):
+                raise ValueError(
+                    "the posterior must give a mean and a log-variance, each of shape "
+                    f"(n, {self.latent_dim})"
+                )
+
+
+def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
+    r"""$KL(N(\mu, \sigma^2) \| N(0, I))$ per sample, summed over the latent: shape (n,)."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:
+    """`function` on bounded pieces: evaluation must not need more memory than training."""
+    return torch.cat([function(part) for part in v.split(size)])
+
+
+def _try(name: str, module: nn.Module, v: Tensor) -> Any:
+    try:
+        return module(v)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the {name} cannot take a tensor of shape {tuple(v.shape)}: {error}"
+        ) from None

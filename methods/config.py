@@ -1,0 +1,85 @@
+"""Settings of a training run: plain values, the same in Python, JSON and on the command line."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Training(BaseModel):
+    """How a model is trained; everything `fit` accepts by keyword.
+
+    Steps are upper-level steps. The defaults are BiDVL's for 32 pixel images (Kan et al., 2022,
+    official code).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_steps: int = Field(3000, gt=0, description="upper-level steps")
+    batch_size: int = Field(100, gt=1, description="images per batch")
+    lower_steps: int = Field(1, ge=0, description="lower-level steps per upper-level step")
+    order: Literal["upper_first", "lower_first"] = Field(
+        "upper_first", description="which level moves first"
+    )
+    upper_lr: float = Field(1e-4, gt=0, description="learning rate of the upper level (energy)")
+    lower_lr: float = Field(3e-4, gt=0, description="learning rate of the lower level")
+    betas: tuple[float, float] = Field((0.0, 0.9), description="Adam's two decay rates")
+    lower_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the lower level")
+    decay: float = Field(0.998, gt=0, le=1, description="learning-rate factor per epoch")
+    clip_upper: float | None = Field(None, gt=0, description="largest norm of the hypergradient")
+    clip_lower: float | None = Field(None, gt=0, description="largest norm of the lower gradient")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    max_seconds: float | None = Field(None, gt=0, description="stop after this much training time")
+    log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
+    checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
+
+
+def validated(kind: type[Training], values: dict[str, Any]) -> Training:
+    """`kind(**values)` with errors a person can act on.
+
+    Raises:
+        ValueError: naming each bad setting, what was got, and the nearest valid name if unknown.
+
+    Example:
+        >>> validated(Training, {"num_step": 5})
+        Traceback (most recent call last):
+            ...
+        ValueError: there is no setting `num_step`; did you mean `num_steps`?
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_sentence(kind, e) for e in error.errors())) from None
+
+
+def _sentence(kind: type[BaseModel], error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting `{name}`; {nearest(name, kind.model_fields)}"
+    return f"`{name}`: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A hint at the valid name closest to `name`, or at all of them.
+
+    Example:
+        >>> nearest("ofset", ["offset", "complete", "without"])
+        'did you mean `offset`?'
+    """
+    options = list(options)
+    close = difflib.get_close_matches(name, options, n=1)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return "choose one of " + ", ".join(f"`{option}`" for option in options)
+
+
+def one_of(setting: str, value: str, options: Iterable[str]) -> None:
+    """Refuse a value that is not among the options.
+
+    Raises:
+        ValueError: with the nearest valid value.
+    """
+    options = list(options)
+    if value not in options:
+        raise ValueError(f"`{setting}` cannot be {value!r}; {nearest(str(value), options)}")

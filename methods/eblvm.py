@@ -1,0 +1,227 @@
+"""`EBLVM`: what every energy-based latent-variable model can do, whatever trains it."""
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from bilevel import Problem, Solver, Step
+from bilevel.methods.config import Training, one_of, validated
+from bilevel.methods.fitting import History, fit
+from bilevel.solvers.base import Optimizers
+
+Statistics = Literal["running", "batch"]
+
+
+class EBLVM(Problem):
+    """An energy-based latent-variable model that is its own bilevel learning problem.
+
+    Attributes:
+        visible_shape: shape of one visible, `None` if any will do.
+        visible_range: smallest and largest value of a visible, `None` if unbounded.
+        recipe: arguments of the constructor that built the networks; `None` for a model made of the
+            caller's own modules, which `load` then needs again.
+        statistics: batch-norm statistics at evaluation: "running" averages (each output depends on
+            its own input only), or those of the "batch" at hand, as the BiDVL paper evaluates.
+    """
+
+    training_defaults: ClassVar[dict[str, Any]] = {}
+    visible_shape: tuple[int, ...] | None = None
+    visible_range: tuple[float, float] | None = None
+    recipe: dict[str, Any] | None = None
+    statistics: Statistics = "running"
+
+    @abstractmethod
+    def energy(self, v: Tensor) -> Tensor:
+        """Free energy of visibles up to a constant, shape (n,); low where the model has mass."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n visibles from the model."""
+
+    @abstractmethod
+    def posterior(self, v: Tensor) -> Distribution:
+        """The (variational) posterior over the latent of visibles."""
+
+    @abstractmethod
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """Visibles from the posterior mean of visibles, same shape."""
+
+    @abstractmethod
+    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
+        """The upper and the lower optimizer this method uses by default."""
+
+    @classmethod
+    @abstractmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        """Build the model a recipe describes."""
+
+    @abstractmethod
+    def probe(self, v: Tensor) -> None:
+        """Run two visibles through all networks.
+
+        Raises:
+            ValueError: if shapes do not fit, naming the network.
+        """
+
+    @final
+    def fit(
+        self,
+        data: Tensor,
+        *,
+        solver: Solver | None = None,
+        callbacks: Iterable[Callable[[Step], object]] = (),
+        run: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        optimizers: tuple[Optimizers, Optimizers] | None = None,
+        **settings: Any,
+    ) -> History:
+        """Train the model in place.
+
+        Args:
+            data: visibles, shape (n, *visible_shape), floating point, within `visible_range`.
+            solver: how the hypergradient is computed; `Alternating()` by default.
+            callbacks: called with every `Step`; one that returns `True` ends the training.
+            run: folder to write config, metrics and checkpoints to; nothing is written without.
+            resume: continue the run in that folder from its newest checkpoint, to the bit.
+            overwrite: replace the run in that folder.
+            optimizers: the upper and lower optimizer(s), if not the method's own.
+            **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
+
+        Returns:
+            The history: one record per `log_every` steps.
+
+        Raises:
+            ValueError: for bad data or settings, before the first step.
+            FileExistsError: if `run` already holds a run.
+            DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
+        """
+        training = validated(Training, {**self.training_defaults, **settings})
+        return fit(
+            self,
+            self.check(data),
+            training,
+            solver=solver,
+            callbacks=callbacks,
+            run=run,
+            resume=resume,
+            overwrite=overwrite,
+            optimizers=optimizers,
+        )
+
+    @final
+    def check(self, v: Tensor) -> Tensor:
+        """Refuse visibles this model cannot take; return them in the model's dtype and device.
+
+        Raises:
+            TypeError: if they are not a tensor, or integers.
+            ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
+        """
+        if not isinstance(v, Tensor):
+            raise TypeError(
+                f"visibles must be a tensor, got {type(v).__name__}; use `torch.as_tensor`"
+            )
+        if not v.is_floating_point():
+            raise TypeError(
+                f"visibles must be floating point, got {v.dtype}; scale integer images first, for "
+                "bytes to [-1, 1] by `images / 127.5 - 1`"
+            )
+        if v.ndim == 0 or len(v) == 0:
+            raise ValueError("there are no visibles: the first dimension is 0")
+        if self.visible_shape is not None and tuple(v.shape[1:]) != self.visible_shape:
+            raise ValueError(
+                f"this model takes visibles of shape (n, {_join(self.visible_shape)}), "
+                f"got {tuple(v.shape)}"
+            )
+        bad = (~v.isfinite().flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise ValueError(f"{len(bad)} of {len(v)} visibles hold NaN or infinity (index {rows})")
+        if self.visible_range is not None:
+            low, high = self.visible_range
+            least, most = float(v.min()), float(v.max())
+            if least < low - 1e-6 or most > high + 1e-6:
+                raise ValueError(
+                    f"this model takes visibles in [{low:g}, {high:g}], got values from {least:g} to "
+                    f"{most:g}; rescale them"
+                )
+        parameter = next(self.parameters())
+        return v.to(device=parameter.device, dtype=parameter.dtype)
+
+    @final
+    @contextmanager
+    def evaluating(self, statistics: Statistics | None = None) -> Iterator[None]:
+        """No gradients, dropout off, batch norm by `statistics`; buffers and modes stay as they are."""
+        statistics = statistics if statistics is not None else self.statistics
+        one_of("statistics", statistics, ("running", "batch"))
+        modes = [(module, module.training) for module in self.modules()]
+        buffers = [(b, b.clone()) for b in self.buffers()] if statistics == "batch" else []
+        for module, _ in modes:
+            module.training = statistics == "batch" and isinstance(module, _BATCH_NORMS)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    @final
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.json` (what the model is) and `weights.safetensors` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {"method": type(self).__name__, "recipe": self.recipe}
+        temporary = folder / "weights.tmp"
+        save_model(self, str(temporary))
+        os.replace(temporary, folder / "weights.safetensors")
+        (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+
+    @final
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], **modules: Any) -> Self:
+        """Read a model that `save` wrote.
+
+        Args:
+            folder: where it was saved.
+            **modules: constructor arguments, needed if the model was made of your own modules.
+
+        Raises:
+            FileNotFoundError: if there is no model.
+            ValueError: if it is another method's, or its modules are needed.
+        """
+        path = Path(folder) / "model.json"
+        if not path.exists():
+            raise FileNotFoundError(f"there is no saved model in `{folder}` (no `model.json`)")
+        description = json.loads(path.read_text())
+        if description["method"] != cls.__name__:
+            name = description["method"]
+            raise ValueError(f"`{folder}` holds a `{name}`; load it with `{name}.load`")
+        if modules:
+            model = cls(**modules)
+        elif description["recipe"] is not None:
+            model = cls.from_recipe(description["recipe"])
+        else:
+            raise ValueError(
+                f"the model in `{folder}` was made of your own modules; pass them again: "
+                f"`{cls.__name__}.load(folder, energy=..., ...)`"
+            )
+        load_model(model, str(Path(folder) / "weights.safetensors"))
+        return model
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _join(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))

@@ -1,0 +1,164 @@
+"""`fit`: train a model with `bilevel.train`, keep its history and its run folder."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from bilevel import Alternating, Batches, CheckpointError, DivergenceError, Solver, Step, train
+from bilevel.methods.config import Training
+from bilevel.methods.run import Run
+from bilevel.solvers.base import Optimizers
+
+if TYPE_CHECKING:
+    from bilevel.methods.eblvm import EBLVM
+
+
+@dataclass(frozen=True)
+class History:
+    """What training recorded.
+
+    Attributes:
+        records: one dict of plain numbers per `log_every` steps.
+        steps: upper steps taken in all.
+        seconds: training time of this call.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def steps_per_second(self) -> float:
+        """Speed of this call, evaluation and callbacks excluded."""
+        return self.steps / self.seconds if self.seconds else float("nan")
+
+
+def fit(
+    model: "EBLVM",
+    data: Tensor,
+    training: Training,
+    *,
+    solver: Solver | None,
+    callbacks: Iterable[Callable[[Step], object]],
+    run: str | os.PathLike[str] | None,
+    resume: bool,
+    overwrite: bool,
+    optimizers: tuple[Optimizers, Optimizers] | None,
+) -> History:
+    """Train `model` on checked data; see `EBLVM.fit`."""
+    solver = Alternating() if solver is None else solver
+    if len(data) < training.batch_size:
+        raise ValueError(
+            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
+        )
+    if resume and run is None:
+        raise ValueError("`resume=True` needs the folder of the run: `run=...`")
+    folder = Run(run) if run is not None else None
+    if folder is not None:
+        folder.claim(resume=resume, overwrite=overwrite)
+    model.probe(data[:2])
+    upper, lower = optimizers if optimizers is not None else model.optimizers(training)
+    batches = Batches(data, training.batch_size, seed=training.seed)
+    per_epoch = len(data) // training.batch_size
+    model.train()
+    steps = train(
+        model,
+        batches,
+        upper_optimizer=upper,
+        lower_optimizer=lower,
+        num_steps=training.num_steps,
+        solver=solver,
+        lower_steps=training.lower_steps,
+        order=training.order,
+        upper_scheduler=_per_epoch(upper, training.decay, per_epoch),
+        lower_scheduler=_per_epoch(lower, training.decay, per_epoch),
+        clip_upper=training.clip_upper,
+        clip_lower=training.clip_lower,
+        seed=training.seed,
+        resume=folder.checkpoint_path if folder is not None and resume else None,
+        throw=False,
+    )
+    if folder is not None and not resume:
+        folder.begin(describe(model, training, solver, data))
+    return _follow(model, steps, training, list(callbacks), folder, resume)
+
+
+def describe(model: "EBLVM", training: Training, solver: Solver, data: Tensor) -> dict[str, Any]:
+    """A run's configuration as plain values."""
+    return {
+        "method": type(model).__name__,
+        "model": model.recipe,
+        "training": training.model_dump(mode="json"),
+        "solver": repr(solver),
+        "data": {"shape": list(data.shape)},
+    }
+
+
+def _follow(
+    model: "EBLVM",
+    steps: Iterable[Step],
+    training: Training,
+    callbacks: list[Callable[[Step], object]],
+    folder: Run | None,
+    resume: bool,
+) -> History:
+    records: list[dict[str, Any]] = folder.metrics() if folder is not None and resume else []
+    first, step = None, None
+    try:
+        for step in steps:
+            if first is None:
+                first = step.number - 1
+                if folder is not None and resume:
+                    folder.rewind(first)
+                    records = folder.metrics()
+            ended = step.number == training.num_steps or (
+                training.max_seconds is not None and step.seconds >= training.max_seconds
+            )
+            stops = [callback(step) is True for callback in callbacks]  # call every one
+            ended |= any(stops)
+            if ended or step.number % training.log_every == 0:
+                records.append(record(step))
+                if folder is not None:
+                    folder.append(records[-1])
+            if folder is not None and (ended or step.number % training.checkpoint_every == 0):
+                with contextlib.suppress(CheckpointError):  # not finite: `train` says so shortly
+                    step.state.save(folder.checkpoint_path)
+            if ended:
+                break
+    except DivergenceError as error:
+        if folder is not None and folder.checkpoint_path.exists():
+            error.add_note(f"The last good checkpoint is `{folder.checkpoint_path}`")
+        raise
+    model.eval()
+    if folder is not None:
+        model.save(folder.model_path)
+    if step is None or first is None:  # a finished run was resumed
+        return History(records)
+    return History(records, step.number - first, step.seconds)
+
+
+def record(step: Step) -> dict[str, Any]:
+    """A step as plain numbers (waits for the device)."""
+    stats = step.hypergradient.stats
+    lower = step.lower_loss
+    return {
+        "step": step.number,
+        "seconds": round(step.seconds, 4),
+        "upper_loss": float(step.upper_loss),
+        "lower_loss": None if lower is None else float(lower),
+        **{name: float(value) for name, value in step.logs.items()},
+        "direct_norm": float(stats.direct_norm),
+        "response_norm": float(stats.response_norm),
+    }
+
+
+def _per_epoch(optimizers: Optimizers, decay: float, steps: int) -> list[LambdaLR]:
+    """The learning rate of epoch e is lr0 * decay^e, set at the start of the epoch."""
+    group = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
+    return [LambdaLR(optimizer, lambda step: decay ** (step // steps)) for optimizer in group]
