@@ -154,6 +154,7 @@ class BiDVL(EBLVM):
         *,
         latent_dim: int = 100,
         width: float = 64,
+        seed: int = 0,
         **options: Any,
     ) -> Self:
         """The published convolutional networks, scaled to square images in [-1, 1].
@@ -163,6 +164,7 @@ class BiDVL(EBLVM):
             latent_dim: dimension of the latent; 100 in the paper.
             width: first channels of the energy; posterior and generator have 3/4 of it. 64 gives the
                 published networks.
+            seed: seed of the initial weights; torch's global generator is left as it was.
             **options: further arguments of `BiDVL`.
 
         Returns:
@@ -173,21 +175,27 @@ class BiDVL(EBLVM):
         """
         scale_of(shape)
         narrow = max(1, round(width * 3 / 4))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            energy = Energy(shape, round(width))
+            posterior = Posterior(shape, latent_dim, narrow)
+            generator = Generator(shape, latent_dim, narrow)
         model = cls(
-            Energy(shape, round(width)),
-            Posterior(shape, latent_dim, narrow),
-            Generator(shape, latent_dim, narrow),
+            energy,
+            posterior,
+            generator,
             latent_dim=latent_dim,
             visible_shape=shape,
             visible_range=(-1.0, 1.0),
             **options,
         )
-        model.recipe = {"shape": tuple(shape), "latent_dim": latent_dim, "width": width, **options}
+        sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "seed": seed}
+        model.recipe = {**sizes, **options}
         return model
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        return cls.for_images(**recipe)
+        return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
 
     def network(self, name: Literal["energy", "posterior", "generator"]) -> nn.Module:
         """One of the three networks."""
