@@ -5,8 +5,9 @@ if __name__ != "bilevel.methods":
     raise ImportError(f"import `bilevel.methods`, not `{__name__}`")
 
 from bilevel.methods.bidvl import BiDVL
+from bilevel.methods.bidvl_general import GeneralBiDVL
 from bilevel.methods.config import Training
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.fitting import History
 
-__all__ = ["EBLVM", "BiDVL", "History", "Training"]
+__all__ = ["EBLVM", "BiDVL", "GeneralBiDVL", "History", "Training"]
