@@ -83,6 +83,7 @@ class EBLVM(Problem):
         resume: bool = False,
         overwrite: bool = False,
         optimizers: tuple[Optimizers, Optimizers] | None = None,
+        notes: dict[str, Any] | None = None,
         **settings: Any,
     ) -> History:
         """Train the model in place.
@@ -95,6 +96,7 @@ class EBLVM(Problem):
             resume: continue the run in that folder from its newest checkpoint, to the bit.
             overwrite: replace the run in that folder.
             optimizers: the upper and lower optimizer(s), if not the method's own.
+            notes: plain values to keep in the run's `config.json`, such as where the data came from.
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
@@ -116,6 +118,7 @@ class EBLVM(Problem):
             resume=resume,
             overwrite=overwrite,
             optimizers=optimizers,
+            notes=notes,
         )
 
     @final

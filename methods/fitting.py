@@ -50,6 +50,7 @@ def fit(
     resume: bool,
     overwrite: bool,
     optimizers: tuple[Optimizers, Optimizers] | None,
+    notes: dict[str, Any] | None = None,
 ) -> History:
     """Train `model` on checked data; see `EBLVM.fit`."""
     solver = Alternating() if solver is None else solver
@@ -85,7 +86,7 @@ def fit(
         throw=False,
     )
     if folder is not None and not resume:
-        folder.begin(describe(model, training, solver, data))
+        folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
     return _follow(model, steps, training, list(callbacks), folder, resume)
 
 
