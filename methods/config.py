@@ -26,7 +26,12 @@ class Training(BaseModel):
     lower_lr: float = Field(3e-4, gt=0, description="learning rate of the lower level")
     betas: tuple[float, float] = Field((0.0, 0.9), description="Adam's two decay rates")
     lower_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the lower level")
-    decay: float = Field(0.998, gt=0, le=1, description="learning-rate factor per epoch")
+    schedule: Literal["exponential", "cosine"] = Field(
+        "exponential", description="learning rates: a factor per epoch, or half a cosine down to 0"
+    )
+    decay: float = Field(
+        0.998, gt=0, le=1, description="learning-rate factor per epoch of the exponential schedule"
+    )
     clip_upper: float | None = Field(None, gt=0, description="largest norm of the hypergradient")
     clip_lower: float | None = Field(None, gt=0, description="largest norm of the lower gradient")
     seed: int = Field(0, ge=0, description="seed of everything random")

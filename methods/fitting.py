@@ -1,6 +1,7 @@
 """`fit`: train a model with `bilevel.train`, keep its history and its run folder."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -77,8 +78,8 @@ def fit(
         solver=solver,
         lower_steps=training.lower_steps,
         order=training.order,
-        upper_scheduler=_per_epoch(upper, training.decay, per_epoch),
-        lower_scheduler=_per_epoch(lower, training.decay, per_epoch),
+        upper_scheduler=_schedulers(upper, training, per_epoch),
+        lower_scheduler=_schedulers(lower, training, per_epoch),
         clip_upper=training.clip_upper,
         clip_lower=training.clip_lower,
         seed=training.seed,
@@ -159,7 +160,19 @@ def record(step: Step) -> dict[str, Any]:
     }
 
 
-def _per_epoch(optimizers: Optimizers, decay: float, steps: int) -> list[LambdaLR]:
-    """The learning rate of epoch e is lr0 * decay^e, set at the start of the epoch."""
+def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> list[LambdaLR]:
+    """The learning rate of upper step t, as a factor of the initial one.
+
+    "exponential": decay^e in epoch e, set at the start of the epoch (the official code).
+    "cosine": (1 + cos(pi t / T)) / 2.
+    """
+
+    def exponential(step: int) -> float:
+        return training.decay ** (step // per_epoch)
+
+    def cosine(step: int) -> float:
+        return (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2
+
+    factor = exponential if training.schedule == "exponential" else cosine
     group = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
-    return [LambdaLR(optimizer, lambda step: decay ** (step // steps)) for optimizer in group]
+    return [LambdaLR(optimizer, factor) for optimizer in group]
