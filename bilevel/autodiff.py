@@ -25,7 +25,7 @@ def vector_jacobian_product(
     Outputs without a graph are constants; inputs that no output depends on get zeros.
     """
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs:
+    if not pairs or not inputs:
         return [torch.zeros_like(i) for i in inputs]
     grads = torch.autograd.grad(
         [o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, retain_graph=True

@@ -121,7 +121,10 @@ class Repeated:
             batch = next(self._epoch)
         except StopIteration:
             if self._drawn == 0:
-                raise ValueError("the data are empty: an epoch gave no batch") from None
+                raise ValueError(
+                    "the data are empty: an epoch gave no batch (an iterator can be read once only; "
+                    "give the iterable it came from)"
+                ) from None
             self._begin()
             self._drawn = 0
             return next(self)
@@ -129,33 +132,53 @@ class Repeated:
         return batch
 
     def _begin(self) -> None:
-        generator = getattr(self._iterable, "generator", None)
+        generator = self._generator()
         self._start = generator.get_state() if generator is not None else None
         self._epoch = iter(self._iterable)
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches drawn in this epoch and the loader's generator at its start.
+        """Batches drawn in this epoch and the loader's generator, at its start and now.
 
         Raises:
             CheckpointError: if the iterable shuffles from the global generator.
         """
         sampler = type(getattr(self._iterable, "sampler", None)).__name__
-        if sampler == "RandomSampler" and getattr(self._iterable, "generator", None) is None:
+        if sampler == "RandomSampler" and self._generator() is None:
             raise CheckpointError(
                 "this `DataLoader` shuffles from torch's global generator, so the run could not be "
                 "resumed; give it `generator=torch.Generator().manual_seed(...)`"
             )
-        return {"drawn": self._drawn, "start": self._start}
+        now = generator.get_state() if (generator := self._generator()) is not None else None
+        return {
+            "drawn": self._drawn,
+            "start": now if self._epoch is None else self._start,
+            "now": now,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the saved epoch again and skip the batches that were drawn."""
-        generator = getattr(self._iterable, "generator", None)
+        """Start the saved epoch again and skip the batches that were drawn.
+
+        Raises:
+            CheckpointError: if an epoch has fewer batches now than were drawn then.
+        """
+        generator = self._generator()
         if state["start"] is not None and generator is not None:
             generator.set_state(state["start"].cpu())
         self._epoch = None
         self._drawn = 0
         for _ in range(state["drawn"]):
             next(self)
+        if self._drawn != state["drawn"]:
+            raise CheckpointError(
+                f"the checkpoint was written {state['drawn']} batches into an epoch, which has fewer "
+                "now; resume with the same data"
+            )
+        if state["now"] is not None and generator is not None:
+            generator.set_state(state["now"].cpu())  # two streams may share one generator
+
+    def _generator(self) -> torch.Generator | None:
+        generator = getattr(self._iterable, "generator", None)
+        return generator if isinstance(generator, torch.Generator) else None
 
 
 class Nothing:

@@ -83,6 +83,7 @@ class Oracles:
         self._lower = _Names(problem, "lower", slots)
         self.shared = self._upper.take_out(self._lower)
         self._buffers = _buffer_slots(problem)
+        self._recurrent = [m for m in problem.modules() if isinstance(m, nn.RNNBase)]
         self._devices = [problem.device] if problem.device.type == "cuda" else []
 
     @property
@@ -108,12 +109,13 @@ class Oracles:
         values: dict[str, Tensor] = {}
         self._upper.fill(values, upper)
         self._lower.fill(values, lower)
-        buffers = {name: b.clone() for name, b in self._buffers.items()}
-        arguments = (level, batch)
-        with _fixed_seed(self.seed + index, self._devices):
-            out = functional_call(self.problem, {**values, **buffers}, arguments, tie_weights=False)
+        copies = {id(b): b.clone() for b in self._buffers.values()}  # tied buffers stay tied
+        values.update({name: copies[id(b)] for name, b in self._buffers.items()})
+        with _fixed_seed(self.seed + index, self._devices), _flat_weights_kept(self._recurrent):
+            out = functional_call(self.problem, values, (level, batch), tie_weights=False)
         loss, logs = _scalar(out, level, self.problem)
-        return Evaluation(loss, logs, buffers)
+        # `functional_call` wrote back what the forward pass assigned (`self.average = ...`)
+        return Evaluation(loss, logs, {name: values[name].detach() for name in self._buffers})
 
     def gradient(
         self, loss: Tensor, variables: Tree, *, create_graph: bool = False
@@ -226,6 +228,17 @@ def _buffer_slots(problem: nn.Module) -> Tree:
         for path, module in problem.named_modules()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     }
+
+
+@contextlib.contextmanager
+def _flat_weights_kept(modules: list[nn.RNNBase]) -> Iterator[None]:
+    """Recurrent layers cache the tensors of their last call, and with them a whole graph."""
+    before = [list(module._flat_weights) for module in modules]
+    try:
+        yield
+    finally:
+        for module, weights in zip(modules, before, strict=True):
+            module._flat_weights = weights
 
 
 @contextlib.contextmanager

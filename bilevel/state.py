@@ -1,11 +1,16 @@
 """`State`: everything a run needs to go on as if it had never stopped."""
 
 import contextlib
+import copy
 import os
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import optree
 import torch
 
 from bilevel.batches import Source
@@ -60,11 +65,11 @@ class State:
             "configuration": self.configuration,
             "step": self.step,
             "problem": self.problem.state_dict(),
-            "optimizers": _each(self.optimizers),
-            "schedulers": _each(self.schedulers),
-            "sources": {name: source.state_dict() for name, source in self.sources.items()},
+            "optimizers": _plain(_each(self.optimizers), "optimizers"),
+            "schedulers": _plain(_each(self.schedulers), "schedulers"),
+            "sources": _plain({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
             "generator": self.generator.get_state(),
-            "solver": self.solver_state,
+            "solver": _plain(self.solver_state, "solver"),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -74,6 +79,16 @@ class State:
             CheckpointError: if it belongs to another configuration; nothing is changed then.
         """
         self._refuse_other_configuration(state["configuration"])
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._load(state)
+        except Exception as error:  # whatever does not fit, the run must not be left half loaded
+            self._load(before)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.problem.load_state_dict(state["problem"])
         for name, group in self.optimizers.items():
             for optimizer, saved in zip(group, state["optimizers"][name], strict=True):
@@ -84,21 +99,20 @@ class State:
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
         self.generator.set_state(state["generator"].cpu())
-        self.solver_state = state["solver"]
+        self.solver_state = _on(self.problem.device, state["solver"])
         self.step = state["step"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint atomically: after a crash the old file or the new one is there, whole.
 
         Raises:
-            CheckpointError: if a variable or buffer is not finite; an existing file is kept.
+            CheckpointError: if a variable is not finite, a buffer holds NaN or the state holds
+                something that could not be loaded again; an existing file is kept.
         """
-        for name, tensor in self.problem.state_dict().items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f"`{name}` holds NaN or infinite numbers after step {self.step}; "
-                    "the checkpoint was not written and the previous one was kept"
-                )
+        for name, p in self.problem.named_parameters():
+            self._refuse_bad(name, p.isfinite().all())
+        for name, b in self.problem.named_buffers():  # infinite ones are legitimate masks
+            self._refuse_bad(name, ~b.isnan().any())
         write_atomically(self.state_dict(), path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +121,14 @@ class State:
         Raises:
             CheckpointError: if the file is missing, truncated, or of another configuration.
         """
-        self.load_state_dict(read_checkpoint(path, map_location=self.problem.device))
+        self.load_state_dict(read_checkpoint(path, map_location="cpu"))
+
+    def _refuse_bad(self, name: str, good: torch.Tensor) -> None:
+        if not bool(good):
+            raise CheckpointError(
+                f"`{name}` holds NaN or infinite numbers after step {self.step}; "
+                "the checkpoint was not written and the previous one was kept"
+            )
 
     def _refuse_other_configuration(self, saved: dict[str, str]) -> None:
         mine = self.configuration
@@ -125,10 +146,44 @@ def _each(groups: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]
     return {name: [member.state_dict() for member in group] for name, group in groups.items()}
 
 
+def _on(device: torch.device, solver_state: Any) -> Any:
+    return optree.tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, solver_state
+    )
+
+
+def _plain(value: Any, path: str) -> Any:
+    """The value with numpy scalars as Python numbers; anything `weights_only` refuses is an error.
+
+    Raises:
+        CheckpointError: naming what could be saved but not loaded again.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(entry, f"{path}.{key}") for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry, f"{path}.{i}") for i, entry in enumerate(value))
+    known = (torch.Tensor, str, bytes, bool, int, float, complex, Counter, OrderedDict)
+    if value is not None and not isinstance(value, known):
+        raise CheckpointError(
+            f"`{path}` is a `{type(value).__name__}`, which a checkpoint cannot hold; "
+            "keep tensors and plain numbers in the state"
+        )
+    return value
+
+
 def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
-    """`torch.save` into a temporary file beside `path`, flushed to disk, then renamed over it."""
+    """`torch.save` into a temporary file beside `path`, flushed to disk, then renamed over it.
+
+    Temporary files that a killed process left there more than an hour ago are removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -2,8 +2,9 @@
 
 import itertools
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bilevel.batches import as_source
-from bilevel.errors import DivergenceError
+from bilevel.errors import DivergenceError, HypergradientError
 from bilevel.linear.base import positive
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
@@ -124,8 +125,10 @@ def train(
         "upper": _listed(upper_optimizer),
         "lower": _listed(lower_optimizer or ()),
     }
+    solver.check(Oracles(problem, None, [None]), optimizers["lower"])
     for level, group in optimizers.items():
-        _check_ownership(problem, level, group)
+        for optimizer in group:
+            _check_ownership(problem, level, optimizer)
     sources = {"data": as_source(data, batch_size, seed)}
     if upper_data is not None:
         sources["upper_data"] = as_source(upper_data, batch_size, seed + 1)
@@ -138,7 +141,8 @@ def train(
         {
             "problem": type(problem).__name__,
             "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
-            "solver": repr(solver),
+            "solver": re.sub(r" at 0x[0-9a-f]+", "", repr(solver)),  # functions print their address
+            "optimizers": repr({n: [type(o).__name__ for o in g] for n, g in optimizers.items()}),
             "order": order,
             "lower_steps": str(lower_steps),
             "batch_size": str(batch_size),
@@ -159,7 +163,14 @@ def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterato
         turn.begin(
             seed=hash((seed, state.step)) % 2**62
         )  # a hash of integers is the same everywhere
-        hypergradient = turn.run()
+        try:
+            hypergradient = turn.run()
+        except HypergradientError as error:
+            # a NaN on the way here, in this turn or before, is the better explanation
+            watch.add(state.step + 1, turn.terms(error.hypergradient))
+            watch.look()
+            error.add_note(f"at step {state.step + 1}")
+            raise
         state.step += 1
         watch.add(state.step, turn.terms(hypergradient))
         if state.step % check_every == 0 or state.step == num_steps:
@@ -191,11 +202,6 @@ class _Turn:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problem = self.state.problem
-        self._parameters: dict[Level, Tree] = {
-            "upper": problem.variables("upper"),
-            "lower": problem.variables("lower"),
-        }
         self._shared = "upper_data" not in self.state.sources
 
     def begin(self, seed: int) -> None:
@@ -215,14 +221,17 @@ class _Turn:
                 scheduler.step()
         return hypergradient
 
-    def terms(self, hypergradient: Hypergradient) -> dict[str, Tensor]:
-        """The numbers whose finiteness says that training is well."""
-        terms = {**self.logs, **hypergradient.logs, "upper loss": hypergradient.value}
-        terms["norm of the hypergradient's direct term"] = hypergradient.stats.direct_norm
-        terms["norm of the hypergradient's response term"] = hypergradient.stats.response_norm
+    def terms(self, hypergradient: Hypergradient) -> list[tuple[str, Tensor]]:
+        """The numbers whose finiteness says that training is well, in the order of computation."""
+        lower = [*self.logs.items()]
         if self.lower_loss is not None:
-            terms["lower loss"] = self.lower_loss
-        return terms
+            lower.append(("lower loss", self.lower_loss))
+        upper = [*hypergradient.logs.items(), ("upper loss", hypergradient.value)]
+        upper += [
+            ("norm of the hypergradient's direct term", hypergradient.stats.direct_norm),
+            ("norm of the hypergradient's response term", hypergradient.stats.response_norm),
+        ]
+        return upper + lower if self.upper_first else lower + upper
 
     def _draw(self, source: str) -> Any:
         batch = next(self.state.sources[source])
@@ -236,7 +245,8 @@ class _Turn:
         for _ in range(self.lower_steps):
             oracles = Oracles(problem, None, [self._lower_batch()], seed=next(self._seeds))
             constants = {name: x.detach() for name, x in oracles.upper.items()}
-            evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
+            with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
+                evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
             self.lower_loss, self.logs = evaluation.loss.detach(), evaluation.logs
             self._apply("lower", grads, self.clip_lower)
             commit(problem, evaluation.buffers)
@@ -256,12 +266,14 @@ class _Turn:
             throw=self.throw,
         )
         state.solver_state = hypergradient.state
-        self._apply("upper", dict(hypergradient.grad), self.clip_upper)
+        # copies: clipping and some optimizers write into the gradients, the record is the caller's
+        grads = {name: g.clone() for name, g in hypergradient.grad.items()}
+        self._apply("upper", grads, self.clip_upper)
         commit(problem, hypergradient.buffers)
         return hypergradient
 
-    def _apply(self, level: Level, grads: dict[str, Tensor | None], clip: float | None) -> None:
-        parameters = self._parameters[level]
+    def _apply(self, level: Level, grads: Mapping[str, Tensor | None], clip: float | None) -> None:
+        parameters = self.state.problem.variables(level)
         for name, parameter in parameters.items():
             parameter.grad = grads[name]
         if clip is not None:
@@ -278,11 +290,12 @@ class _Watch:
     def __init__(self) -> None:
         self._pending: list[tuple[int, str, Tensor]] = []
 
-    def add(self, step: int, terms: dict[str, Tensor]) -> None:
-        self._pending += [(step, name, t) for name, t in terms.items() if t.numel() == 1]
+    def add(self, step: int, terms: list[tuple[str, Tensor]]) -> None:
+        self._pending += [(step, name, t) for name, t in terms if t.numel() == 1]
 
     def look(self) -> None:
-        values = torch.stack([t.detach().reshape(()).double() for _, _, t in self._pending])
+        device = self._pending[-1][2].device  # a logged Python number is on the CPU
+        values = torch.stack([t.reshape(()).to(device, torch.double) for *_, t in self._pending])
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             step, term, value = self._pending[int(bad[0])]
@@ -313,19 +326,22 @@ def _check(
     positive("check_every", check_every)
     if order not in ("lower_first", "upper_first"):
         raise ValueError(f'`order` must be "lower_first" or "upper_first", got {order!r}')
-    if lower_steps and lower_optimizer is None:
+    if lower_steps and not lower_optimizer:
         raise ValueError(
             f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
             "`lower_steps=0` to leave the lower variables where they are"
         )
 
 
-def _check_ownership(
-    problem: Problem, level: Level, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+def _check_ownership(problem: Problem, level: Level, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            f"`{level}_optimizer` is `LBFGS`, which evaluates the loss by itself; use an optimizer "
+            "that steps from gradients"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     mine = problem.variables(level)
-    if optimizers and not held & {id(p) for p in mine.values()}:
+    if not held & {id(p) for p in mine.values()}:
         raise ValueError(
             f"`{level}_optimizer` holds none of the {level} variables; build it from "
             f"`problem.{level}.parameters()`"

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from bilevel.errors import Result
@@ -43,7 +44,7 @@ class LinearSolver(ABC):
         Args:
             operator: v -> A v on vectors of shape (n,).
             rhs: right-hand side b, shape (n,).
-            guess: where to start, used if `warm_start` is on; zero by default.
+            guess: where to start, used if `warm_start` is on and if it is better than zero.
 
         Returns:
             The solution and how the solve ended.
@@ -59,4 +60,18 @@ def positive(name: str, value: float, *, zero: bool = False) -> None:
 
 def relative(residual: Tensor, scale: Tensor) -> Tensor:
     """`residual / scale`, and 0 where both are 0 (a zero right-hand side is solved by zero)."""
-    return residual / scale.clamp_min(1e-300 if scale.dtype.itemsize == 8 else 1e-38)
+    return residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def initial(operator: Operator, rhs: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Where to start: iterate, its residual, products used.
+
+    A guess that is worse than zero (the problem has moved on, or the last solve failed) is dropped;
+    the comparison stays on the device.
+    """
+    if guess is None or guess.shape != rhs.shape:
+        return torch.zeros_like(rhs), rhs, 0
+    residual = rhs - operator(guess)
+    better = torch.linalg.vector_norm(residual) < torch.linalg.vector_norm(rhs)
+    zero = torch.zeros_like(rhs)
+    return torch.where(better, guess, zero), torch.where(better, residual, rhs), 1

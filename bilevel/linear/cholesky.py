@@ -14,7 +14,8 @@ class Cholesky(LinearSolver):
     """Cholesky factorisation of `A + damping I`, built column by column: n products, n^2 numbers.
 
     The reference for small lower levels. If the matrix is not positive definite, the system is
-    solved by LU instead and the result says that negative curvature was met.
+    solved by LU instead and the result says that negative curvature was met. A matrix that is not
+    symmetric (the lower "gradient" is no gradient) is solved by LU as it is.
 
     Args:
         damping: added to the diagonal of A.
@@ -45,19 +46,22 @@ class Cholesky(LinearSolver):
                 f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
             )
         eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([operator(column) for column in eye], dim=1)
-        matrix = (matrix + matrix.mT) / 2 + self.damping * eye
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        negative = bool(info != 0)
-        if negative:
+        matrix = torch.stack([operator(column) for column in eye], dim=1) + self.damping * eye
+        odd = torch.linalg.matrix_norm(matrix - matrix.mT)
+        symmetric = bool(
+            odd <= torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
+        )
+        factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+        negative = symmetric and bool(info != 0)
+        if symmetric and not negative:
+            w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        else:
             lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
             w = torch.linalg.lu_solve(lu, pivots, rhs[:, None])[:, 0]
-        else:
-            w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
         residual = relative(
             torch.linalg.vector_norm(rhs - matrix @ w), torch.linalg.vector_norm(rhs)
         )
         result = Result.NEGATIVE_CURVATURE if negative else Result.SUCCESS
         if not bool(residual.isfinite()):
-            result = result if negative and bool(matrix.isfinite().all()) else Result.NOT_FINITE
+            result = result if negative else Result.NOT_FINITE
         return LinearSolution(w, result, residual, n, negative)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive
 
 
 @dataclass(frozen=True)
@@ -65,41 +65,45 @@ class ConjugateGradient(LinearSolver):
             return operator(v) + self.damping * v if self.damping else operator(v)
 
         precondition = self.preconditioner or (lambda r: r)
-        start = guess if self.warm_start else None
-        w = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - damped(w)
+        w, r, products = initial(damped, rhs, guess if self.warm_start else None)
+        # residuals are kept relative to |b|: the square of a small gradient underflows in float32
+        scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
+        r = r / scale
         z = precondition(r)
         p = z
         rz = torch.dot(r, z)
-        products = 0 if start is None else 1
-        scale = torch.linalg.vector_norm(rhs)
         negative = torch.zeros((), dtype=torch.bool, device=rhs.device)
 
         for step in range(self.max_steps):
-            if step % self.check_every == 0 and self._finished(r, scale, negative):
+            if step % self.check_every == 0 and self._finished(r, negative):
                 break
             Ap = damped(p)
             products += 1
             curvature = torch.dot(p, Ap)
-            negative = negative | ((curvature <= 0) & (rz > 0))
-            # alpha = 0 freezes the iterate: after negative curvature, and at an exact solution
-            alpha = torch.where(negative | (rz == 0), torch.zeros_like(rz), rz / curvature)
-            w = w + alpha * p
+            negative = negative | ((curvature <= 0) & ~self._small(r))
+            # alpha = 0 freezes the iterate: after negative curvature, and at the solution, where
+            # the recurrence would go on until it underflows
+            frozen = negative | self._small(r)
+            alpha = torch.where(frozen, torch.zeros_like(rz), rz / curvature)
+            w = w + scale * alpha * p
             r = r - alpha * Ap
             z = precondition(r)
             rz, previous = torch.dot(r, z), rz
             p = z + torch.where(previous == 0, torch.zeros_like(rz), rz / previous) * p
-        residual = relative(torch.linalg.vector_norm(r), scale)
+        residual = torch.linalg.vector_norm(r)
         result = self._result(residual, bool(negative))
         return LinearSolution(w, result, residual, products, bool(negative))
 
     def _tolerance(self, dtype: torch.dtype) -> float | None:
         return torch.finfo(dtype).eps ** 0.5 if isinstance(self.rtol, str) else self.rtol
 
-    def _finished(self, r: Tensor, scale: Tensor, negative: Tensor) -> bool:
-        rtol = self._tolerance(r.dtype)
-        small = torch.linalg.vector_norm(r) <= (rtol or 0.0) * scale
-        return bool(small | negative | ~r.isfinite().all())  # waits for the device
+    def _small(self, r: Tensor) -> Tensor:
+        floor = torch.finfo(r.dtype).eps  # below it, the recurrence says nothing about the residual
+        tolerance = max(self._tolerance(r.dtype) or 0.0, floor)
+        return torch.le(torch.linalg.vector_norm(r), tolerance)
+
+    def _finished(self, r: Tensor, negative: Tensor) -> bool:
+        return bool(self._small(r) | negative | ~r.isfinite().all())  # waits for the device
 
     def _result(self, residual: Tensor, negative: bool) -> Result:
         if not bool(residual.isfinite()):

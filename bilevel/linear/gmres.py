@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive, relative
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class GMRES(LinearSolver):
         def damped(v: Tensor) -> Tensor:
             return operator(v) + self.damping * v if self.damping else operator(v)
 
-        start = guess if self.warm_start else None
-        w = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - damped(w)
-        products = 0 if start is None else 1
+        w, r, products = initial(damped, rhs, guess if self.warm_start else None)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
         while products < self.max_steps and torch.linalg.vector_norm(r) > goal:

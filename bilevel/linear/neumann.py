@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive, relative
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,12 @@ class Neumann(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
-        start = guess if self.warm_start else None
-        w = torch.zeros_like(rhs) if start is None else start
-        r = rhs if start is None else rhs - operator(w)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
         # b - A w after a step w += eta r is (I - eta A) r: the next term of the series
         for _ in range(self.num_steps):
             w = w + self.step_size * r
             r = r - self.step_size * operator(r)
-        products = self.num_steps + (0 if start is None else 1)
+        products += self.num_steps
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
         return LinearSolution(w, self._result(residual), residual, products)
 

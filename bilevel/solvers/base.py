@@ -35,7 +35,7 @@ class Stats:
     Attributes:
         direct_norm: norm of the direct term.
         response_norm: norm of the response term (0 where the solver drops it).
-        lower_residual: norm of dG/dy where the hypergradient was taken.
+        lower_residual: norm of dG/dy where the hypergradient was taken (`Unrolled`: one step before).
         linear_residual: relative residual of the linear solve.
         negative_curvature: whether the linear solver met negative curvature.
         num_products: number of Hessian-vector products, or of differentiated lower steps.
@@ -116,6 +116,20 @@ class Solver(ABC):
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         """The context `hypergradient` runs in; solvers of second order check the problem here."""
         return nullcontext()
+
+    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
+        """Refuse, before the first step, what this solver cannot do.
+
+        Args:
+            oracles: the problem, bound to no data yet.
+            lower_optimizer: the running optimizer(s) of the lower level, if there are any.
+
+        Raises:
+            ValueError: if the problem does not fit the solver.
+            TypeError: if the optimizer does not.
+        """
+        with self.context(oracles):
+            pass
 
     def num_lower_batches(self) -> int:
         """How many fresh lower batches one hypergradient can use."""

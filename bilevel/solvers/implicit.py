@@ -15,10 +15,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from bilevel.errors import Result
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
+from bilevel.linear.base import relative
 from bilevel.oracles import Linearization, Oracles
 from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
@@ -87,6 +89,7 @@ class Implicit(Solver):
         if isinstance(self.linear_solver, LinearSolver):
             return self.linear_solver.solve(linear.hessian, rhs, guess=guess)
         value = self.linear_solver(linear.hessian, rhs)
-        residual = norm([rhs - linear.hessian(value)]) / norm([rhs])
+        missing = torch.linalg.vector_norm(rhs - linear.hessian(value))
+        residual = relative(missing, torch.linalg.vector_norm(rhs))
         result = Result.SUCCESS if bool(residual.isfinite()) else Result.NOT_FINITE
         return LinearSolution(value, result, residual, num_products=1)

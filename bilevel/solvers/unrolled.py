@@ -27,7 +27,14 @@ from bilevel.linear.base import positive
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
-from bilevel.twins import RunningTwin, TransformationTwin, Twin, as_transformation
+from bilevel.twins import (
+    RunningTwin,
+    TransformationTwin,
+    Twin,
+    as_transformation,
+    clip,
+    rule_of,
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class Unrolled(Solver):
         truncate: differentiate the last `truncate` steps only.
         mode: "reverse", "recompute" (reverse with the steps run again on the way back) or "forward"
             (tangents; for few upper variables).
-        max_grad_norm: clip the lower gradient in every unrolled step of a running optimizer; give
-            the same number to `train(clip_lower=...)`.
+        max_grad_norm: clip the lower gradient in every unrolled step; give the same number to
+            `train(clip_lower=...)`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -81,11 +88,8 @@ class Unrolled(Solver):
             )
         if self.optimizer is not None:
             as_transformation(self.optimizer)
-            if self.max_grad_norm is not None:
-                raise ValueError(
-                    "`max_grad_norm` goes with a running optimizer; chain "
-                    "`torchopt.clip.clip_grad_norm` into the transformation instead"
-                )
+        if self.max_grad_norm is not None:
+            positive("max_grad_norm", self.max_grad_norm)
 
     def num_lower_batches(self) -> int:
         return self.num_steps
@@ -99,6 +103,10 @@ class Unrolled(Solver):
             )
         return oracles.differentiated_twice(type(self).__name__)
 
+    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
+        with self.context(oracles):
+            self._running(lower_optimizer)
+
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         unroll = _Unroll(self, oracles, self._twin(oracles, lower_optimizer))
         return unroll.run()
@@ -110,13 +118,24 @@ class Unrolled(Solver):
         used = {name for name, g in grads.items() if g is not None}
         if self.optimizer is not None:
             return TransformationTwin(self.optimizer, lower, used)
-        if lower_optimizer is None:
+        variables = oracles.problem.variables("lower")
+        return RunningTwin(self._running(lower_optimizer), variables, lower, used)
+
+    def _running(self, lower_optimizer: Optimizers | None) -> list[torch.optim.Optimizer]:
+        """The optimizers to branch from, if it is they that are unrolled; all must have a twin."""
+        if self.optimizer is not None:
+            return []
+        if not lower_optimizer:
             raise ValueError(
                 "`Unrolled` without `optimizer` branches from the running lower optimizer; pass it "
                 "as `lower_optimizer`, or give `Unrolled` a torchopt transformation"
             )
-        variables = oracles.problem.variables("lower")
-        return RunningTwin(lower_optimizer, variables, lower, used, self.max_grad_norm)
+        if isinstance(lower_optimizer, torch.optim.Optimizer):
+            lower_optimizer = [lower_optimizer]
+        running = list(lower_optimizer)
+        for optimizer in running:
+            rule_of(optimizer)
+        return running
 
 
 class _Unroll:
@@ -161,6 +180,8 @@ class _Unroll:
         lower = {n: y if y.requires_grad else y.requires_grad_() for n, y in lower.items()}
         _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
         self.residual = norm([g.detach() for g in grads.values() if g is not None])
+        if self.settings.max_grad_norm is not None:
+            grads = clip(grads, self.settings.max_grad_norm)
         return self.twin.step(points, grads, state)
 
     def _reverse(self, points: list[Tensor], state: Any, steps: range) -> Response:

@@ -47,6 +47,16 @@ def safe_sqrt(v: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(v), torch.where(zero, torch.ones_like(v), v).sqrt())
 
 
+def clip(gradients: Gradients, max_norm: float) -> Gradients:
+    """Scale the gradients so that their joint norm is at most `max_norm`.
+
+    The formula of `torch.nn.utils.clip_grad_norm_`, with the derivative of the factor.
+    """
+    squares = (g.square().sum() for g in gradients.values() if g is not None)
+    factor = (max_norm / (safe_sqrt(sum(squares, torch.zeros(()))) + 1e-6)).clamp(max=1.0)
+    return {n: None if g is None else g * factor.to(g.dtype) for n, g in gradients.items()}
+
+
 def moved(gradients: Gradients, names: list[str], who: str) -> list[Tensor]:
     """The gradients of `names` in order; all must be there.
 

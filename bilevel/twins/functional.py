@@ -1,6 +1,7 @@
 """The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
 
 import warnings
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -73,6 +74,7 @@ def as_transformation(optimizer: Any) -> Transformation:
 
     Raises:
         TypeError: if it is something else, saying what to pass.
+        ValueError: if it holds torchopt's `clip_grad_norm`, which cannot be differentiated.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -87,4 +89,20 @@ def as_transformation(optimizer: Any) -> Transformation:
             "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)`, got "
             f"{optimizer!r}"
         )
+    if _holds_clip(optimizer.update):
+        raise ValueError(
+            "torchopt's `clip_grad_norm` computes its factor outside autograd, so the hypergradient "
+            "through it would be wrong; use `Unrolled(..., max_grad_norm=...)` instead"
+        )
     return optimizer  # type: ignore[no-any-return]
+
+
+def _holds_clip(function: Any) -> bool:
+    """Whether a (chained) update function contains torchopt's clipping, found in its closures."""
+    if isinstance(function, (list, tuple)):
+        return any(_holds_clip(entry) for entry in function)
+    if not isinstance(function, FunctionType):
+        return False
+    if function.__module__ == "torchopt.clip":
+        return True
+    return any(_holds_clip(cell.cell_contents) for cell in function.__closure__ or ())

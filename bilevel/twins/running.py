@@ -10,6 +10,7 @@ Parameters that share a group (and have taken the same number of steps) are one 
 step costs a dozen kernels however many tensors the level has.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -44,11 +45,10 @@ class RunningTwin(Twin):
         variables: the lower level's module parameters by name.
         tree: the point at which to branch.
         used: names of the variables the lower loss uses; torch skips the others.
-        max_grad_norm: clip the joint gradient norm before each step, as
-            `torch.nn.utils.clip_grad_norm_` does.
 
     Raises:
         TypeError: for an optimizer without a twin.
+        ValueError: if the optimizers move none of the variables, or one of them twice.
     """
 
     def __init__(
@@ -57,18 +57,17 @@ class RunningTwin(Twin):
         variables: Tree,
         tree: Tree,
         used: set[str],
-        max_grad_norm: float | None = None,
     ) -> None:
         names = {id(p): name for name, p in variables.items()}
         self._tree = {name: value.detach() for name, value in tree.items()}
-        self._max_grad_norm = max_grad_norm
         self._cells: list[_Cell] = []
         for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
-            rule = _rule(optimizer)
+            rule = rule_of(optimizer)
             for group in optimizer.param_groups:
                 members = [p for p in group["params"] if names.get(id(p)) in used]
                 for same_step in _by_step(members, optimizer):
                     self._cells.append(_cell(same_step, names, group, rule, optimizer))
+        _check_moves([name for cell in self._cells for name in cell.names])
 
     def pack(self, tree: Tree) -> list[Tensor]:
         return [cell.layout.ravel([tree[name] for name in cell.names]) for cell in self._cells]
@@ -88,8 +87,6 @@ class RunningTwin(Twin):
         vectors = [
             cell.layout.ravel(moved(gradients, cell.names, "Unrolled")) for cell in self._cells
         ]
-        if self._max_grad_norm is not None:
-            vectors = clip(vectors, self._max_grad_norm)
         moves = [
             cell.rule(y, g, s, cell.settings)
             for cell, y, g, s in zip(self._cells, points, vectors, state, strict=True)
@@ -97,14 +94,12 @@ class RunningTwin(Twin):
         return [y for y, _ in moves], [s for _, s in moves]
 
 
-def clip(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
-    """Scale the gradients so that their joint norm is at most `max_norm` (torch's formula)."""
-    total = safe_sqrt(sum((g.square().sum() for g in gradients), torch.zeros(())))
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    return [g * factor for g in gradients]
+def rule_of(optimizer: Optimizer) -> Rule:
+    """The update rule of an optimizer.
 
-
-def _rule(optimizer: Optimizer) -> Rule:
+    Raises:
+        TypeError: if there is none for its class.
+    """
     rules: dict[type, Rule] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
     rule = rules.get(type(optimizer))
     if rule is None:
@@ -116,14 +111,31 @@ def _rule(optimizer: Optimizer) -> Rule:
     return rule
 
 
+def _check_moves(names: list[str]) -> None:
+    if not names:
+        raise ValueError(
+            "the lower optimizer moves none of the variables that the lower loss uses; build it "
+            "from `problem.lower.parameters()`"
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two lower optimizers move `{twice[0]}`; leave it to one of them, the differentiable "
+            "twin cannot step it twice with one gradient"
+        )
+
+
 def _by_step(members: list[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
-    """Group parameters by the number of steps they have taken (a frozen one may lag behind)."""
-    groups: dict[float, list[Tensor]] = {}
+    """Group parameters of one dtype that have taken the same number of steps.
+
+    A parameter that was frozen for a while lags behind.
+    """
+    groups: dict[tuple[float, torch.dtype], list[Tensor]] = {}
     for p in members:
         step = optimizer.state.get(p, {}).get("step")
         momentum = optimizer.state.get(p, {}).get("momentum_buffer") is not None
-        key = float(momentum) if step is None else float(step)
-        groups.setdefault(key, []).append(p)
+        count = float(momentum) if step is None else float(step)
+        groups.setdefault((count, p.dtype), []).append(p)
     return list(groups.values())
 
 
