@@ -17,7 +17,8 @@ class GMRES(LinearSolver):
     "gradient" is a fixed-point map. Stores `restart` vectors.
 
     Args:
-        max_steps: most products with A over all restarts.
+        max_steps: most Arnoldi steps over all restarts, each one product with A; the residual at
+            a restart is one more.
         restart: size of the Krylov space.
         rtol: stop once |residual| <= rtol |b|; `None` runs exactly `max_steps` and calls it a
             success.
@@ -59,11 +60,13 @@ class GMRES(LinearSolver):
         w, r, products = initial(damped, rhs, guess if self.warm_start else None)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
-        while products < self.max_steps and torch.linalg.vector_norm(r) > goal:
-            width = min(self.restart, self.max_steps - products)
+        steps = 0
+        while steps < self.max_steps and torch.linalg.vector_norm(r) > goal:
+            width = min(self.restart, self.max_steps - steps)
             update, used = _cycle(damped, r, width, goal)
             w = w + update
             r = rhs - damped(w)  # the true residual: restarts must not inherit rounding
+            steps += used
             products += used + 1
             if not bool(r.isfinite().all()) or not bool(update.any()):
                 break
@@ -96,11 +99,16 @@ def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Ten
         length = torch.linalg.vector_norm(v)
         hessenberg[j + 1, j] = length
         small = hessenberg[: j + 2, : j + 1]
-        y = torch.linalg.lstsq(small, target[: j + 2]).solution
+        # QR and not `lstsq`, whose result differs in the last bit from call to call
+        q, upper = torch.linalg.qr(small)
+        tiny = torch.finfo(r.dtype).eps * torch.linalg.vector_norm(small)
+        if bool(upper[-1, -1].abs() <= tiny):
+            break  # a singular operator: this column adds nothing
+        y = torch.linalg.solve_triangular(upper, q.mT @ target[: j + 2], upper=True)
         missing = torch.linalg.vector_norm(target[: j + 2] - small @ y)
         # the space cannot grow past an invariant subspace; `length` is then rounding error
-        exhausted = length <= 10 * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(small)
+        exhausted = length <= 10 * tiny
         if bool((missing <= goal) | exhausted | ~missing.isfinite()):
             break
         basis.append(v / length)
-    return y[:, 0] @ torch.stack(basis[: y.shape[0]]), y.shape[0]
+    return y[:, 0] @ torch.stack(basis)[: len(y)], j + 1
