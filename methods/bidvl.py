@@ -22,7 +22,7 @@ What becomes of the two latent terms in $\omega_1$ (one in each level, of opposi
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +189,7 @@ class BiDVL(EBLVM):
             visible_range=(-1.0, 1.0),
             **options,
         )
+        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
         sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "seed": seed}
         model.recipe = {**sizes, **options}
         return model
@@ -219,8 +220,7 @@ class BiDVL(EBLVM):
         else:
             loss = real.mean() - fake.mean()
         if self.variant == "complete":
-            # v_hat is a constant here: the term trains the posterior only
-            mean, log_variance = self.network("posterior")(generated.detach())
+            mean, log_variance = self.network("posterior")(generated)
             loss = loss + kl_to_prior(mean, log_variance).mean() / self.latent_dim
         return loss, {"energy_data": real.mean(), "energy_samples": fake.mean()}
 

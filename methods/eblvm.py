@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -186,7 +186,8 @@ class EBLVM(Problem):
         folder.mkdir(parents=True, exist_ok=True)
         description = {"method": type(self).__name__, "recipe": self.recipe}
         temporary = folder / "weights.tmp"
-        save_model(self, str(temporary))
+        # copies: safetensors stores neither shared memory (a posterior in both levels) nor strides
+        save_file({n: t.contiguous().clone() for n, t in self.state_dict().items()}, temporary)
         os.replace(temporary, folder / "weights.safetensors")
         (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -219,7 +220,7 @@ class EBLVM(Problem):
                 f"the model in `{folder}` was made of your own modules; pass them again: "
                 f"`{cls.__name__}.load(folder, energy=..., ...)`"
             )
-        load_model(model, str(Path(folder) / "weights.safetensors"))
+        model.load_state_dict(load_file(Path(folder) / "weights.safetensors"))
         return model
 
 
