@@ -8,7 +8,7 @@ the weights $y$ of the classifier answer (lower level):
     min over x  of  loss(y*(x); validation)
     where y*(x)  =  argmin over y  of  loss(y; training) + 1/2 sum_i (floor + exp(x_i)) y_i^2
 
-The lower problem is small and convex: a case for `Implicit(ConjugateGradient())`.
+The lower problem is small and convex: `Implicit(ConjugateGradient())`.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from bilevel import ConjugateGradient, Implicit, Problem, train
 
-Data, Variables = tuple[Tensor, Tensor], dict[str, Tensor]
+Data = tuple[Tensor, Tensor]
+Variables = dict[str, Tensor]
 FEATURES, UNTUNED = 60, 1e-3
 FLOOR = 1e-2  # without one, a few features that suit the validation patients get weights at will
 
@@ -85,10 +86,8 @@ def main(num_steps: int, seed: int) -> None:
         right = (test[0] @ y["weight"] + y["bias"] > 0) == test[1].bool()
         errors.append(float(loss(y, test)))
         print(f"{name:12} test log-loss {errors[-1]:.4f}, accuracy {right.double().mean():.1%}")
-    print(
-        "Sixty tuned penalties bring the test log-loss from {0:.4f} to {2:.4f}; the best common one "
-        "reaches {1:.4f}.".format(*errors)
-    )
+    text = "Sixty tuned penalties: test log-loss {2:.4f}; untuned {0:.4f}, best common one {1:.4f}."
+    print(text.format(*errors))
 
 
 if __name__ == "__main__":
