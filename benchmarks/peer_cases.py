@@ -56,7 +56,9 @@ def by_hand_sgd(s: Setting) -> Callable[[], Answer]:
     return run
 
 
-def by_hand_adam(s: Setting) -> Callable[[], Answer]:
+def by_hand_adam(s: Setting, higher_epsilon: bool = False) -> Callable[[], Answer]:
+    """Adam by torch's formula, or with epsilon before the bias correction, as higher has it."""
+
     def run() -> Answer:
         x, y = s.leaves()
         m, v = [torch.zeros_like(p) for p in y], [torch.zeros_like(p) for p in y]
@@ -65,8 +67,9 @@ def by_hand_adam(s: Setting) -> Callable[[], Answer]:
             m = [0.9 * a + 0.1 * g for a, g in zip(m, grads, strict=True)]
             v = [0.999 * a + 0.001 * g * g for a, g in zip(v, grads, strict=True)]
             scale = (1 - 0.999**t) ** 0.5
+            epsilon = 1e-8 / scale if higher_epsilon else 1e-8
             y = [
-                p - ADAM["lr"] / (1 - 0.9**t) * a / (b.sqrt() / scale + 1e-8)
+                p - ADAM["lr"] / (1 - 0.9**t) * a / (b.sqrt() / scale + epsilon)
                 for p, a, b in zip(y, m, v, strict=True)
             ]
         return list(torch.autograd.grad(s.upper_loss(y), x))
@@ -216,6 +219,13 @@ CASES: dict[str, dict[str, Competitor]] = {
         "torchopt custom_root": torchopt_implicit,
     },
 }
+
+
+def reference(case: str, name: str) -> Competitor:
+    """Whose answer a competitor's must equal: the one by hand, in the competitor's convention."""
+    if "Adam" in case and name == "higher":
+        return lambda s: by_hand_adam(s, higher_epsilon=True)
+    return CASES[case][HAND]
 
 
 def units(case: str, name: str) -> int:

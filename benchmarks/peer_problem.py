@@ -116,5 +116,6 @@ def setting(size: Size, dtype: torch.dtype) -> Setting:
     """The problem and its data, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, ROWS, FEATURES, generator=generator, dtype=dtype)
-    y = x[..., :8].sum(-1).sin() + 0.1 * torch.randn(2, ROWS, generator=generator, dtype=dtype)
+    x = x * torch.linspace(0.1, 2, FEATURES, dtype=dtype)  # a spectrum that takes CG its steps
+    y = x[..., -8:].sum(-1).sin() + 0.1 * torch.randn(2, ROWS, generator=generator, dtype=dtype)
     return Setting(Regression(size, dtype), ((x[0], y[0]), (x[1], y[1])))
