@@ -172,7 +172,8 @@ def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     pictures = [saved_pictures(run) for run in runs]
     for title in dict.fromkeys(title for found in pictures for title in found):
         figures = "".join(
-            f"<figure>{_picture(title, found[title])}<figcaption>{_text(_name(run))}</figcaption></figure>"
+            f"<figure>{_picture(title, found[title])}"
+            f"<figcaption>{_text(_name(run))}</figcaption></figure>"
             for run, found in zip(runs, pictures, strict=True)
             if title in found
         )
@@ -189,8 +190,8 @@ def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
 _CAPTIONS = {
     "samples": "Drawn from the model in one pass.",
     "reconstructions": "Held-out images above, what the model makes of their latents below.",
-    "curves": "What training recorded. The energies of data and samples approach each other when samples "
-    "get hard to tell from data.",
+    "curves": "What training recorded. The energies of data and samples approach each other when "
+    "samples get hard to tell from data.",
 }
 
 

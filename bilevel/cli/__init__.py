@@ -1,0 +1,84 @@
+"""The command line: strings become objects here and nowhere else."""
+
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from bilevel import DivergenceError, HypergradientError, __version__
+from bilevel.cli import demo, evaluate, report, sample, train
+from bilevel.cli.options import UsageError
+from bilevel.methods.config import nearest
+
+OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+_COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "report": report,
+}
+_HELP = """usage: bilevel COMMAND ...
+
+Train energy-based latent-variable models by bilevel optimization, and look at them.
+
+commands:
+{commands}
+
+examples:
+  bilevel demo                                    a first look, about two minutes
+  bilevel train bidvl --data images.npz           train on your own images
+  bilevel sample runs/bidvl-images-1 -n 100       draw from what was trained
+  bilevel report runs/*                           compare all runs on one page
+
+`bilevel COMMAND --help` tells more.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit status: 0 all is well, 1 training failed, 2 bad usage or bad input, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SystemExit as done:  # argparse printed its help
+        return int(done.code or 0)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return OK
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except (DivergenceError, HypergradientError) as error:
+        return _complain(error, FAILED)
+    except (ValueError, OSError, ImportError) as error:
+        return _complain(error, BAD_USAGE)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        lines = [f"  {name:<10}{module.SUMMARY}" for name, module in _COMMANDS.items()]
+        print(_HELP.format(commands="\n".join(lines)), end="")
+        return OK if arguments else BAD_USAGE
+    if name == "--version":
+        print(f"bilevel {__version__}")
+        return OK
+    if name not in _COMMANDS:
+        raise UsageError(f"there is no command `{name}`; {nearest(name, _COMMANDS)}")
+    status: int = _COMMANDS[name].command(arguments[1:])
+    return status
+
+
+def _complain(problem: object, status: int) -> int:
+    if os.environ.get("BILEVEL_TRACEBACK") and isinstance(problem, BaseException):
+        raise problem
+    sentences = [str(problem), *getattr(problem, "__notes__", [])]
+    print("bilevel: " + " ".join(". ".join(sentences).split()), file=sys.stderr)
+    return status

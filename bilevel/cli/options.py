@@ -1,0 +1,195 @@
+"""Command-line options: from typed settings to `--flags`, and refusals that help."""
+
+import argparse
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import bilevel.methods
+from bilevel.methods import EBLVM, Training
+from bilevel.methods.config import nearest
+
+
+class UsageError(ValueError):
+    """Arguments that make no sense; the message says which and what would."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `UsageError` and knows what was meant.
+
+    Args:
+        name: of the command.
+        summary: what the command does, a sentence.
+        usage: how it is written.
+        examples: lines of examples, shown below the help.
+    """
+
+    def __init__(self, name: str, summary: str, usage: str, examples: str) -> None:
+        super().__init__(
+            prog=f"bilevel {name}",
+            usage=f"bilevel {name} {usage}",
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{message.removeprefix('argument ')} (`{self.prog} --help` tells more)")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse, refusing what is left over.
+
+        Raises:
+            UsageError: naming the nearest option there is.
+        """
+        parsed, rest = self.parse_known_args(arguments)
+        if rest:
+            name = rest[0].split("=")[0]
+            if not name.startswith("-"):
+                self.error(f"`{rest[0]}` is one argument too many")
+            known = [o for action in self._actions for o in action.option_strings]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            self.error(f"there is no option `{name}`{hint}")
+        return parsed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A typed setting that becomes an option.
+
+    Attributes:
+        name: in Python.
+        annotation: its type.
+        default: its default.
+        help: what it is, in a few words.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """Make an option of a setting; without it on the command line, the name stays unset."""
+    kinds = [kind for kind in _alternatives(setting.annotation) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 else str
+    text = setting.help.replace("%", "%%")
+    if setting.default is not None and setting.default is not inspect.Parameter.empty:
+        default = setting.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {shown})"
+    more: dict[str, Any] = {"help": text.strip(), "dest": setting.name}
+    if get_origin(kind) is Literal:
+        options = [str(option) for option in get_args(kind)]
+        group.add_argument(setting.flag, type=choice(options), metavar="|".join(options), **more)
+    elif get_origin(kind) is tuple:
+        parts = get_args(kind)
+        names = tuple("X" for _ in parts)
+        group.add_argument(setting.flag, type=number, nargs=len(parts), metavar=names, **more)
+    elif kind is bool:
+        group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **more)
+    else:
+        convert, metavar = {int: (whole, "N"), float: (number, "X")}.get(kind, (str, "TEXT"))
+        group.add_argument(setting.flag, type=convert, metavar=metavar, **more)
+
+
+def choice(options: Sequence[str]) -> Callable[[str], str]:
+    """A converter that takes one of the options, in any case, and else names the nearest."""
+
+    def convert(text: str) -> str:
+        if text.lower() not in options:
+            raise argparse.ArgumentTypeError(
+                f"it cannot be `{text}`; {nearest(text.lower(), options)}"
+            )
+        return text.lower()
+
+    return convert
+
+
+def whole(text: str) -> int:
+    """A whole number; 1e4 and 10_000 too."""
+    try:
+        value = float(text)
+        return int(text) if value != int(value) or "e" not in text.lower() else int(value)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"it takes a whole number, got `{text}`") from None
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it takes a number, got `{text}`") from None
+
+
+def methods() -> dict[str, type[EBLVM]]:
+    """The methods that make their networks by themselves, by their lower-case names."""
+    found = [getattr(bilevel.methods, name) for name in bilevel.methods.__all__]
+    return {
+        member.__name__.lower(): member
+        for member in found
+        if inspect.isclass(member) and issubclass(member, EBLVM) and hasattr(member, "for_images")
+    }
+
+
+def training_settings() -> list[Setting]:
+    """The fields of `Training`."""
+    return [
+        Setting(name, field.annotation, field.default, field.description or "")
+        for name, field in Training.model_fields.items()
+    ]
+
+
+def model_settings(method: type[EBLVM]) -> list[Setting]:
+    """The options of a method's `for_images` and constructor, without what is given otherwise."""
+    settings: dict[str, Setting] = {}
+    taken = {
+        "self",
+        "cls",
+        "shape",
+        "seed",
+        "visible_shape",
+        "visible_range",
+        *Training.model_fields,
+    }
+    for function in (getattr(method, "for_images"), method.__init__):  # noqa: B009
+        hints = get_type_hints(function)
+        texts = _documented(inspect.getdoc(function) or "") | _documented(method.__doc__ or "")
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in taken | settings.keys():
+                annotation = hints.get(name, str)
+                settings[name] = Setting(name, annotation, parameter.default, texts.get(name, ""))
+    return list(settings.values())
+
+
+def _documented(docstring: str) -> dict[str, str]:
+    """The first clause about each argument of a Google-style docstring."""
+    _, _, rest = inspect.cleandoc(docstring).partition("Args:\n")
+    section = re.split(r"\n\S", rest, maxsplit=1)[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
+    return {name: re.split(r"[.;:](?:\s|$)", " ".join(text.split()))[0] for name, text in entries}
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    return (annotation,)

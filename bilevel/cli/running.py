@@ -1,0 +1,110 @@
+"""A training in front of somebody: progress, Ctrl-C, and what is said at the end."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bilevel import DivergenceError, Solver
+from bilevel.cli.options import UsageError
+from bilevel.cli.outcome import draw, finish, show
+from bilevel.cli.progress import Progress, Stop
+from bilevel.methods import EBLVM, Training
+from bilevel.methods.config import validated
+from bilevel.methods.data import Images
+from bilevel.methods.run import Run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, and where it goes."""
+
+    model: EBLVM
+    images: Images
+    run: Run
+    settings: dict[str, Any]
+    solver: Solver
+    solver_options: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+
+
+def carry_out(plan: Plan, *, report: bool = True) -> int:
+    """Train, evaluate, report.
+
+    Returns:
+        The exit status: 0, or 130 if it was interrupted.
+
+    Raises:
+        DivergenceError: if training diverged.
+    """
+    training = validated(Training, {**plan.model.training_defaults, **plan.settings})
+    folder = plan.run.folder
+    print(f"{'continuing' if plan.resume else 'writing to'} {folder}")
+    stop = Stop()
+    try:
+        done = _train(plan, training, stop)
+    except KeyboardInterrupt:
+        return _interrupted(plan.run)
+    except DivergenceError:
+        draw(plan.run, None, None, training.seed)  # the curves may tell why
+        raise
+    if stop.asked and done < training.num_steps:
+        return _interrupted(plan.run)
+    if not report:
+        print(f"done: {folder}")
+        return 0
+    results = finish(plan.run, plan.model, plan.images, training.seed)
+    print()
+    show(results)
+    print(f"\nreport: {folder / 'report.html'}")
+    print(f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*")
+    return 0
+
+
+def device_of(name: str | None) -> str:
+    """A device that is there; the fastest by default.
+
+    Raises:
+        UsageError: if it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "`--device cuda`: there is no CUDA device; leave it out to use the processor"
+        )
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train(plan: Plan, training: Training, stop: Stop) -> int:
+    """The number of the last step."""
+    images, metrics = plan.images, plan.run.metrics() if plan.resume else []
+    first = metrics[-1]["step"] if metrics else 0
+    with Progress(training, first) as progress, stop.listening():
+        plan.model.fit(
+            images.train,
+            solver=plan.solver,
+            callbacks=[progress, stop],
+            run=plan.run.folder,
+            resume=plan.resume,
+            overwrite=plan.overwrite,
+            notes={
+                "data": images.source,
+                "name": images.name,
+                "note": images.note,
+                "solver": plan.solver_options,
+                "device": plan.device,
+            },
+            **plan.settings,
+        )
+    return progress.step
+
+
+def _interrupted(run: Run) -> int:
+    if run.checkpoint_path.exists():
+        advice = f"continue with `bilevel train --run {run.folder} --resume`"
+    else:
+        advice = "nothing was saved yet"
+    print(f"bilevel: interrupted; {advice}", file=sys.stderr)
+    return 130

@@ -1,0 +1,49 @@
+"""`bilevel sample`: draw images from a trained model."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bilevel.cli.options import Parser, UsageError, whole
+from bilevel.cli.runs import existing, load_model
+from bilevel.methods.pictures import save_grid
+
+SUMMARY = "draw images from a trained model"
+_EXAMPLES = """  bilevel sample runs/demo-1
+  bilevel sample runs/demo-1 -n 1000 --out samples.npz --seed 1
+"""
+
+
+def command(arguments: list[str]) -> int:
+    """Read the arguments, draw and write."""
+    parser = Parser("sample", SUMMARY, "RUN [options]", _EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "-n", dest="n", type=whole, metavar="N", default=64, help="how many (default: 64)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="a .png picture, or an .npz file with an array `images` in [-1, 1] (default: "
+        "RUN/samples.png)",
+    )
+    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="(default: 0)")
+    args = parser.read(arguments)
+    run = existing(args.run)
+    target = Path(args.out) if hasattr(args, "out") else run.folder / "samples.png"
+    if target.suffix.lower() not in (".png", ".npz"):
+        raise UsageError(f"`--out` takes a file that ends in .png or .npz, got `{target}`")
+    if args.n < 1:
+        raise UsageError(f"`-n` must be positive, got {args.n}")
+    if args.seed < 0:
+        raise UsageError(f"`--seed` must not be negative, got {args.seed}")
+    model = load_model(run)
+    samples = model.sample(args.n, torch.Generator().manual_seed(args.seed))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix.lower() == ".npz":
+        np.savez_compressed(target, images=samples.numpy())
+    else:
+        save_grid(samples, target)
+    print(target)
+    return 0
