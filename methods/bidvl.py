@@ -281,12 +281,13 @@ class BiDVL(EBLVM):
                     "weight_decay": training.lower_weight_decay,
                 }
             )
-        upper = torch.optim.Adam(groups, lr=training.upper_lr, betas=training.betas)
+        upper = torch.optim.Adam(groups, lr=training.upper_lr, betas=training.betas, fused=True)
         lower = torch.optim.Adam(
             _trainable(self.lower),
             lr=training.lower_lr,
             betas=training.betas,
             weight_decay=training.lower_weight_decay,
+            fused=True,
         )
         return upper, lower
 
