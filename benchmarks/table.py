@@ -1,7 +1,6 @@
 """Tables generated from records; nothing in them is typed."""
 
 import json
-import sys
 from pathlib import Path
 
 
@@ -26,6 +25,33 @@ def peers_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def digits_table(path: Path) -> str:
+    """The newest record of `benchmarks.digits` as Markdown tables."""
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    rates = record["steps_per_second"]
+    lines = [
+        f"torch {record['versions']['torch']}; {record['device']}, {record['threads']} thread(s), "
+        f"commit {record['commit']}",
+        "",
+        "| a step of | steps per second |",
+        "| --- | ---: |",
+        *(f"| {name} | {rate:.1f} |" for name, rate in rates.items()),
+    ]
+    if record["runs"]:
+        names = list(record["runs"][0])
+        lines += [
+            "",
+            "| " + " | ".join(names) + " |",
+            "| " + " | ".join("---:" for _ in names) + " |",
+        ]
+        for run in record["runs"]:
+            lines.append("| " + " | ".join(f"{run[name]:.4g}" for name in names) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    default = Path(__file__).resolve().parent / "results" / "peers.jsonl"
-    print(peers_table(Path(sys.argv[1]) if len(sys.argv) > 1 else default))
+    results = Path(__file__).resolve().parent / "results"
+    for table, name in ((peers_table, "peers"), (digits_table, "digits")):
+        path = results / f"{name}.jsonl"
+        if path.exists():
+            print(f"## {name}\n\n{table(path)}\n")
