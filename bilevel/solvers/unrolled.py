@@ -28,6 +28,7 @@ from bilevel.oracles import Oracles
 from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
 from bilevel.twins import (
+    Gradients,
     RunningTwin,
     TransformationTwin,
     Twin,
@@ -108,18 +109,7 @@ class Unrolled(Solver):
             self._running(lower_optimizer)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        unroll = _Unroll(self, oracles, self._twin(oracles, lower_optimizer))
-        return unroll.run()
-
-    def _twin(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> Twin:
-        lower = oracles.lower
-        # torch's optimizers skip variables without a gradient, so the twin must know them
-        _, grads = oracles.lower_gradient(oracles.upper, lower)
-        used = {name for name, g in grads.items() if g is not None}
-        if self.optimizer is not None:
-            return TransformationTwin(self.optimizer, lower, used)
-        variables = oracles.problem.variables("lower")
-        return RunningTwin(self._running(lower_optimizer), variables, lower, used)
+        return _Unroll(self, oracles, self._running(lower_optimizer)).run()
 
     def _running(self, lower_optimizer: Optimizers | None) -> list[torch.optim.Optimizer]:
         """The optimizers to branch from, if it is they that are unrolled; all must have a twin."""
@@ -141,60 +131,72 @@ class Unrolled(Solver):
 class _Unroll:
     """One unrolling: the iterates of a twin at the oracles' upper variables."""
 
-    def __init__(self, settings: Unrolled, oracles: Oracles, twin: Twin) -> None:
+    def __init__(
+        self, settings: Unrolled, oracles: Oracles, running: list[torch.optim.Optimizer]
+    ) -> None:
         self.settings = settings
         self.oracles = oracles
-        self.twin = twin
+        self.running = running
         self.upper = oracles.upper
-        self.residual = torch.zeros(())
+        self.clip = settings.max_grad_norm
         self.one_batch = len(oracles.lower_batches) == 1
 
     def run(self) -> Response:
-        steps, mode = self.settings.num_steps, self.settings.mode
+        steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
         first = steps - (self.settings.truncate or steps)
-        points = self.twin.pack(self.oracles.lower)
+        lower = self.oracles.lower
+        grads = self._gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
+        self.twin = self._make_twin(lower, grads)
+        points = self.twin.pack(lower)
         state = self.twin.start(points)
-        for t in range(first):
-            points, state = self._plain(points, state, t)
-        if mode == "reverse":
-            return self._reverse(points, state, range(first, steps))
         saved = []
-        for t in range(first, steps):
-            saved.append((t, points, state))
-            points, state = self._plain(points, state, t)
-        back = self._recompute if mode == "recompute" else self._forward
-        return Response(self.twin.unpack(points), back(saved), self.residual)
+        for t in range(steps):
+            graph = reverse and t >= first
+            if t <= first or not reverse:
+                points, state = [p.detach().requires_grad_() for p in points], _detach(state)
+            if t >= first and not reverse:
+                saved.append((t, points, state))
+            if t > 0:
+                at = self.twin.unpack(points)
+                grads = self._gradients(self.upper, at, t, create_graph=graph)
+            with torch.set_grad_enabled(graph):
+                points, state = self.twin.step(points, grads, state)
+        residual = norm([g.detach() for g in self.last.values() if g is not None])
+        if reverse:
+            vjp = self._reverse(points)
+        else:
+            vjp = (self._recompute if self.settings.mode == "recompute" else self._forward)(saved)
+        return Response(self.twin.unpack(points), vjp, residual)
 
-    def _plain(self, points: list[Tensor], state: Any, t: int) -> tuple[list[Tensor], Any]:
-        """A step nobody differentiates."""
-        points = [p.detach().requires_grad_() for p in points]
-        points, state = self._step(self.upper, points, state, t, create_graph=False)
-        return [p.detach() for p in points], _detach(state)
+    def _make_twin(self, lower: Tree, gradients: Gradients) -> Twin:
+        # torch's optimizers skip variables without a gradient, so the twin must know them
+        used = {name for name, g in gradients.items() if g is not None}
+        if self.settings.optimizer is not None:
+            return TransformationTwin(self.settings.optimizer, lower, used)
+        return RunningTwin(self.running, self.oracles.problem.variables("lower"), lower, used)
 
-    def _step(
-        self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
-    ) -> tuple[list[Tensor], Any]:
+    def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
         index = 0 if self.one_batch else t
-        lower = self.twin.unpack(points)
         # variables that no optimizer moves are constants, yet must be differentiable like the rest
         lower = {n: y if y.requires_grad else y.requires_grad_() for n, y in lower.items()}
         _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
-        self.residual = norm([g.detach() for g in grads.values() if g is not None])
-        if self.settings.max_grad_norm is not None:
-            grads = clip(grads, self.settings.max_grad_norm)
+        self.last = grads
+        return grads if self.clip is None else clip(grads, self.clip)
+
+    def _step(
+        self, upper: Tree, points: list[Tensor], state: Any, t: int
+    ) -> tuple[list[Tensor], Any]:
+        """A differentiable step."""
+        grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=True)
         return self.twin.step(points, grads, state)
 
-    def _reverse(self, points: list[Tensor], state: Any, steps: range) -> Response:
-        points = [p.detach().requires_grad_() for p in points]
-        for t in steps:
-            points, state = self._step(self.upper, points, state, t, create_graph=True)
-
+    def _reverse(self, points: list[Tensor]) -> Callable[[Tree], ResponseProduct]:
         def vjp(cotangent: Tree) -> ResponseProduct:
             upper, target = list(self.upper.values()), self.twin.pack(cotangent)
             product = vector_jacobian_product(points, upper, target)
-            return self._product(product, len(steps))
+            return self._product(product, self.settings.truncate or self.settings.num_steps)
 
-        return Response(self.twin.unpack(points), vjp, self.residual)
+        return vjp
 
     def _recompute(
         self, saved: list[tuple[int, list[Tensor], Any]]
@@ -206,7 +208,7 @@ class _Unroll:
             for t, points, state in reversed(saved):
                 points = [p.detach().requires_grad_() for p in points]
                 state = _detach(state, requires_grad=True)
-                after, next_state = self._step(self.upper, points, state, t, create_graph=True)
+                after, next_state = self._step(self.upper, points, state, t)
                 inputs = [*upper, *points, *_moments(state)]
                 outputs = [*after, *_moments(next_state)]
                 adjoint += [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
@@ -244,7 +246,7 @@ class _Unroll:
             upper = {**self.upper, name: forward_ad.make_dual(x, direction)}
             points = [p.detach().requires_grad_() for p in points]
             for t, _, _ in saved:
-                points, state = self._step(upper, points, state, t, create_graph=True)
+                points, state = self._step(upper, points, state, t)
             tangents = [forward_ad.unpack_dual(p).tangent for p in points]
         zeros = (torch.zeros_like(p) for p in points)
         return [z if d is None else d.detach() for d, z in zip(tangents, zeros, strict=True)]

@@ -43,8 +43,10 @@ def safe_sqrt(v: Tensor) -> Tensor:
     With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
     dm / eps: the root's own derivative multiplies m = 0 and drops out.
     """
+    if v.device.type == "cpu" and bool(v.all()):  # looking costs nothing where nobody waits
+        return v.sqrt()
     zero = v == 0
-    return torch.where(zero, torch.zeros_like(v), torch.where(zero, torch.ones_like(v), v).sqrt())
+    return v.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def clip(gradients: Gradients, max_norm: float) -> Gradients:
