@@ -24,13 +24,13 @@ DIGITS = Preset(
     model={
         "latent_dim": 16,
         "width": 16,  # the published 64 is for images with 16 times as many pixels
-        "ratio": 0.2,  # the published 0.05 leaves reconstructions of so few pixels blurred
-        "latent_weight": 0.2,
+        "ratio": 0.1,  # the published 0.05 leaves reconstructions of so few pixels blurred
+        "latent_weight": 0.15,
     },
     training={
         "num_steps": 2000,
-        "upper_lr": 1e-3,
-        "lower_lr": 1e-3,
+        "upper_lr": 4e-3,
+        "lower_lr": 2e-3,
         "lower_weight_decay": 0.0,
         "schedule": "cosine",
         "log_every": 20,

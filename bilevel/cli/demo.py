@@ -1,7 +1,12 @@
 """`bilevel demo`: a first look, in about two minutes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from bilevel import Alternating
-from bilevel.cli.options import Parser, number, whole
+from bilevel.cli.options import Parser, check_training, number, whole
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import fresh
 from bilevel.methods import BiDVL
@@ -35,11 +40,12 @@ def command(arguments: list[str]) -> int:
         "--max-seconds", type=number, metavar="X", help=f"time for training (default: {seconds:g})"
     )
     args = parser.read(arguments)
-    images = load_images(DIGITS.data)
-    print(_ABOUT.format(n=len(images.train), held=len(images.test)))
     names = ("seed", "num_steps", "max_seconds")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings = {**DIGITS.training, **given}
+    check_training(settings)
+    images = load_images(DIGITS.data)
+    print(_ABOUT.format(n=len(images.train), held=len(images.test)))
     device = device_of("cpu")  # so small a model is no faster anywhere else
     model = BiDVL.for_images(images.shape, seed=settings.get("seed", 0), **DIGITS.model)
     folder = args.run if hasattr(args, "run") else fresh("demo")
@@ -47,4 +53,16 @@ def command(arguments: list[str]) -> int:
     plan = Plan(
         model, images, Run(folder), settings, Alternating(), device=device, overwrite=overwrite
     )
-    return carry_out(plan)
+    with _one_thread():
+        return carry_out(plan)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small networks gain little from a second thread, and lose all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import bilevel.methods
 from bilevel.methods import EBLVM, Training
-from bilevel.methods.config import nearest
+from bilevel.methods.config import nearest, validated
 
 
 class UsageError(ValueError):
@@ -159,6 +159,23 @@ def training_settings() -> list[Setting]:
     ]
 
 
+def check_training(values: dict[str, Any]) -> None:
+    """Refuse bad training settings, by the names they have on the command line.
+
+    Raises:
+        UsageError: naming them.
+    """
+    try:
+        validated(Training, values)
+    except ValueError as error:
+        names = "|".join(Training.model_fields)
+
+        def flag(found: re.Match[str]) -> str:
+            return f"`--{found[1].replace('_', '-')}`"
+
+        raise UsageError(re.sub(f"`({names})`", flag, str(error))) from None
+
+
 def model_settings(method: type[EBLVM]) -> list[Setting]:
     """The options of a method's `for_images` and constructor, without what is given otherwise."""
     settings: dict[str, Setting] = {}
@@ -186,7 +203,8 @@ def _documented(docstring: str) -> dict[str, str]:
     _, _, rest = inspect.cleandoc(docstring).partition("Args:\n")
     section = re.split(r"\n\S", rest, maxsplit=1)[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
-    return {name: re.split(r"[.;:](?:\s|$)", " ".join(text.split()))[0] for name, text in entries}
+    end = re.compile(r"(?<!Eq)(?<!Sec)[.;:](?:\s|$)")
+    return {name: end.split(" ".join(text.split()))[0].replace("`", "") for name, text in entries}
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ class Progress:
         self.first = first
         self.step = first
         self._start = time.monotonic()
-        self._shown = 0.0
+        self._shown = self._start
         self._line = first
         self._bar: Any = None
         self._task: Any = None

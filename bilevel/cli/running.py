@@ -43,6 +43,8 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     training = validated(Training, {**plan.model.training_defaults, **plan.settings})
     folder = plan.run.folder
     print(f"{'continuing' if plan.resume else 'writing to'} {folder}")
+    if plan.resume and _steps_taken(plan.run) >= training.num_steps:
+        print(f"all {training.num_steps:,} steps were taken before; only the report is made again")
     stop = Stop()
     try:
         done = _train(plan, training, stop)
@@ -79,8 +81,7 @@ def device_of(name: str | None) -> str:
 
 def _train(plan: Plan, training: Training, stop: Stop) -> int:
     """The number of the last step."""
-    images, metrics = plan.images, plan.run.metrics() if plan.resume else []
-    first = metrics[-1]["step"] if metrics else 0
+    images, first = plan.images, _steps_taken(plan.run) if plan.resume else 0
     with Progress(training, first) as progress, stop.listening():
         plan.model.fit(
             images.train,
@@ -99,6 +100,11 @@ def _train(plan: Plan, training: Training, stop: Stop) -> int:
             **plan.settings,
         )
     return progress.step
+
+
+def _steps_taken(run: Run) -> int:
+    metrics = run.metrics()
+    return int(metrics[-1]["step"]) if metrics else 0
 
 
 def _interrupted(run: Run) -> int:

@@ -11,6 +11,7 @@ from bilevel.cli.options import (
     Parser,
     UsageError,
     add,
+    check_training,
     choice,
     methods,
     model_settings,
@@ -112,6 +113,7 @@ def _start(args: argparse.Namespace) -> int:
     recipe = _chosen(args, model_names, preset.model if preset else {})
     training_names = [setting.name for setting in training_settings()]
     settings = _chosen(args, training_names, preset.training if preset else {})
+    check_training({**method.training_defaults, **settings})
     device = device_of(getattr(args, "device", None))
     overwrite = hasattr(args, "overwrite")
     if hasattr(args, "run") and Run(args.run).exists and not overwrite:
