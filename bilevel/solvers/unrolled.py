@@ -14,7 +14,7 @@ variable.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import optree
@@ -34,6 +34,7 @@ from bilevel.twins import (
     Twin,
     as_transformation,
     clip,
+    describe,
     rule_of,
 )
 
@@ -91,6 +92,13 @@ class Unrolled(Solver):
             as_transformation(self.optimizer)
         if self.max_grad_norm is not None:
             positive("max_grad_norm", self.max_grad_norm)
+
+    def __repr__(self) -> str:
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        settings = [f"{name}={value!r}" for name, value in shown.items() if name != "optimizer"]
+        if self.optimizer is not None:
+            settings.insert(1, f"optimizer=[{describe(self.optimizer)}]")
+        return f"Unrolled({', '.join(settings)})"
 
     def num_lower_batches(self) -> int:
         return self.num_steps
@@ -229,7 +237,13 @@ class _Unroll:
                 for i in range(x.numel()):
                     direction = torch.zeros_like(x).view(-1)
                     direction[i] = 1
-                    tangents = self._tangents(saved, name, direction.view_as(x))
+                    try:
+                        tangents = self._tangents(saved, name, direction.view_as(x))
+                    except (NotImplementedError, RuntimeError) as error:  # e.g. `F.mse_loss`
+                        raise RuntimeError(
+                            "torch cannot differentiate this lower loss in forward mode "
+                            f"({str(error).splitlines()[0]}); use `mode='recompute'`"
+                        ) from error
                     pairs = zip(tangents, target, strict=True)
                     product[name].view(-1)[i] = sum((a * b).sum() for a, b in pairs)
             return self._product(list(product.values()), len(saved))

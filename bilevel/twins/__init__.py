@@ -1,7 +1,7 @@
 """Differentiable twins of the lower level's optimizer, for `Unrolled`."""
 
 from bilevel.twins.base import Gradients, Twin, clip
-from bilevel.twins.functional import TransformationTwin, as_transformation
+from bilevel.twins.functional import TransformationTwin, as_transformation, describe
 from bilevel.twins.running import RunningTwin, rule_of
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "Twin",
     "as_transformation",
     "clip",
+    "describe",
     "rule_of",
 ]

@@ -106,3 +106,35 @@ def _holds_clip(function: Any) -> bool:
     if function.__module__ == "torchopt.clip":
         return True
     return any(_holds_clip(cell.cell_contents) for cell in function.__closure__ or ())
+
+
+def describe(transformation: Transformation) -> str:
+    """A transformation and its settings in words: torchopt's own `repr` shows addresses only.
+
+    Example:
+        >>> import torchopt
+        >>> describe(torchopt.sgd(0.1, momentum=0.9))
+        'trace(dampening=0.0, momentum=0.9, nesterov=False), scale(step_size=-0.1)'
+    """
+    return ", ".join(_described(transformation.update))
+
+
+_BOOKKEEPING = {"already_flattened", "first_call", "moment_requires_grad", "initial_scale"}
+
+
+def _described(function: Any) -> list[str]:
+    """The functions that make up an update, innermost first, with the numbers they close over."""
+    if isinstance(function, (list, tuple)):
+        return [words for entry in function for words in _described(entry)]
+    if not isinstance(function, FunctionType):
+        return []
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    closed = dict(zip(function.__code__.co_freevars, cells, strict=True))
+    inner = [words for value in closed.values() for words in _described(value)]
+    settings = ", ".join(
+        f"{key}={value!r}"
+        for key, value in closed.items()
+        if isinstance(value, (bool, int, float, str)) and key not in _BOOKKEEPING
+    )
+    name = function.__qualname__.partition(".<locals>")[0].strip("_")
+    return [*inner, f"{name}({settings})"] if settings else inner
