@@ -267,6 +267,7 @@ from tests.test_checkpoints import make
 path = sys.argv[1]
 for step in train(**make("unrolled", num_steps=4)):
     pass
+step.state.save(path)
 for k in range(12):
     child = os.fork()
     while child == 0:

@@ -225,3 +225,12 @@ def test_findings() -> None:
     assert "1" not in {f.name for f in check_second_order(net.eval(), order=3)}
     with pytest.raises(ValueError, match="`order` must be 2 or 3"):
         check_second_order(net, order=1)
+
+
+def test_forward_mode_says_what_torch_lacks() -> None:
+    """torch has no forward derivative of `mse_loss`'s and `huber_loss`'s backward."""
+    problem = functions(lower=lambda x, y, _: nn.functional.mse_loss(y["y"], x["x"]))
+    with pytest.raises(RuntimeError, match="use `mode='recompute'`"):
+        Unrolled(2, torchopt.sgd(0.1), mode="forward").hypergradient(problem)
+    again = Unrolled(2, torchopt.sgd(0.1), mode="forward").hypergradient(functions())
+    assert again.grad["x"].isfinite().all()  # the failure leaves nothing behind
