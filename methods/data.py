@@ -149,22 +149,28 @@ def _unknown(text: str, path: Path) -> Exception:
 def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
     """One or two arrays of images, and as many of labels if there are any."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files) if isinstance(file, np.lib.npyio.NpzFile) else []
-            train, test = next((pair for pair in _ARRAYS if pair[0] in names), (None, None))
-            if train is None:
-                raise ValueError(
-                    f"`{path}` holds no `train_images`, `tra_images` or `images`, but "
-                    f"{', '.join(f'`{name}`' for name in names[:8]) or 'nothing'}; rename the array"
-                )
-            wanted = [train, *([test] if test in names else [])]
-            parts = [_entry(path, file, name) for name in wanted]
-            known = [name.replace("images", "labels") for name in wanted]
-            if not all(name in names for name in known):
-                return parts, None
-            return parts, [_entry(path, file, name) for name in known]
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"`{path}` cannot be read as an `.npz` file: {error}") from None
+        file = np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        reason = "it is no archive of arrays" if "pickle" in str(error) else str(error)
+        raise ValueError(f"`{path}` cannot be read as an `.npz` file: {reason}") from None
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError(
+            f"`{path}` holds a single array; save it by name, `np.savez(path, images=...)`"
+        )
+    with file:
+        names = list(file.files)
+        train, test = next((pair for pair in _ARRAYS if pair[0] in names), (None, None))
+        if train is None:
+            raise ValueError(
+                f"`{path}` holds no `train_images`, `tra_images` or `images`, but "
+                f"{', '.join(f'`{name}`' for name in names[:8]) or 'nothing'}; rename the array"
+            )
+        wanted = [train, *([test] if test in names else [])]
+        parts = [_entry(path, file, name) for name in wanted]
+        known = [name.replace("images", "labels") for name in wanted]
+        if not all(name in names for name in known):
+            return parts, None
+        return parts, [_entry(path, file, name) for name in known]
 
 
 def _entry(path: Path, file: Any, name: str) -> Array:
@@ -174,6 +180,8 @@ def _entry(path: Path, file: Any, name: str) -> Array:
         raise ValueError(
             f"`{name}` in `{path}` is an object array; save numbers, as one array of one shape"
         ) from None
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"`{name}` in `{path}` cannot be read: {error}") from None
     return array
 
 

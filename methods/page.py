@@ -39,7 +39,8 @@ th, td { text-align: left; vertical-align: top; padding: .45rem .9rem .45rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 600; }
-td:nth-child(3), td:nth-child(4) { color: var(--soft); }
+td.soft { color: var(--soft); }
+th.run { white-space: nowrap; }
 td.number { font-variant-numeric: tabular-nums; color: var(--text); white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem;
   color: var(--soft); }

@@ -240,7 +240,7 @@ def _what(run: Run, config: Mapping[str, Any]) -> str:
 def _results_table(results: Mapping[str, float]) -> str:
     lines = "".join(
         f'<tr><th scope="row">{_text(row.label)}</th><td class="number">{row.value}</td>'
-        f"<td>{_text(row.beside)}</td><td>{_text(row.meaning)}</td></tr>"
+        f'<td class="soft">{_text(row.beside)}</td><td class="soft">{_text(row.meaning)}</td></tr>'
         for row in result_rows(results)
     )
     head = "<tr><th>measure</th><th>value</th><th>for comparison</th><th>how to read it</th></tr>"
@@ -272,7 +272,7 @@ def _comparison_table(
     for run, config, values in zip(runs, configs, results, strict=True):
         metrics = run.metrics()
         cells = [_text(_title(config)), f"{metrics[-1]['step']:,}" if metrics else "0"]
-        line = f'<th scope="row">{_text(_name(run))}</th>'
+        line = f'<th scope="row" class="run">{_text(_name(run))}</th>'
         line += f'<td>{cells[0]}</td><td class="number">{cells[1]}</td>'
         for name in names:
             value = _number(_MEASURES[name], values[name]) if name in values else "-"
