@@ -1,0 +1,278 @@
+"""The command line, from the outside: what is printed, written and returned."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bilevel import cli
+from bilevel.cli import main
+from bilevel.cli.options import methods, model_settings, training_settings
+from bilevel.methods import Training
+from bilevel.methods.config import validated
+from bilevel.methods.data import load_images
+from bilevel.methods.presets import DIGITS
+
+TINY = [
+    "--width",
+    "2",
+    "--latent-dim",
+    "2",
+    "--batch-size",
+    "20",
+    "--log-every",
+    "2",
+    "--checkpoint-every",
+    "2",
+]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with a small data set."""
+    monkeypatch.chdir(tmp_path)
+    images = load_images("digits")
+    assert images.train_labels is not None
+    array = ((images.train[:120, 0].numpy() + 1) * 8).astype(np.uint8)
+    np.savez(tmp_path / "few.npz", images=array, labels=images.train_labels[:120].numpy())
+    return tmp_path
+
+
+def train(*more: str) -> int:
+    return main(["train", "bidvl", "--data", "few.npz", *TINY, "--num-steps", "4", *more])
+
+
+def refused(capture: Capture, arguments: str) -> str:
+    """The one sentence with which bad arguments are refused."""
+    capture.readouterr()
+    assert main(arguments.split()) == cli.BAD_USAGE
+    message = capture.readouterr().err
+    assert message.startswith("bilevel: ")
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    return message
+
+
+def test_a_run_from_training_to_comparison(home: Path, capsys: Capture) -> None:
+    assert train() == 0
+    folder = home / "runs" / "bidvl-few-1"
+    assert "runs/bidvl-few-1/report.html" in capsys.readouterr().out
+    for name in ("config.json", "metrics.jsonl", "model/model.json", "evaluation.json"):
+        assert (folder / name).is_file()
+    assert len(list((folder / "pictures").glob("*.png"))) == 3
+    config = json.loads((folder / "config.json").read_text())
+    assert config["notes"]["data"] == str(home / "few.npz")
+    assert config["training"]["num_steps"] == 4
+
+    assert main(["sample", "runs/bidvl-few-1", "-n", "5", "--out", "s.npz", "--seed", "1"]) == 0
+    assert main(["sample", "runs/bidvl-few-1", "-n", "5", "--out", "t.npz", "--seed", "1"]) == 0
+    one, two = (np.load(name)["images"] for name in ("s.npz", "t.npz"))
+    assert one.shape == (5, 1, 8, 8)
+    np.testing.assert_array_equal(one, two)
+    assert main(["sample", "runs/bidvl-few-1"]) == 0
+    assert (folder / "samples.png").is_file()
+
+    assert main(["evaluate", "runs/bidvl-few-1", "--statistics", "batch"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["statistics"] == "batch"
+    assert main(["evaluate", "runs/bidvl-few-1", "--data", "digits"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["statistics"] == "batch"
+
+    assert train("--variant", "complete", "--solver", "unrolled", "--unroll-steps", "1") == 0
+    assert main(["report", "runs/bidvl-few-1", "--out", "page.html"]) == 0
+    assert (home / "page.html").is_file()
+    capsys.readouterr()
+    assert main(["report", "runs/bidvl-few-1", "runs/bidvl-few-2"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/comparison.html"
+    assert "solver" in (home / "runs" / "comparison.html").read_text()
+
+
+def test_the_demo_explains_and_reports(home: Path, capsys: Capture) -> None:
+    threads = torch.get_num_threads()
+    assert main(["demo", "--num-steps", "3"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "handwritten digits",
+        "step      3/3",
+        "Reconstruction: RMSE",
+        "demo-1/report.html",
+    ):
+        assert words in out
+    assert torch.get_num_threads() == threads
+
+
+def test_missing_extras_are_no_failure(
+    monkeypatch: pytest.MonkeyPatch, home: Path, capsys: Capture
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "rich", "rich.progress", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train() == 0
+    assert "pip install 'bilevel[report]'" in capsys.readouterr().err
+    assert (home / "runs" / "bidvl-few-1" / "report.html").is_file()
+
+
+def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -> None:
+    assert train("--run", "whole", "--no-report") == 0
+    assert train("--run", "half", "--no-report", "--max-seconds", "1e-9") == 0
+    config = json.loads((home / "half" / "config.json").read_text())
+    config["training"]["max_seconds"] = None  # as if it had been interrupted
+    (home / "half" / "config.json").write_text(json.dumps(config))
+    assert "`--latent-dim` is 3, but" in refused(capsys, "train --run half --resume --latent-dim 3")
+    assert "`--num-steps`" in refused(capsys, "train --run half --resume --num-steps 9")
+    assert "`--data`" in refused(capsys, "train --run half --resume --data digits")
+    assert "choose one" in refused(capsys, "train --run half --resume --overwrite")
+    again = ["--data", "few.npz", "--latent-dim", "2", "--device", "cpu", "--no-report"]
+    assert main(["train", "bidvl", "--run", "half", "--resume", *again]) == 0
+    weights = [
+        load_file(home / name / "model" / "weights.safetensors") for name in ("whole", "half")
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("trian", "did you mean `train`?"),
+        ("train bidv --data few.npz", "did you mean `bidvl`?"),
+        ("train bidvl", "--data NAME|PATH is missing"),
+        ("train --data few.npz", "METHOD (bidvl"),
+        ("train bidvl --dta few.npz", "did you mean `--data`?"),
+        ("train bidvl --data few.npz extra", "`extra` is one argument too many"),
+        ("train bidvl --data fewer.npz", "did you mean `few.npz`?"),
+        ("train bidvl --data digit", "did you mean `digits`?"),
+        ("train bidvl --data few.npz --variant ofset", "did you mean `offset`?"),
+        ("train bidvl --data few.npz --solver implict", "did you mean `implicit`?"),
+        ("train bidvl --data few.npz --num-steps many", "a whole number, got `many`"),
+        ("train bidvl --data few.npz --num-steps 0", "`--num-steps`: input should be greater"),
+        ("train bidvl --data few.npz --upper-lr fast", "a number, got `fast`"),
+        ("train bidvl --data few.npz --damping 1", "belongs to `--solver implicit`"),
+        ("train bidvl --data few.npz --batch-size 500", "`batch_size` is 500"),
+        ("train bidvl --data few.npz --batch-size 50 --solver implicit", "variant='offset'"),
+        ("train bidvl --resume", "needs the folder"),
+        ("train --resume --run nowhere", "there is no run in `nowhere`"),
+        ("sample nowhere", "there is no run in `nowhere`; train one first"),
+        ("sample", "RUN"),
+        ("evaluate nowhere", "there is no run"),
+        ("report nowhere", "there is no run"),
+        ("demo --num-steps 0", "`--num-steps`"),
+    ],
+)
+def test_bad_arguments_are_one_helpful_sentence(
+    arguments: str, words: str, home: Path, capsys: Capture
+) -> None:
+    assert words in refused(capsys, arguments)
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named(capsys: Capture) -> None:
+    assert "no CUDA device" in refused(capsys, "train bidvl --data few.npz --device cuda")
+
+
+def test_a_run_is_not_overwritten_by_accident(capsys: Capture) -> None:
+    assert train("--run", "mine", "--no-report") == 0
+    message = refused(capsys, "train bidvl --data few.npz --run mine")
+    assert "`--resume`" in message
+    assert "`--overwrite`" in message
+    assert train("--run", "mine", "--no-report", "--overwrite") == 0
+    assert ".png or .npz" in refused(capsys, "sample mine --out s.gif")
+    assert "`-n` must be positive" in refused(capsys, "sample mine -n 0")
+
+
+def test_divergence_is_status_one(capsys: Capture) -> None:
+    # The tanh and the spectral norm leave little that can overflow; an absurd weight does it.
+    assert train("--no-report", "--latent-weight", "1e38", "--lower-lr", "1e30") == cli.FAILED
+    message = capsys.readouterr().err
+    assert "diverged at step" in message
+    assert message.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILEVEL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no command"):
+        main(["nothing"])
+
+
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "train bidvl", "sample", "evaluate", "report"]
+)
+def test_help_is_short_and_has_examples(command: str, capsys: Capture) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:\n  bilevel" in text
+    assert text.isascii()
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("bilevel ")
+    assert main([]) == cli.BAD_USAGE
+
+
+def test_every_setting_is_explained() -> None:
+    assert all(setting.help for setting in training_settings())
+    for method in methods().values():
+        assert all(setting.help for setting in model_settings(method))
+
+
+def test_the_preset_is_valid() -> None:
+    assert validated(Training, DIGITS.training).max_seconds == 90
+    assert DIGITS.model.keys() <= {setting.name for setting in model_settings(methods()["bidvl"])}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another thing there")
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on_and_does(home: Path) -> None:
+    start = [sys.executable, "-m", "bilevel", "train"]
+    options = [
+        "bidvl",
+        "--data",
+        "few.npz",
+        *TINY,
+        "--num-steps",
+        "300",
+        "--no-report",
+        "--run",
+        "r",
+    ]
+    slow = ["--lower-steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*start, *options, *slow],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = home / "r" / "metrics.jsonl"
+    wait_for(metrics.exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "bilevel train --run r --resume" in errors
+    assert "Traceback" not in errors
+    reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert 0 < reached < 300
+    assert main(["train", "--run", "r", "--resume", "--no-report"]) == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] == 300
+    assert steps == sorted(set(steps))
