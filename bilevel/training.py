@@ -160,9 +160,9 @@ def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterato
     seconds = 0.0
     while state.step < num_steps:
         start = time.perf_counter()
-        turn.begin(
-            seed=hash((seed, state.step)) % 2**62
-        )  # a hash of integers is the same everywhere
+        turn.begin(hash((seed, state.step)) % 2**62)  # of integers: the same on every machine
+        if not seconds:
+            turn.rehearse()
         try:
             hypergradient = turn.run()
         except HypergradientError as error:
@@ -205,9 +205,22 @@ class _Turn:
         self._shared = "upper_data" not in self.state.sources
 
     def begin(self, seed: int) -> None:
-        """Draw this turn's batch and seeds."""
+        """Draw this turn's upper batch and seeds."""
         self._seeds = itertools.count(seed, 2**10)
-        self._batch = self._draw("data") if self._shared else None
+        self._batch = self._draw("data" if self._shared else "upper_data")
+        self._ahead: list[Any] = []
+
+    def rehearse(self) -> None:
+        """Evaluate both losses once, so that a bad one is refused before anything has moved."""
+        if not self._shared and (self.lower_steps or self.solver.num_lower_batches()):
+            self._ahead.append(self._draw("data"))
+        lower_batch = self._batch if self._shared else (self._ahead or [None])[0]
+        oracles = Oracles(self.state.problem, self._batch, [lower_batch])
+        with torch.no_grad():
+            oracles.evaluate("upper", oracles.upper, oracles.lower)
+        if self.lower_steps:
+            with torch.enable_grad():
+                oracles.lower_gradient(oracles.upper, oracles.lower)
 
     def run(self) -> Hypergradient:
         if self.upper_first:
@@ -238,7 +251,9 @@ class _Turn:
         return self.state.problem.draw(batch, self.state.generator)
 
     def _lower_batch(self) -> Any:
-        return self._batch if self._shared else self._draw("data")
+        if self._shared:
+            return self._batch
+        return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _lower_steps(self) -> None:
         problem = self.state.problem
@@ -253,12 +268,11 @@ class _Turn:
 
     def _upper_step(self) -> Hypergradient:
         problem, state = self.state.problem, self.state
-        batch = self._batch if self._shared else self._draw("upper_data")
         fresh = 1 if self._shared else self.solver.num_lower_batches()
         lower_batches = [self._lower_batch() for _ in range(fresh)] or [None]
         hypergradient = self.solver.hypergradient(
             problem,
-            batch,
+            self._batch,
             lower_batches,
             state=state.solver_state,
             lower_optimizer=state.optimizers["lower"] or None,

@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn.functional import relu
 
 from bilevel.methods.config import Training, one_of
-from bilevel.methods.eblvm import EBLVM, Statistics
+from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics
 from bilevel.methods.networks import Energy, Generator, Posterior, scale_of
 from bilevel.problem import Loss
 from bilevel.solvers.base import Optimizers
@@ -91,6 +91,8 @@ class BiDVL(EBLVM):
           (Algorithm 1, line 6, of which no public implementation exists);
         - upper level first by default, as the official code; Algorithm 1 starts with the lower one
           (`order="lower_first"`);
+        - the upper level evaluates the energy on data and samples in one pass (if it has no batch
+          norm), so spectral norm advances by one power iteration there, not two;
         - `latent` is the official code's squared error of the posterior *mean* times 1/d, not the
           Gaussian log-density of Eq. 11 (weight 1/2, variance term): the published coefficients;
         - $p_2(v|h)$ has a fixed variance of 1/2 (squared error with weight one), so the entropy of
@@ -214,7 +216,7 @@ class BiDVL(EBLVM):
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 14, or its hinge; `complete` adds the posterior's term."""
         generated = self.generate(batch.latent)
-        real, fake = self.free_energy(batch.visible), self.free_energy(generated)
+        real, fake = self._energies(batch.visible, generated)
         if self.upper_kind == "hinge":
             loss = relu(1 + real).mean() + relu(1 - fake).mean()
         else:
@@ -223,6 +225,13 @@ class BiDVL(EBLVM):
             mean, log_variance = self.network("posterior")(generated)
             loss = loss + kl_to_prior(mean, log_variance).mean() / self.latent_dim
         return loss, {"energy_data": real.mean(), "energy_samples": fake.mean()}
+
+    def _energies(self, v: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """E of data and of samples: in one pass, unless batch norm would mix the two."""
+        if any(isinstance(m, BATCH_NORMS) for m in self.network("energy").modules()):
+            return self.free_energy(v), self.free_energy(generated)
+        real, fake = self.free_energy(torch.cat([v, generated])).split([len(v), len(generated)])
+        return real, fake
 
     def lower_loss(self, batch: Batch) -> Loss:
         """Eq. 13 (`offset`), Eq. 11 (`complete`), or Eq. 11 without its third term."""

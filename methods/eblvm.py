@@ -169,7 +169,7 @@ class EBLVM(Problem):
         modes = [(module, module.training) for module in self.modules()]
         buffers = [(b, b.clone()) for b in self.buffers()] if statistics == "batch" else []
         for module, _ in modes:
-            module.training = statistics == "batch" and isinstance(module, _BATCH_NORMS)
+            module.training = statistics == "batch" and isinstance(module, BATCH_NORMS)
         try:
             with torch.no_grad():
                 yield
@@ -224,7 +224,7 @@ class EBLVM(Problem):
         return model
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _join(shape: tuple[int, ...]) -> str:

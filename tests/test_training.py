@@ -129,7 +129,8 @@ class Recorder(Problem):
 def test_one_source_gives_both_levels_the_same_batch() -> None:
     problem = Recorder()
     run(problem, DATA, batch_size=4, lower_steps=2, num_steps=3)
-    turns = [problem.seen[i : i + 3] for i in range(0, 9, 3)]
+    assert [level for level, _ in problem.seen[:2]] == ["upper", "lower"]  # the rehearsal
+    turns = [problem.seen[i : i + 3] for i in range(2, 11, 3)]
     for turn in turns:
         assert [level for level, _ in turn] == ["lower", "lower", "upper"]
         assert turn[0][1] is turn[1][1] is turn[2][1]
@@ -210,6 +211,27 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("order", ["lower_first", "upper_first"])
+@pytest.mark.parametrize("level", ["upper", "lower"])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_bad_loss_is_refused_before_anything_has_moved(
+    order: str, level: str, separate: bool
+) -> None:
+    problem = Recorder()
+    setattr(problem, f"{level}_loss", lambda batch: torch.ones(3).double())
+    before = {name: value.clone() for name, value in problem.state_dict().items()}
+    with pytest.raises(TypeError, match=f"{level}_loss` must return a scalar"):
+        run(
+            problem,
+            DATA,
+            upper_data=UPPER_DATA if separate else None,
+            batch_size=4,
+            order=order,
+            num_steps=1,
+        )
+    assert all(value.equal(before[name]) for name, value in problem.state_dict().items())
+
+
 def test_a_data_loader() -> None:
     loader = DataLoader(
         TensorDataset(*DATA), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(0)
@@ -220,7 +242,7 @@ def test_a_data_loader() -> None:
     problem = Recorder()
     run(problem, loader, num_steps=6)
     by_hand = [batch for _ in range(2) for batch in expected]
-    seen = [batch[0] for level, batch in problem.seen if level == "upper"]
+    seen = [batch[0] for level, batch in problem.seen[1:] if level == "upper"]
     torch.testing.assert_close(
         seen, [tuple(b) if isinstance(seen[0], tuple) else b for b in by_hand]
     )
