@@ -13,6 +13,7 @@ _REFERENCES = re.compile(r"^References:\n(?P<lines>(?:[ ]+.*\n?|\n)+)", re.MULTI
 def _by_work(match: re.Match[str]) -> str:
     """A blank line after each work: it ends in its address, here or a line further on."""
     lines = re.sub(r"(https?://\S+)\n(?=[ ]+[A-Z])", r"\1\n\n", match["lines"])
+    lines = re.sub(r":\n(?=[ ]+- )", ":\n\n", lines)  # a list starts after a blank line
     return f"References:\n{lines}"
 
 
