@@ -22,18 +22,8 @@ from bilevel.methods.config import validated
 from bilevel.methods.data import load_images
 from bilevel.methods.presets import DIGITS
 
-TINY = [
-    "--width",
-    "2",
-    "--latent-dim",
-    "2",
-    "--batch-size",
-    "20",
-    "--log-every",
-    "2",
-    "--checkpoint-every",
-    "2",
-]
+TINY = ["--width", "2", "--latent-dim", "2", "--batch-size", "20", "--log-every", "2"]
+TINY += ["--checkpoint-every", "2"]
 Capture = pytest.CaptureFixture[str]
 
 

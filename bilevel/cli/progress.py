@@ -110,7 +110,7 @@ class Stop:
 def _losses(step: Step) -> str:
     shown = {"upper": step.upper_loss, "lower": step.lower_loss}
     shown |= {name: step.logs[name] for name in ("reconstruction",) if name in step.logs}
-    return "  ".join(f"{name} {float(v):8.3f}" for name, v in shown.items() if v is not None)
+    return "  ".join(f"{name} {float(v):.2f}" for name, v in shown.items() if v is not None)
 
 
 def _duration(seconds: float) -> str:
@@ -125,13 +125,14 @@ def _rich_bar() -> Any:
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
     except ImportError:
         print("(a live progress bar needs rich: pip install 'bilevel[report]')")
         return None
     columns = (
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}", style="cyan"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+        TextColumn("{task.fields[losses]}", style="cyan", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[left]} left", style="dim"),
     )
     return RichProgress(*columns)
