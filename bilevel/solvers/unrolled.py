@@ -162,7 +162,7 @@ class _Unroll:
             graph = reverse and t >= first
             if t <= first or not reverse:
                 points, state = [p.detach().requires_grad_() for p in points], _detach(state)
-            if t >= first and not reverse:
+            if t == first or (t > first and self.settings.mode == "recompute"):
                 saved.append((t, points, state))
             if t > 0:
                 at = self.twin.unpack(points)
@@ -202,7 +202,7 @@ class _Unroll:
         def vjp(cotangent: Tree) -> ResponseProduct:
             upper, target = list(self.upper.values()), self.twin.pack(cotangent)
             product = vector_jacobian_product(points, upper, target)
-            return self._product(product, self.settings.truncate or self.settings.num_steps)
+            return self._product(product)
 
         return vjp
 
@@ -223,7 +223,7 @@ class _Unroll:
                 grads = vector_jacobian_product(outputs, inputs, adjoint)
                 total = [a + g for a, g in zip(total, grads, strict=False)]
                 adjoint = grads[len(upper) :]
-            return self._product(total, len(saved))
+            return self._product(total)
 
         return vjp
 
@@ -246,7 +246,7 @@ class _Unroll:
                         ) from error
                     pairs = zip(tangents, target, strict=True)
                     product[name].view(-1)[i] = sum((a * b).sum() for a, b in pairs)
-            return self._product(list(product.values()), len(saved))
+            return self._product(list(product.values()))
 
         return vjp
 
@@ -254,19 +254,32 @@ class _Unroll:
         self, saved: list[tuple[int, list[Tensor], Any]], name: str, direction: Tensor
     ) -> list[Tensor]:
         """d(points after the last step) along one direction of the upper variables."""
-        _, points, state = saved[0]
+        first, points, state = saved[0]
         with forward_ad.dual_level():
             x = self.upper[name].detach().requires_grad_()
             upper = {**self.upper, name: forward_ad.make_dual(x, direction)}
             points = [p.detach().requires_grad_() for p in points]
-            for t, _, _ in saved:
+            for t in range(first, self.settings.num_steps):
                 points, state = self._step(upper, points, state, t)
+                points, state = (
+                    [_only_tangent(p) for p in points],
+                    _map_moments(_only_tangent, state),
+                )
             tangents = [forward_ad.unpack_dual(p).tangent for p in points]
         zeros = (torch.zeros_like(p) for p in points)
         return [z if d is None else d.detach() for d, z in zip(tangents, zeros, strict=True)]
 
-    def _product(self, product: list[Tensor], steps: int) -> ResponseProduct:
+    def _product(self, product: list[Tensor]) -> ResponseProduct:
+        steps = self.settings.truncate or self.settings.num_steps
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
+
+
+def _only_tangent(tensor: Tensor) -> Tensor:
+    """The tensor with its tangent but without its graph: forward mode needs no memory per step."""
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    leaf = primal.detach().requires_grad_()
+    dual: Tensor = leaf if tangent is None else forward_ad.make_dual(leaf, tangent.detach())
+    return dual
 
 
 def _is_moment(leaf: Any) -> bool:
@@ -280,6 +293,8 @@ def _moments(state: Any) -> list[Tensor]:
 
 
 def _detach(state: Any, *, requires_grad: bool = False) -> Any:
-    return optree.tree_map(
-        lambda s: s.detach().requires_grad_(requires_grad) if _is_moment(s) else s, state
-    )
+    return _map_moments(lambda s: s.detach().requires_grad_(requires_grad), state)
+
+
+def _map_moments(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    return optree.tree_map(lambda s: function(s) if _is_moment(s) else s, state)
