@@ -289,13 +289,24 @@ class _Turn:
     def _apply(self, level: Level, grads: Mapping[str, Tensor | None], clip: float | None) -> None:
         parameters = self.state.problem.variables(level)
         for name, parameter in parameters.items():
-            parameter.grad = grads[name]
+            parameter.grad = _laid_out(grads[name], parameter)
         if clip is not None:
             clip_grad_norm_(parameters.values(), clip)
         for optimizer in self.state.optimizers[level]:
             optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """The gradient in its parameter's memory format.
+
+    `.backward()` sees to that, `autograd.grad` does not, and fused optimizers pair the numbers of
+    the two tensors as they lie in memory.
+    """
+    if gradient is None or gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 class _Watch:

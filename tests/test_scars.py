@@ -1,9 +1,11 @@
 """One test per defect that was confirmed in another bilevel library; each says what it guards."""
 
+from typing import Any
+
 import pytest
 import torch
 import torchopt
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel import (
     Alternating,
@@ -165,3 +167,49 @@ def test_clipping_outside_autograd_is_refused() -> None:
     clipped = torchopt.combine.chain(torchopt.clip.clip_grad_norm(1.0), torchopt.sgd(0.1))
     with pytest.raises(ValueError, match="max_grad_norm"):
         Unrolled(3, clipped)
+
+
+def test_fused_optimizers_get_gradients_in_their_parameters_memory_format() -> None:
+    """Ours: `autograd.grad` may return other strides than a channels-last weight has.
+
+    Fused Adam then pairs each number with another one's gradient, and training quietly gets worse.
+    """
+
+    def trained(fused: bool) -> Problem:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+        lower = nn.Sequential(net).to(memory_format=torch.channels_last)
+        problem = LayoutProblem(lower)
+        images = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+        for _ in train(
+            problem,
+            images,
+            upper_optimizer=torch.optim.Adam(problem.upper.parameters(), 0.1, fused=fused),
+            lower_optimizer=torch.optim.Adam(problem.lower.parameters(), 0.1, fused=fused),
+            num_steps=5,
+        ):
+            pass
+        return problem
+
+    fused, plain = trained(True).state_dict(), trained(False).state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-9, atol=1e-9)
+
+
+class LayoutProblem(Problem):
+    """A convolution whose weight gradient does not come in the weight's own strides."""
+
+    def __init__(self, lower: nn.Module) -> None:
+        super().__init__()
+        self.upper = nn.ParameterDict({"x": torch.ones(()).double()})
+        self.lower = lower
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        return (self.lower(batch) - self.upper["x"]).square().mean()
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        weight = self.lower[0].weight
+        return (
+            self.upper_loss(batch) + (weight * torch.arange(27.0).view(1, 3, 3, 3)).square().sum()
+        )
