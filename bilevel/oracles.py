@@ -14,7 +14,7 @@ A solver touches nothing else. Whatever must be done alike by every solver is do
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.problem import Level, Problem
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.tree import Layout, Tree
+from bilevel.wiring import Wiring
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class Oracles:
         upper_batch: batch of the upper loss.
         lower_batches: batches of the lower loss, in the order in which they are used.
         seed: seed of the random numbers drawn inside the losses.
+        wiring: the problem's wiring, if the caller has it already.
 
     Attributes:
+        names: names of the upper variables.
         shared: upper name -> lower name of the variables that belong to both levels. The lower
             level decides their value; their upper gradient is the partial derivative of F.
 
@@ -72,19 +75,36 @@ class Oracles:
     """
 
     def __init__(
-        self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], *, seed: int = 0
+        self,
+        problem: Problem,
+        upper_batch: Any,
+        lower_batches: Sequence[Any],
+        *,
+        seed: int = 0,
+        wiring: Wiring | None = None,
     ) -> None:
         self.problem = problem
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
         self.seed = seed
-        slots = _slots(problem)
-        self._upper = _Names(problem, "upper", slots)
-        self._lower = _Names(problem, "lower", slots)
-        self.shared = self._upper.take_out(self._lower)
-        self._buffers = _buffer_slots(problem)
-        self._recurrent = [m for m in problem.modules() if isinstance(m, nn.RNNBase)]
+        self.wiring = Wiring(problem) if wiring is None else wiring
+        self.names = list(self.wiring.variables("upper"))
+        self._lower = self._variables("lower")
+        there = {id(p): name for name, p in self._lower.items()}
+        upper = self._variables("upper")
+        self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
+        self._upper = {name: p for name, p in upper.items() if name not in self.shared}
+        self._buffers = self.wiring.buffers()
         self._devices = [problem.device] if problem.device.type == "cuda" else []
+
+    def _variables(self, level: Level) -> Tree:
+        variables = self.wiring.variables(level)
+        if not variables:
+            raise ValueError(
+                f"the {level} level of `{type(self.problem).__name__}` has no trainable variables; "
+                f"put them in `self.{level}` and leave `requires_grad` on"
+            )
+        return variables
 
     @property
     def upper(self) -> Tree:
@@ -92,12 +112,12 @@ class Oracles:
 
         Without those that belong to the lower level too (`shared`): they are lower variables here.
         """
-        return self._upper.leaves()
+        return {name: p.detach().requires_grad_() for name, p in self._upper.items()}
 
     @property
     def lower(self) -> Tree:
         """The current lower variables, likewise."""
-        return self._lower.leaves()
+        return {name: p.detach().requires_grad_() for name, p in self._lower.items()}
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
         """The loss of one level at (upper, lower).
@@ -107,11 +127,14 @@ class Oracles:
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         values: dict[str, Tensor] = {}
-        self._upper.fill(values, upper)
-        self._lower.fill(values, lower)
+        self.wiring.fill(values, self._upper, upper)
+        self.wiring.fill(values, self._lower, lower)
         copies = {id(b): b.clone() for b in self._buffers.values()}  # tied buffers stay tied
         values.update({name: copies[id(b)] for name, b in self._buffers.items()})
-        with _fixed_seed(self.seed + index, self._devices), _flat_weights_kept(self._recurrent):
+        with (
+            _fixed_seed(self.seed + index, self._devices),
+            _flat_weights_kept(self.wiring.recurrent),
+        ):
             out = functional_call(self.problem, values, (level, batch), tie_weights=False)
         loss, logs = _scalar(out, level, self.problem)
         # `functional_call` wrote back what the forward pass assigned (`self.average = ...`)
@@ -176,58 +199,6 @@ class Oracles:
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield
-
-
-@dataclass(frozen=True)
-class _Names:
-    """The variables of one level, and every place of the problem where each of them is held."""
-
-    problem: Problem
-    level: Level
-    slots: dict[int, list[str]]
-    parameters: Tree = field(init=False)
-
-    def __post_init__(self) -> None:
-        parameters = self.problem.variables(self.level)
-        if not parameters:
-            raise ValueError(
-                f"the {self.level} level of `{type(self.problem).__name__}` has no trainable "
-                f"variables; put them in `self.{self.level}` and leave `requires_grad` on"
-            )
-        object.__setattr__(self, "parameters", parameters)
-
-    def take_out(self, others: "_Names") -> dict[str, str]:
-        """Leave the variables that `others` holds too to it; their names here and there."""
-        there = {id(p): name for name, p in others.parameters.items()}
-        shared = {n: there[id(p)] for n, p in self.parameters.items() if id(p) in there}
-        for name in shared:
-            del self.parameters[name]
-        return shared
-
-    def leaves(self) -> Tree:
-        return {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
-
-    def fill(self, values: dict[str, Tensor], tree: Tree) -> None:
-        for name, parameter in self.parameters.items():
-            for slot in self.slots[id(parameter)]:
-                values[slot] = tree[name]
-
-
-def _slots(problem: nn.Module) -> dict[int, list[str]]:
-    """For each parameter (by identity) the full names under which a module holds it."""
-    slots: dict[int, list[str]] = {}
-    for path, module in problem.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            slots.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return slots
-
-
-def _buffer_slots(problem: nn.Module) -> Tree:
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in problem.named_modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    }
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from bilevel.problem import Level, Problem
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.solvers.base import Optimizers
 from bilevel.state import Scheduler, State
-from bilevel.tree import Tree
+from bilevel.wiring import Wiring
 
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
 
@@ -203,6 +203,7 @@ class _Turn:
 
     def __post_init__(self) -> None:
         self._shared = "upper_data" not in self.state.sources
+        self._wiring = Wiring(self.state.problem)
 
     def begin(self, seed: int) -> None:
         """Draw this turn's upper batch and seeds."""
@@ -246,6 +247,10 @@ class _Turn:
         ]
         return upper + lower if self.upper_first else lower + upper
 
+    def _oracles(self, upper_batch: Any, lower_batches: list[Any]) -> Oracles:
+        seed, wiring = next(self._seeds), self._wiring
+        return Oracles(self.state.problem, upper_batch, lower_batches, seed=seed, wiring=wiring)
+
     def _draw(self, source: str) -> Any:
         batch = next(self.state.sources[source])
         return self.state.problem.draw(batch, self.state.generator)
@@ -256,38 +261,34 @@ class _Turn:
         return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _lower_steps(self) -> None:
-        problem = self.state.problem
         for _ in range(self.lower_steps):
-            oracles = Oracles(problem, None, [self._lower_batch()], seed=next(self._seeds))
+            oracles = self._oracles(None, [self._lower_batch()])
             constants = {name: x.detach() for name, x in oracles.upper.items()}
             with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
                 evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
             self.lower_loss, self.logs = evaluation.loss.detach(), evaluation.logs
             self._apply("lower", grads, self.clip_lower)
-            commit(problem, evaluation.buffers)
+            self._wiring.commit(evaluation.buffers)
 
     def _upper_step(self) -> Hypergradient:
-        problem, state = self.state.problem, self.state
+        state = self.state
         fresh = 1 if self._shared else self.solver.num_lower_batches()
         lower_batches = [self._lower_batch() for _ in range(fresh)] or [None]
-        hypergradient = self.solver.hypergradient(
-            problem,
-            self._batch,
-            lower_batches,
+        hypergradient = self.solver.solve(
+            self._oracles(self._batch, lower_batches),
             state=state.solver_state,
             lower_optimizer=state.optimizers["lower"] or None,
-            seed=next(self._seeds),
             throw=self.throw,
         )
         state.solver_state = hypergradient.state
         # copies: clipping and some optimizers write into the gradients, the record is the caller's
         grads = {name: g.clone() for name, g in hypergradient.grad.items()}
         self._apply("upper", grads, self.clip_upper)
-        commit(problem, hypergradient.buffers)
+        self._wiring.commit(hypergradient.buffers)
         return hypergradient
 
     def _apply(self, level: Level, grads: Mapping[str, Tensor | None], clip: float | None) -> None:
-        parameters = self.state.problem.variables(level)
+        parameters = self._wiring.variables(level)
         for name, parameter in parameters.items():
             parameter.grad = _laid_out(grads[name], parameter)
         if clip is not None:
@@ -329,14 +330,6 @@ class _Watch:
 
 
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
-
-
-def commit(problem: Problem, buffers: Tree) -> None:
-    """Write buffers that an evaluation advanced on copies back into the problem's modules."""
-    mine = dict(problem.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in buffers.items():
-            mine[name].copy_(value)
 
 
 def _listed(one_or_more: Any) -> list[Any]:

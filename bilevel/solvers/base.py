@@ -168,6 +168,18 @@ class Solver(ABC):
             ValueError: if the problem does not fit the solver.
         """
         oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
+        return self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=throw)
+
+    @final
+    def solve(
+        self,
+        oracles: Oracles,
+        *,
+        state: Any = None,
+        lower_optimizer: Optimizers | None = None,
+        throw: bool = True,
+    ) -> Hypergradient:
+        """`hypergradient` for a caller that holds the oracles already."""
         with self.context(oracles), torch.enable_grad():
             response = self.respond(oracles, state, lower_optimizer)
             answer = self._assemble(oracles, response)
@@ -188,7 +200,7 @@ class Solver(ABC):
         by_lower = dict(zip(wanted, grads[len(upper) :], strict=True))
         direct = {
             name: by_lower[shared[name]] if name in shared else by_upper[name]
-            for name in oracles.problem.variables("upper")
+            for name in oracles.names
         }
         product, grad = ResponseProduct({}), direct
         if response.vjp is not None:
