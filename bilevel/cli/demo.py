@@ -1,10 +1,5 @@
 """`bilevel demo`: a first look, in about two minutes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
 from bilevel import Alternating
 from bilevel.cli.options import Parser, check_training, number, whole
 from bilevel.cli.running import Plan, carry_out, device_of
@@ -53,16 +48,4 @@ def command(arguments: list[str]) -> int:
     plan = Plan(
         model, images, Run(folder), settings, Alternating(), device=device, overwrite=overwrite
     )
-    with _one_thread():
-        return carry_out(plan)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So small networks gain little from a second thread, and lose all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return carry_out(plan)
