@@ -13,7 +13,16 @@ from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearS
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.second_order import check_second_order
-from bilevel.solvers import Alternating, Hypergradient, Implicit, Solver, Stats, Unrolled
+from bilevel.solvers import (
+    Alternating,
+    Hypergradient,
+    Implicit,
+    Response,
+    ResponseProduct,
+    Solver,
+    Stats,
+    Unrolled,
+)
 from bilevel.state import State
 from bilevel.training import Step, train
 
@@ -35,6 +44,8 @@ __all__ = [
     "Neumann",
     "Oracles",
     "Problem",
+    "Response",
+    "ResponseProduct",
     "Result",
     "Solver",
     "State",

@@ -59,6 +59,8 @@ def check_hypergradient(
 
     The differences are central and of fourth order, along every coordinate if there are at most
     `num_directions`, along random directions otherwise. Use float64; the problem is left as it was.
+    Each direction costs four procedures; against the solution each of these solves the lower level
+    anew, with dense Newton steps below 1000 lower variables: keep the problem small.
 
     Args:
         problem: the problem at the point to check.
@@ -221,7 +223,8 @@ def _judge(
     elif noise > error:
         verdict = f"inconclusive: {numbers}; the procedure is not smooth enough to difference"
     else:
-        verdict = f"disagrees: {numbers}; {solver} drops or approximates the response term"
+        verdict = f"disagrees: {numbers}; {solver} drops or approximates the "
+        verdict += "response term, or another procedure was meant (see `against`)"
     return HypergradientCheck(cosine, error, noise, verdict, passed, answer, fine)
 
 

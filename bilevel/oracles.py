@@ -194,7 +194,7 @@ class Oracles:
         if self.problem.stops_lower_gradient is not None:
             raise ValueError(
                 f"`{solver}` needs the lower loss's true gradient, but in `{name}` "
-                f"{self.problem.stops_lower_gradient}; or use `Alternating()`"
+                f"{self.problem.stops_lower_gradient}, or `Alternating()`"
             )
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):

@@ -28,7 +28,8 @@ class Problem(nn.Module, ABC):
         upper: module that holds the upper-level variables $x$.
         lower: module that holds the lower-level variables $y$.
         stops_lower_gradient: `None`, or a clause that says where the lower loss stops a gradient
-            ("it is stopped at the posterior; use variant='complete'"). The lower gradient is then
+            ("it is stopped at the posterior; use variant='complete'", to which a refusal adds
+            ", or `Alternating()`"). The lower gradient is then
             not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
 
     Example:

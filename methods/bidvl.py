@@ -1,4 +1,4 @@
-r"""BiDVL: bidirectional variational learning of a decoupled EBLVM, in its compact form.
+r"""BiDVL: bi-level doubly variational learning of a decoupled EBLVM, in its compact form.
 
 The model is $p(v, h) = p_\psi(v)\, q_1(h|v)$ with $p_\psi(v) \propto e^{-E(v)}$: the posterior *is*
 $q_1$. With the data density $q(v)$, a variational joint $p_2(v, h) = p(h)\,p_2(v|h)$ and
@@ -167,7 +167,7 @@ class BiDVL(EBLVM):
             width: first channels of the energy; posterior and generator have 3/4 of it. 64 gives the
                 published networks.
             seed: seed of the initial weights; torch's global generator is left as it was.
-            **options: further arguments of `BiDVL`.
+            **options: further arguments of `BiDVL`; `ratio` is 0.1 from 64 pixels on, as in the paper.
 
         Returns:
             The untrained model.
@@ -176,6 +176,7 @@ class BiDVL(EBLVM):
             ValueError: if the shape cannot be halved down to 4-8 pixels.
         """
         scale_of(shape)
+        options.setdefault("ratio", 0.1 if shape[1] >= 64 else 0.05)
         narrow = max(1, round(width * 3 / 4))
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from bilevel import Alternating, Batches, CheckpointError, DivergenceError, Solver, Step, train
+from bilevel import (
+    Alternating,
+    Batches,
+    CheckpointError,
+    DivergenceError,
+    Result,
+    Solver,
+    Step,
+    train,
+)
 from bilevel.methods.config import Training
 from bilevel.methods.run import Run
 from bilevel.solvers.base import Optimizers
@@ -148,7 +157,8 @@ def _follow(
 def record(step: Step) -> dict[str, Any]:
     """A step as plain numbers (waits for the device)."""
     stats = step.hypergradient.stats
-    lower = step.lower_loss
+    lower, residual = step.lower_loss, stats.linear_residual
+    result = step.hypergradient.result
     return {
         "step": step.number,
         "seconds": round(step.seconds, 4),
@@ -157,6 +167,8 @@ def record(step: Step) -> dict[str, Any]:
         **{name: float(value) for name, value in step.logs.items()},
         "direct_norm": float(stats.direct_norm),
         "response_norm": float(stats.response_norm),
+        **({} if residual is None else {"linear_residual": float(residual)}),
+        **({} if result is Result.SUCCESS else {"result": result.name.lower()}),
     }
 
 

@@ -79,7 +79,7 @@ class Stopped(Quadratic):
 
 @pytest.mark.parametrize("solver", [*SECOND_ORDER, Unrolled(2)], ids=lambda s: type(s).__name__)
 def test_a_stopped_gradient_is_refused_by_name(solver: Solver) -> None:
-    match = f"`{type(solver).__name__}` needs .* in `Stopped` it is stopped at .*'complete'; or use"
+    match = f"`{type(solver).__name__}` needs .* in `Stopped` it is stopped at .*'complete', or"
     with pytest.raises(ValueError, match=match):
         start(Stopped(), solver=solver)
     assert Alternating().hypergradient(Stopped()).grad["x"].isfinite().all()

@@ -19,9 +19,9 @@ class ConjugateGradient(LinearSolver):
 
     Args:
         max_steps: most steps, each one product with A.
-        rtol: stop once |residual| <= rtol |b|. `None` runs exactly `max_steps` steps and calls that
-            a success: the truncated method on purpose. Default: the square root of the machine
-            epsilon of the dtype when left at "auto".
+        rtol: stop once |residual| <= rtol |b|; "auto" is the square root of the dtype's machine
+            epsilon. `None` runs all `max_steps` steps (fewer if the residual becomes 0) and calls
+            that a success: the truncated method on purpose.
         damping: added to the diagonal of A.
         preconditioner: r -> M r with M symmetric positive definite, close to the inverse of A.
         warm_start: start from the previous solution.

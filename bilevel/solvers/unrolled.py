@@ -192,10 +192,10 @@ class _Unroll:
         return grads if self.clip is None else clip(grads, self.clip)
 
     def _step(
-        self, upper: Tree, points: list[Tensor], state: Any, t: int
+        self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
     ) -> tuple[list[Tensor], Any]:
-        """A differentiable step."""
-        grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=True)
+        """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
+        grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
         return self.twin.step(points, grads, state)
 
     def _reverse(self, points: list[Tensor]) -> Callable[[Tree], ResponseProduct]:
@@ -216,7 +216,7 @@ class _Unroll:
             for t, points, state in reversed(saved):
                 points = [p.detach().requires_grad_() for p in points]
                 state = _detach(state, requires_grad=True)
-                after, next_state = self._step(self.upper, points, state, t)
+                after, next_state = self._step(self.upper, points, state, t, create_graph=True)
                 inputs = [*upper, *points, *_moments(state)]
                 outputs = [*after, *_moments(next_state)]
                 adjoint += [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
@@ -260,7 +260,7 @@ class _Unroll:
             upper = {**self.upper, name: forward_ad.make_dual(x, direction)}
             points = [p.detach().requires_grad_() for p in points]
             for t in range(first, self.settings.num_steps):
-                points, state = self._step(upper, points, state, t)
+                points, state = self._step(upper, points, state, t, create_graph=False)
                 points, state = (
                     [_only_tangent(p) for p in points],
                     _map_moments(_only_tangent, state),
