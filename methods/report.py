@@ -75,6 +75,10 @@ _MEASURES = {
     "auroc_shuffled": _Measure(
         "Energy: images or shuffled", _AUROC.format("one with its pixels shuffled"), "high"
     ),
+    "seconds": _Measure("Training: seconds", "time spent in training steps", "low"),
+    "steps_per_second": _Measure(
+        "Training: steps per second", "upper-level steps, each with its lower-level steps", "high"
+    ),
 }
 
 
@@ -110,8 +114,8 @@ def saved_results(run: Run) -> dict[str, float] | None:
 
 
 def saved_pictures(run: Run) -> dict[str, Path]:
-    """The PNG files in the run's `pictures` folder, by title: samples first, curves last."""
-    folder = run.folder / "pictures"
+    """The PNG files in the run's folder, by title: samples first, curves last."""
+    folder = run.folder
     order = {"samples": 0, "reconstructions": 1, "curves": 9}
     found = sorted(folder.glob("*.png"), key=lambda p: (order.get(p.stem, 5), p.stem))
     return {path.stem.replace("_", " "): path for path in found}

@@ -59,7 +59,10 @@ def test_a_run_from_training_to_comparison(home: Path, capsys: Capture) -> None:
     assert "runs/bidvl-few-1/report.html" in capsys.readouterr().out
     for name in ("config.json", "metrics.jsonl", "model/model.json", "evaluation.json"):
         assert (folder / name).is_file()
-    assert len(list((folder / "pictures").glob("*.png"))) == 3
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"samples.png", "reconstructions.png", "curves.png"}
+    shown = json.loads((folder / "evaluation.json").read_text())["results"]
+    assert shown["steps_per_second"] > 0
     config = json.loads((folder / "config.json").read_text())
     assert config["notes"]["data"] == str(home / "few.npz")
     assert config["training"]["num_steps"] == 4
@@ -70,7 +73,7 @@ def test_a_run_from_training_to_comparison(home: Path, capsys: Capture) -> None:
     assert one.shape == (5, 1, 8, 8)
     np.testing.assert_array_equal(one, two)
     assert main(["sample", "runs/bidvl-few-1"]) == 0
-    assert (folder / "samples.png").is_file()
+    assert (folder / "drawn.png").is_file()
 
     assert main(["evaluate", "runs/bidvl-few-1", "--statistics", "batch"]) == 0
     assert json.loads((folder / "evaluation.json").read_text())["statistics"] == "batch"

@@ -74,8 +74,7 @@ def trained(folder: Path, **notes: str) -> Run:
     model.fit(
         torch.rand(20, 1, 8, 8), num_steps=2, batch_size=10, log_every=1, run=folder, notes=notes
     )
-    (folder / "pictures").mkdir()
-    save_grid(model.sample(4), folder / "pictures" / "samples.png")
+    save_grid(model.sample(4), folder / "samples.png")
     return Run(folder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel.methods import EBLVM
+from bilevel.methods import EBLVM, History
 from bilevel.methods.data import Images
 from bilevel.methods.evaluation import evaluate
 from bilevel.methods.pictures import save_curves, save_grid, save_reconstructions
@@ -24,9 +24,12 @@ from bilevel.methods.run import Run
 _SAMPLES, _PAIRS = 80, 24
 
 
-def finish(run: Run, model: EBLVM, images: Images, seed: int) -> dict[str, float]:
+def finish(run: Run, model: EBLVM, images: Images, seed: int, history: History) -> dict[str, float]:
     """Evaluate a trained model, draw its pictures and write its report."""
     results = evaluate(model, images, seed)
+    if history.steps:
+        speed = history.steps_per_second
+        results |= {"seconds": history.seconds, "steps_per_second": speed}
     save_results(run, results, data=images.source, seed=seed, statistics=model.statistics)
     draw(run, model, images, seed)
     report(run)
@@ -35,8 +38,7 @@ def finish(run: Run, model: EBLVM, images: Images, seed: int) -> dict[str, float
 
 def draw(run: Run, model: EBLVM | None, images: Images | None, seed: int) -> None:
     """The pictures there can be; a missing package is said once, and is no failure."""
-    folder = run.folder / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run.folder
     try:
         if model is not None and images is not None:
             generator = torch.Generator(model.device).manual_seed(seed)

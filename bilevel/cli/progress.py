@@ -27,8 +27,7 @@ class Progress:
         self.training = training
         self.first = first
         self.step = first
-        self._start = time.monotonic()
-        self._shown = self._start
+        self._shown = time.monotonic()
         self._line = first
         self._bar: Any = None
         self._task: Any = None
@@ -49,29 +48,26 @@ class Progress:
 
     def __call__(self, step: Step) -> None:
         """Show this step, if it is time to."""
-        if self.step == self.first:  # what came before was setting up
-            self._start, self.first = time.monotonic(), step.number
         self.step = step.number
         now, last = time.monotonic(), step.number == self.training.num_steps
         every = max(1, self.training.num_steps // 10)
         if self._bar is not None:
             if now - self._shown > _EVERY or last:
                 self._shown = now
-                left = _duration(self._left(now, step.seconds))
+                left = _duration(self._left(step.seconds))
                 self._bar.update(self._task, completed=step.number, losses=_losses(step), left=left)
         elif step.number - self._line >= every or now - self._shown > 15 or last:
             self._shown, self._line = now, step.number
-            spent, left = _duration(step.seconds), _duration(self._left(now, step.seconds))
+            spent, left = _duration(step.seconds), _duration(self._left(step.seconds))
             print(
                 f"step {step.number:>6}/{self.training.num_steps}  {_losses(step)}  "
                 f"{spent} spent, {left} left",
                 flush=True,
             )
 
-    def _left(self, now: float, seconds: float) -> float:
+    def _left(self, seconds: float) -> float:
         """Seconds until the last step or the time limit."""
-        spent = now - self._start
-        left = spent / max(1, self.step - self.first) * (self.training.num_steps - self.step)
+        left = seconds / (self.step - self.first) * (self.training.num_steps - self.step)
         if self.training.max_seconds is not None:
             left = min(left, max(0.0, self.training.max_seconds - seconds))
         return left

@@ -10,7 +10,7 @@ from bilevel import DivergenceError, Solver
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, show
 from bilevel.cli.progress import Progress, Stop
-from bilevel.methods import EBLVM, Training
+from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.config import validated
 from bilevel.methods.data import Images
 from bilevel.methods.run import Run
@@ -47,7 +47,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         print(f"all {training.num_steps:,} steps were taken before; only the report is made again")
     stop = Stop()
     try:
-        done = _train(plan, training, stop)
+        done, history = _train(plan, training, stop)
     except KeyboardInterrupt:
         return _interrupted(plan.run)
     except DivergenceError:
@@ -58,7 +58,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     if not report:
         print(f"done: {folder}")
         return 0
-    results = finish(plan.run, plan.model, plan.images, training.seed)
+    results = finish(plan.run, plan.model, plan.images, training.seed, history)
     print()
     show(results)
     print(f"\nreport: {folder / 'report.html'}")
@@ -79,11 +79,11 @@ def device_of(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _train(plan: Plan, training: Training, stop: Stop) -> int:
-    """The number of the last step."""
+def _train(plan: Plan, training: Training, stop: Stop) -> tuple[int, History]:
+    """The number of the last step, and the history."""
     images, first = plan.images, _steps_taken(plan.run) if plan.resume else 0
     with Progress(training, first) as progress, stop.listening():
-        plan.model.fit(
+        history = plan.model.fit(
             images.train,
             solver=plan.solver,
             callbacks=[progress, stop],
@@ -99,7 +99,7 @@ def _train(plan: Plan, training: Training, stop: Stop) -> int:
             },
             **plan.settings,
         )
-    return progress.step
+    return progress.step, history
 
 
 def _steps_taken(run: Run) -> int:

@@ -26,12 +26,12 @@ def command(arguments: list[str]) -> int:
         "--out",
         metavar="FILE",
         help="a .png picture, or an .npz file with an array `images` in [-1, 1] (default: "
-        "RUN/samples.png)",
+        "RUN/drawn.png)",
     )
     parser.add_argument("--seed", type=whole, metavar="N", default=0, help="(default: 0)")
     args = parser.read(arguments)
     run = existing(args.run)
-    target = Path(args.out) if hasattr(args, "out") else run.folder / "samples.png"
+    target = Path(args.out) if hasattr(args, "out") else run.folder / "drawn.png"
     if target.suffix.lower() not in (".png", ".npz"):
         raise UsageError(f"`--out` takes a file that ends in .png or .npz, got `{target}`")
     if args.n < 1:
