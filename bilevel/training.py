@@ -146,6 +146,7 @@ def train(
             "order": order,
             "lower_steps": str(lower_steps),
             "batch_size": str(batch_size),
+            "clipping": repr({"upper": clip_upper, "lower": clip_lower}),
             "seed": str(seed),
         },
     )

@@ -93,6 +93,7 @@ def fit(
         clip_lower=training.clip_lower,
         seed=training.seed,
         resume=folder.checkpoint_path if folder is not None and resume else None,
+        check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
         throw=False,
     )
     if folder is not None and not resume:
