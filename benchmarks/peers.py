@@ -57,7 +57,8 @@ class SavedBytes:
         self._holders[key] = self._holders.get(key, 0) + 1
         self._live += size if self._holders[key] == 1 else 0
         self.peak = max(self.peak, self._live)
-        return _Box(tensor, lambda: self._release(key, size))
+        # detached: an output that its own node holds would never be freed
+        return _Box(tensor.detach(), lambda: self._release(key, size))
 
     def _release(self, key: int, size: int) -> None:
         self._holders[key] -= 1

@@ -288,6 +288,7 @@ def test_recompute_keeps_less() -> None:
 
     assert peak("reverse", 40) > 1.9 * peak("reverse", 20)
     assert peak("recompute", 40) == peak("recompute", 20) < peak("reverse", 40) / 4
+    assert peak("forward", 8) == peak("forward", 4)
 
 
 @pytest.mark.parametrize("mode", ["reverse", "recompute", "forward"])

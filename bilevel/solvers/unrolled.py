@@ -146,7 +146,6 @@ class _Unroll:
         self.oracles = oracles
         self.running = running
         self.upper = oracles.upper
-        self.clip = settings.max_grad_norm
         self.one_batch = len(oracles.lower_batches) == 1
 
     def run(self) -> Response:
@@ -161,15 +160,16 @@ class _Unroll:
         for t in range(steps):
             graph = reverse and t >= first
             if t <= first or not reverse:
-                points, state = [p.detach().requires_grad_() for p in points], _detach(state)
+                points = [p.detach().requires_grad_() for p in points]
+                state = _map_moments(Tensor.detach, state)
             if t == first or (t > first and self.settings.mode == "recompute"):
                 saved.append((t, points, state))
             if t > 0:
                 at = self.twin.unpack(points)
                 grads = self._gradients(self.upper, at, t, create_graph=graph)
             with torch.set_grad_enabled(graph):
-                points, state = self.twin.step(points, grads, state)
-        residual = norm([g.detach() for g in self.last.values() if g is not None])
+                points, state = self.twin.step(points, self._clipped(grads), state)
+        residual = norm([g.detach() for g in grads.values() if g is not None])
         if reverse:
             vjp = self._reverse(points)
         else:
@@ -188,15 +188,18 @@ class _Unroll:
         # variables that no optimizer moves are constants, yet must be differentiable like the rest
         lower = {n: y if y.requires_grad else y.requires_grad_() for n, y in lower.items()}
         _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
-        self.last = grads
-        return grads if self.clip is None else clip(grads, self.clip)
+        return grads
 
     def _step(
         self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
     ) -> tuple[list[Tensor], Any]:
         """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
         grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
-        return self.twin.step(points, grads, state)
+        return self.twin.step(points, self._clipped(grads), state)
+
+    def _clipped(self, gradients: Gradients) -> Gradients:
+        most = self.settings.max_grad_norm
+        return gradients if most is None else clip(gradients, most)
 
     def _reverse(self, points: list[Tensor]) -> Callable[[Tree], ResponseProduct]:
         def vjp(cotangent: Tree) -> ResponseProduct:
@@ -214,18 +217,25 @@ class _Unroll:
             total = [torch.zeros_like(x) for x in upper]
             adjoint: list[Tensor] = self.twin.pack(cotangent)
             for t, points, state in reversed(saved):
-                points = [p.detach().requires_grad_() for p in points]
-                state = _detach(state, requires_grad=True)
-                after, next_state = self._step(self.upper, points, state, t, create_graph=True)
-                inputs = [*upper, *points, *_moments(state)]
-                outputs = [*after, *_moments(next_state)]
-                adjoint += [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
-                grads = vector_jacobian_product(outputs, inputs, adjoint)
+                grads = self._pull_back(t, points, state, adjoint)
                 total = [a + g for a, g in zip(total, grads, strict=False)]
                 adjoint = grads[len(upper) :]
             return self._product(total)
 
         return vjp
+
+    def _pull_back(
+        self, t: int, points: list[Tensor], state: Any, adjoint: list[Tensor]
+    ) -> list[Tensor]:
+        """The adjoint of step t in (x, y, s); the step's graph ends with this call."""
+        points = [p.detach().requires_grad_() for p in points]
+        state = _map_moments(lambda s: s.detach().requires_grad_(), state)
+        after, next_state = self._step(self.upper, points, state, t, create_graph=True)
+        outputs = [*after, *_moments(next_state)]
+        # after the last step nothing depends on the optimizer's state
+        adjoint = adjoint + [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
+        inputs = [*self.upper.values(), *points, *_moments(state)]
+        return vector_jacobian_product(outputs, inputs, adjoint)
 
     def _forward(
         self, saved: list[tuple[int, list[Tensor], Any]]
@@ -255,30 +265,30 @@ class _Unroll:
     ) -> list[Tensor]:
         """d(points after the last step) along one direction of the upper variables."""
         first, points, state = saved[0]
-        with forward_ad.dual_level():
-            x = self.upper[name].detach().requires_grad_()
-            upper = {**self.upper, name: forward_ad.make_dual(x, direction)}
-            points = [p.detach().requires_grad_() for p in points]
-            for t in range(first, self.settings.num_steps):
+        tangents: list[Tensor | None] = [None] * (len(points) + len(_moments(state)))
+        for t in range(first, self.settings.num_steps):
+            with forward_ad.dual_level():  # a level keeps its tangents, so one for each step
+                x = forward_ad.make_dual(self.upper[name].detach().requires_grad_(), direction)
+                carried = iter(tangents)
+                points = [_dual(p.detach().requires_grad_(), next(carried)) for p in points]
+                duals = [_dual(s, next(carried)) for s in _moments(state)]
+                state = _replace_moments(state, duals)
+                upper = {**self.upper, name: x}
                 points, state = self._step(upper, points, state, t, create_graph=False)
-                points, state = (
-                    [_only_tangent(p) for p in points],
-                    _map_moments(_only_tangent, state),
-                )
-            tangents = [forward_ad.unpack_dual(p).tangent for p in points]
-        zeros = (torch.zeros_like(p) for p in points)
-        return [z if d is None else d.detach() for d, z in zip(tangents, zeros, strict=True)]
+                pairs = [forward_ad.unpack_dual(d) for d in (*points, *_moments(state))]
+                tangents = [None if d is None else d.detach() for _, d in pairs]
+                points = [p.detach() for p, _ in pairs[: len(points)]]
+                state = _replace_moments(state, [p.detach() for p, _ in pairs[len(points) :]])
+        final = zip(tangents, points, strict=False)
+        return [torch.zeros_like(p) if d is None else d for d, p in final]
 
     def _product(self, product: list[Tensor]) -> ResponseProduct:
         steps = self.settings.truncate or self.settings.num_steps
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
 
 
-def _only_tangent(tensor: Tensor) -> Tensor:
-    """The tensor with its tangent but without its graph: forward mode needs no memory per step."""
-    primal, tangent = forward_ad.unpack_dual(tensor)
-    leaf = primal.detach().requires_grad_()
-    dual: Tensor = leaf if tangent is None else forward_ad.make_dual(leaf, tangent.detach())
+def _dual(tensor: Tensor, tangent: Tensor | None) -> Tensor:
+    dual: Tensor = tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
     return dual
 
 
@@ -292,9 +302,10 @@ def _moments(state: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if _is_moment(leaf)]
 
 
-def _detach(state: Any, *, requires_grad: bool = False) -> Any:
-    return _map_moments(lambda s: s.detach().requires_grad_(requires_grad), state)
-
-
 def _map_moments(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return optree.tree_map(lambda s: function(s) if _is_moment(s) else s, state)
+
+
+def _replace_moments(state: Any, moments: list[Tensor]) -> Any:
+    new = iter(moments)
+    return _map_moments(lambda _: next(new), state)

@@ -1,6 +1,7 @@
 """The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
 
 import warnings
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,9 +49,18 @@ class TransformationTwin(Twin):
     ) -> tuple[list[Tensor], Any]:
         params = dict(zip(self._names, points, strict=True))
         grads = dict(zip(self._names, moved(gradients, self._names, "Unrolled"), strict=True))
-        with _SafeSqrt():
+        with _SafeSqrt() if _may_vanish(grads) else nullcontext():
             updates, state = self._transformation.update(grads, state, params=params, inplace=False)
         return [params[name] + updates[name] for name in self._names], state
+
+
+def _may_vanish(gradients: Tree) -> bool:
+    """Whether a second moment can be exactly 0: only where the gradient is, or its square.
+
+    Looking is cheap on the CPU; elsewhere it would wait for the device, so the answer is yes.
+    """
+    squares = (g.detach().square() for g in gradients.values())
+    return not all(s.device.type == "cpu" and bool(s.all()) for s in squares)
 
 
 class _SafeSqrt(TorchFunctionMode):
