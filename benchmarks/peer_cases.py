@@ -229,9 +229,10 @@ def reference(case: str, name: str) -> Competitor:
 
 
 def units(case: str, name: str) -> int:
-    """Plain lower gradients that a hypergradient must cost at least.
+    """Plain lower gradients that a hypergradient costs by the usual count.
 
-    A product with a derivative of the gradient costs two. Unrolling takes a gradient and a product
+    A product with a derivative of the gradient counts as two: a convention, not a bound, for what a
+    product shares with the gradient it differentiates is computed once. Unrolling takes a gradient and a product
     per step, and recomputation one more gradient; an implicit one takes a gradient, a product per
     step of the linear solver and the cross product. The upper gradient is one more.
     """

@@ -1,7 +1,14 @@
-"""Tables generated from records; nothing in them is typed."""
+"""Tables generated from records; nothing in them is typed.
+
+    python -m benchmarks.table
+
+prints them and writes them to `benchmarks/results/tables.md`, which the documentation shows.
+"""
 
 import json
 from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def peers_table(path: Path) -> str:
@@ -49,9 +56,17 @@ def digits_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    results = Path(__file__).resolve().parent / "results"
-    for table, name in ((peers_table, "peers"), (digits_table, "digits")):
-        path = results / f"{name}.jsonl"
+def everything() -> str:
+    """All tables, newest records only."""
+    found = []
+    for table, name in ((digits_table, "digits"), (peers_table, "peers")):
+        path = RESULTS / f"{name}.jsonl"
         if path.exists():
-            print(f"## {name}\n\n{table(path)}\n")
+            found.append(f"## {name.capitalize()}\n\n{table(path)}\n")
+    return "\n".join(found)
+
+
+if __name__ == "__main__":
+    text = everything()
+    (RESULTS / "tables.md").write_text(text, encoding="utf-8")
+    print(text)

@@ -1,0 +1,7 @@
+"""The published tables are those of the committed records."""
+
+from benchmarks.table import RESULTS, everything
+
+
+def test_tables_are_generated_from_the_records() -> None:
+    assert (RESULTS / "tables.md").read_text(encoding="utf-8") == everything()
