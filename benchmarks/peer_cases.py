@@ -232,9 +232,9 @@ def units(case: str, name: str) -> int:
     """Plain lower gradients that a hypergradient costs by the usual count.
 
     A product with a derivative of the gradient counts as two: a convention, not a bound, for what a
-    product shares with the gradient it differentiates is computed once. Unrolling takes a gradient and a product
-    per step, and recomputation one more gradient; an implicit one takes a gradient, a product per
-    step of the linear solver and the cross product. The upper gradient is one more.
+    product shares with the gradient it differentiates is computed once. Unrolling takes a gradient
+    and a product per step, and recomputation one more gradient; an implicit one takes a gradient, a
+    product per step of the linear solver and the cross product. The upper gradient is one more.
     """
     if case.startswith("implicit"):
         return 1 + 2 * (CG_STEPS + 1) + 1
