@@ -21,7 +21,6 @@ What becomes of the two latent terms in $\omega_1$ (one in each level, of opposi
 `offset` keeps neither (13, 14), `complete` keeps both, `without` has no latent term at all.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
 
 import torch
@@ -31,7 +30,7 @@ from torch.func import functional_call
 from torch.nn.functional import relu
 
 from bilevel.methods.config import Training, one_of
-from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics
+from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics, attempt, chunked
 from bilevel.methods.networks import Energy, Generator, Posterior, scale_of
 from bilevel.problem import Loss
 from bilevel.solvers.base import Optimizers
@@ -60,7 +59,8 @@ class BiDVL(EBLVM):
         energy: module v -> (n,), the marginal energy E.
         posterior: module v -> (mean, log-variance), each (n, d): a diagonal Gaussian q1(h|v).
         generator: module h -> v, shape (n, d) -> (n, *visible_shape).
-        latent_dim: dimension d of the latent.
+        latent_dim: dimension d of the latent; found from the posterior's output at the first data
+            if not given.
         variant: "offset", "complete" (latent terms of both levels, and the posterior trained in both) or
             "without" (Table 6 of the paper).
         ratio: r', the constant part of the importance ratio: 0.05 at 32 pixels, 0.1 at 64 (Sec. 5.4;
@@ -112,7 +112,7 @@ class BiDVL(EBLVM):
         posterior: nn.Module,
         generator: nn.Module,
         *,
-        latent_dim: int,
+        latent_dim: int | None = None,
         variant: Variant = "offset",
         ratio: float = 0.05,
         ratio_bias: RatioBias = "none",
@@ -127,18 +127,18 @@ class BiDVL(EBLVM):
         one_of("ratio_bias", ratio_bias, ("none", "sigmoid"))
         one_of("upper", upper, ("difference", "hinge"))
         one_of("statistics", statistics, ("running", "batch"))
-        if latent_dim < 1 or ratio < 0:
+        if (latent_dim is not None and latent_dim < 1) or ratio < 0:
             raise ValueError(
                 f"`latent_dim` must be positive and `ratio` not negative, got {latent_dim} and {ratio}"
             )
         both = {"posterior": posterior} if variant == "complete" else {}
         self.upper = nn.ModuleDict({"energy": energy, **both})
         self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
-        self.latent_dim = latent_dim
+        self._latent_dim = latent_dim
         self.variant = variant
         self.ratio = ratio
         self.ratio_bias = ratio_bias
-        self.latent_weight = 1 / latent_dim if latent_weight is None else latent_weight
+        self._latent_weight = latent_weight
         self.upper_kind = upper
         self.statistics = statistics
         self.visible_shape = visible_shape
@@ -205,9 +205,37 @@ class BiDVL(EBLVM):
         """One of the three networks."""
         return (self.upper if name == "energy" else self.lower).get_submodule(name)
 
+    @property
+    def latent_dim(self) -> int:
+        """Dimension d of the latent.
+
+        Raises:
+            ValueError: if it was not given and no data have been seen yet.
+        """
+        if self._latent_dim is None:
+            raise ValueError(
+                "the dimension of the latent is not known before the model has seen data; give "
+                "`latent_dim` to `BiDVL`"
+            )
+        return self._latent_dim
+
+    @property
+    def latent_weight(self) -> float:
+        """Weight of the latent reconstruction."""
+        return 1 / self.latent_dim if self._latent_weight is None else self._latent_weight
+
+    def _find_latent_dim(self, v: Tensor) -> None:
+        if self._latent_dim is None:
+            with self.evaluating("running"):
+                out = attempt("posterior", self.network("posterior"), v[:2])
+            if isinstance(out, tuple):  # anything else is refused by `probe`
+                self._latent_dim = out[0].shape[1]
+
     # ------------------------------------------------------------------ the learning problem
 
     def draw(self, data: Any, generator: torch.Generator) -> Batch:
+        self._find_latent_dim(data)
+
         def normal() -> Tensor:
             size = (len(data), self.latent_dim)
             return torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
@@ -309,7 +337,7 @@ class BiDVL(EBLVM):
         Batch norm, if the energy has any, always uses running statistics.
         """
         with self.evaluating("running"):
-            return _chunked(self.free_energy, self.check(v))
+            return chunked(self.free_energy, self.check(v))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """N visibles G(h), h ~ N(0, I); in one pass, no Markov chain."""
@@ -318,40 +346,44 @@ class BiDVL(EBLVM):
         p = next(self.network("generator").parameters())
         h = torch.randn(n, self.latent_dim, generator=generator, dtype=p.dtype, device=p.device)
         with self.evaluating():
-            return _chunked(self.generate, h)
+            return chunked(self.generate, h)
 
     def posterior(self, v: Tensor) -> Distribution:
         """q1(h|v), the model's own posterior: a diagonal Gaussian over (n, d)."""
         with self.evaluating():
-            mean = _chunked(lambda part: self.network("posterior")(part)[0], self.check(v))
-            log_variance = _chunked(lambda part: self.network("posterior")(part)[1], self.check(v))
+            both = chunked(
+                lambda part: torch.stack(self.network("posterior")(part), 1), self.check(v)
+            )
+        mean, log_variance = both.unbind(1)
         return Independent(Normal(mean, (log_variance / 2).exp()), 1)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """G(mean of q1(h|v)), same shape as v."""
         with self.evaluating():
-            return _chunked(
+            return chunked(
                 lambda part: self.generate(self.network("posterior")(part)[0]), self.check(v)
             )
 
     def probe(self, v: Tensor) -> None:
-        h = v.new_zeros(len(v), self.latent_dim)
+        self._find_latent_dim(v)
         with self.evaluating("running"):
-            generated = _try("generator", self.network("generator"), h)
+            out = attempt("posterior", self.network("posterior"), v)
+            size = (len(v), self._latent_dim)
+            if not isinstance(out, tuple) or any(part.shape != size for part in out):
+                raise ValueError(
+                    "the posterior must give a mean and a log-variance, each of shape "
+                    f"(n, {self._latent_dim or 'd'})"
+                )
+            h = v.new_zeros(len(v), self.latent_dim)
+            generated = attempt("generator", self.network("generator"), h)
             if generated.shape != v.shape:
                 raise ValueError(
                     f"the generator maps {self.latent_dim} latents to visibles of shape "
                     f"{tuple(generated.shape[1:])}, but the data have {tuple(v.shape[1:])}"
                 )
-            energy = _try("energy", self.network("energy"), v)
+            energy = attempt("energy", self.network("energy"), v)
             if not isinstance(energy, Tensor) or energy.numel() != len(v):
                 raise ValueError("the energy must give one number per visible, shape (n,)")
-            out = _try("posterior", self.network("posterior"), v)
-            if not isinstance(out, tuple) or any(part.shape != h.shape for part in out):
-                raise ValueError(
-                    "the posterior must give a mean and a log-variance, each of shape "
-                    f"(n, {self.latent_dim})"
-                )
 
 
 def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -361,17 +393,3 @@ def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def _chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:
-    """`function` on bounded pieces: evaluation must not need more memory than training."""
-    return torch.cat([function(part) for part in v.split(size)])
-
-
-def _try(name: str, module: nn.Module, v: Tensor) -> Any:
-    try:
-        return module(v)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the {name} cannot take a tensor of shape {tuple(v.shape)}: {error}"
-        ) from None

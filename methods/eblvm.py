@@ -227,5 +227,23 @@ class EBLVM(Problem):
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:
+    """`function` on bounded pieces: evaluation must not need more memory than training."""
+    return torch.cat([function(part) for part in v.split(size)])
+
+
+def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
+    """`module(v)`, whose failure is the caller's mistake.
+
+    Raises:
+        ValueError: naming the module and the shape it could not take.
+    """
+    try:
+        return module(v)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(v.shape)
+        raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
+
+
 def _join(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))

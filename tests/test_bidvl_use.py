@@ -165,6 +165,16 @@ def test_divergence_stops_names_the_term_and_keeps_the_good_checkpoint(tmp_path)
     assert all(t.isfinite().all() for t in checkpoint["problem"].values())
 
 
+def test_the_dimension_of_the_latent_is_found_from_the_posterior():
+    model = BiDVL(Energy(SHAPE, 4), Posterior(SHAPE, 3, 4), Generator(SHAPE, 3, 4))
+    with pytest.raises(ValueError, match="not known before the model has seen data"):
+        model.sample(2)
+    model.fit(images().float(), num_steps=1, batch_size=2)
+    assert model.latent_dim == 3
+    assert model.latent_weight == pytest.approx(1 / 3)
+    assert model.sample(2).shape == (2, *SHAPE)
+
+
 def test_modules_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="the generator maps 3 latents to visibles of shape"):
         BiDVL(
