@@ -20,6 +20,7 @@ from bilevel.problem import Level, Problem
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.solvers.base import Optimizers
 from bilevel.state import Scheduler, State
+from bilevel.tree import norm
 from bilevel.wiring import Wiring
 
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
@@ -33,6 +34,7 @@ class Step:
         number: upper steps taken so far, from 1.
         upper_loss: the upper loss at which the hypergradient was taken.
         lower_loss: the lower loss before the last lower step, `None` without lower steps.
+        lower_residual: the norm of its gradient dG/dy, before clipping; likewise.
         logs: what the losses logged.
         hypergradient: the solver's whole record.
         seconds: time spent in the loop so far, without the time the caller took between steps.
@@ -42,6 +44,7 @@ class Step:
     number: int
     upper_loss: Tensor
     lower_loss: Tensor | None
+    lower_residual: Tensor | None
     logs: dict[str, Tensor]
     hypergradient: Hypergradient
     seconds: float
@@ -181,6 +184,7 @@ def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterato
             number=state.step,
             upper_loss=hypergradient.value,
             lower_loss=turn.lower_loss,
+            lower_residual=turn.lower_residual,
             logs={**turn.logs, **hypergradient.logs},
             hypergradient=hypergradient,
             seconds=seconds,
@@ -200,6 +204,7 @@ class _Turn:
     clip_lower: float | None
     throw: bool
     lower_loss: Tensor | None = None
+    lower_residual: Tensor | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -241,6 +246,8 @@ class _Turn:
         lower = [*self.logs.items()]
         if self.lower_loss is not None:
             lower.append(("lower loss", self.lower_loss))
+        if self.lower_residual is not None:
+            lower.append(("norm of the lower gradient", self.lower_residual))
         upper = [*hypergradient.logs.items(), ("upper loss", hypergradient.value)]
         upper += [
             ("norm of the hypergradient's direct term", hypergradient.stats.direct_norm),
@@ -262,12 +269,14 @@ class _Turn:
         return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _lower_steps(self) -> None:
-        for _ in range(self.lower_steps):
+        for step in range(self.lower_steps):
             oracles = self._oracles(None, [self._lower_batch()])
             constants = {name: x.detach() for name, x in oracles.upper.items()}
             with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
                 evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
             self.lower_loss, self.logs = evaluation.loss.detach(), evaluation.logs
+            if step == self.lower_steps - 1:
+                self.lower_residual = norm([g for g in grads.values() if g is not None])
             self._apply("lower", grads, self.clip_lower)
             self._wiring.commit(evaluation.buffers)
 

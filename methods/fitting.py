@@ -157,18 +157,20 @@ def _follow(
 
 def record(step: Step) -> dict[str, Any]:
     """A step as plain numbers (waits for the device)."""
-    stats = step.hypergradient.stats
-    lower, residual = step.lower_loss, stats.linear_residual
-    result = step.hypergradient.result
+    stats, result = step.hypergradient.stats, step.hypergradient.result
+    optional = {
+        "lower_loss": step.lower_loss,
+        "lower_residual": step.lower_residual,
+        "linear_residual": stats.linear_residual,
+    }
     return {
         "step": step.number,
         "seconds": round(step.seconds, 4),
         "upper_loss": float(step.upper_loss),
-        "lower_loss": None if lower is None else float(lower),
         **{name: float(value) for name, value in step.logs.items()},
         "direct_norm": float(stats.direct_norm),
         "response_norm": float(stats.response_norm),
-        **({} if residual is None else {"linear_residual": float(residual)}),
+        **{name: float(value) for name, value in optional.items() if value is not None},
         **({} if result is Result.SUCCESS else {"result": result.name.lower()}),
     }
 

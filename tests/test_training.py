@@ -232,6 +232,12 @@ def test_a_bad_loss_is_refused_before_anything_has_moved(
     assert all(value.equal(before[name]) for name, value in problem.state_dict().items())
 
 
+def test_the_lower_residual_is_the_norm_of_the_last_lower_gradient() -> None:
+    problem = Recorder()
+    (step,) = run(problem, DATA, batch_size=4, lower_steps=1, num_steps=1, clip_lower=0.1)
+    assert float(step.lower_residual) == pytest.approx(2.0)  # d/dy (x + y - 1)^2 at 0
+
+
 def test_a_data_loader() -> None:
     loader = DataLoader(
         TensorDataset(*DATA), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(0)

@@ -35,7 +35,8 @@ class Stats:
     Attributes:
         direct_norm: norm of the direct term.
         response_norm: norm of the response term (0 where the solver drops it).
-        lower_residual: norm of dG/dy where the hypergradient was taken (`Unrolled`: one step before).
+        lower_residual: norm of dG/dy where the hypergradient was taken (`Unrolled`: one step before;
+            `Alternating` takes no lower gradient, see `Step.lower_residual`).
         linear_residual: relative residual of the linear solve.
         negative_curvature: whether the linear solver met negative curvature.
         num_products: number of Hessian-vector products, or of differentiated lower steps.
