@@ -15,9 +15,10 @@ from bilevel import (
     Problem,
     Result,
     Unrolled,
+    check_hypergradient,
     train,
 )
-from tests.problems import NetProblem, Quadratic, normal, regression, seeded, spd
+from tests.problems import NetProblem, Quadratic, Ridge, normal, regression, seeded, spd
 
 
 def test_cg_returns_its_last_iterate() -> None:
@@ -161,12 +162,29 @@ def test_frozen_parameters_and_batch_norm() -> None:
     assert net[1].num_batches_tracked == 3 * (2 + 1)
 
 
-def test_clipping_outside_autograd_is_refused() -> None:
-    """torchopt's `clip_grad_norm` reads its factor off the graph: the hypergradient through it is
-    wrong wherever it clips. Ours is differentiated (test_twins)."""
-    clipped = torchopt.combine.chain(torchopt.clip.clip_grad_norm(1.0), torchopt.sgd(0.1))
-    with pytest.raises(ValueError, match="max_grad_norm"):
-        Unrolled(3, clipped)
+@pytest.mark.parametrize("most", [0.05, 100.0])
+def test_clipping_inside_a_chain_is_differentiated(most: float) -> None:
+    """torchopt's `clip_grad_norm` computes its factor outside autograd: the hypergradient through it
+    is wrong wherever it clips. A differentiable one takes its place."""
+    schedule = torchopt.schedule.linear_schedule(0.2, 0.05, 4)
+    chained = torchopt.chain(
+        torchopt.clip.clip_grad_norm(most),
+        torchopt.adam(schedule),
+        torchopt.clip.clip_grad_norm(9.0),
+    )
+    problem, upper, lower = Ridge(), regression(seed=7), [regression(seed=9)]
+    solver = Unrolled(4, torchopt.chain(torchopt.clip.clip_grad_norm(most), torchopt.sgd(0.1)))
+    same = Unrolled(4, torchopt.sgd(0.1), max_grad_norm=most)
+    for checked in (solver, Unrolled(4, chained)):
+        check = check_hypergradient(problem, checked, upper, lower, tolerance=1e-6)
+        assert check.passed, check
+    answers = [s.hypergradient(problem, upper, lower).grad for s in (solver, same)]
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=0)
+
+
+def test_clipping_that_cannot_be_differentiated_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm_type=2\.0"):
+        Unrolled(3, torchopt.clip.clip_grad_norm(1.0, norm_type=1.0))
 
 
 def test_fused_optimizers_get_gradients_in_their_parameters_memory_format() -> None:

@@ -180,7 +180,7 @@ class _Unroll:
         # torch's optimizers skip variables without a gradient, so the twin must know them
         used = {name for name, g in gradients.items() if g is not None}
         if self.settings.optimizer is not None:
-            return TransformationTwin(self.settings.optimizer, lower, used)
+            return TransformationTwin(as_transformation(self.settings.optimizer), lower, used)
         return RunningTwin(self.running, self.oracles.problem.variables("lower"), lower, used)
 
     def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:

@@ -1,16 +1,16 @@
 """The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
 
-import warnings
+import inspect
 from contextlib import nullcontext
 from types import FunctionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.tree import Tree
-from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
+from bilevel.twins.base import Gradients, Twin, clip, moved, safe_sqrt
 
 
 @runtime_checkable
@@ -80,31 +80,57 @@ class _SafeSqrt(TorchFunctionMode):
 
 
 def as_transformation(optimizer: Any) -> Transformation:
-    """Check that `optimizer` is a transformation.
+    """A torchopt transformation as it can be differentiated.
+
+    torchopt's `clip_grad_norm` computes its factor outside autograd, so the hypergradient through it
+    would be wrong; in its place stands the same formula with its derivative.
 
     Raises:
-        TypeError: if it is something else, saying what to pass.
-        ValueError: if it holds torchopt's `clip_grad_norm`, which cannot be differentiated.
+        TypeError: if `optimizer` is something else, saying what to pass.
+        ValueError: if it clips by another norm than the Euclidean one, or where it cannot be replaced.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "`Unrolled(optimizer=...)` takes a torchopt transformation; leave it out to branch from "
             f"the running `{type(optimizer).__name__}` given as `lower_optimizer`"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchopt imports functorch
-        is_transformation = isinstance(optimizer, Transformation)
-    if not is_transformation:
+    if not isinstance(optimizer, Transformation):
         raise TypeError(
             "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)`, got "
             f"{optimizer!r}"
         )
-    if _holds_clip(optimizer.update):
+    differentiable = _with_differentiable_clip(optimizer)
+    if _holds_clip(differentiable.update):
         raise ValueError(
-            "torchopt's `clip_grad_norm` computes its factor outside autograd, so the hypergradient "
-            "through it would be wrong; use `Unrolled(..., max_grad_norm=...)` instead"
+            "torchopt's `clip_grad_norm` cannot be differentiated inside this transformation; chain "
+            "it at the top, `torchopt.chain(clip_grad_norm(...), ...)`, or use "
+            "`Unrolled(..., max_grad_norm=...)`"
         )
-    return optimizer  # type: ignore[no-any-return]
+    return differentiable
+
+
+def _with_differentiable_clip(transformation: Any) -> Transformation:
+    if hasattr(transformation, "transformations"):
+        import torchopt
+
+        parts = [_with_differentiable_clip(part) for part in transformation.transformations]
+        return cast(Transformation, torchopt.chain(*cast(Any, parts)))
+    if getattr(transformation.update, "__module__", None) != "torchopt.clip":
+        return cast(Transformation, transformation)
+    settings = inspect.getclosurevars(transformation.update).nonlocals
+    if settings["norm_type"] != 2:
+        raise ValueError(
+            f"`clip_grad_norm(norm_type={settings['norm_type']!r})` cannot be differentiated; use "
+            "the Euclidean norm, `norm_type=2.0`"
+        )
+
+    def update(
+        updates: Gradients, state: Any, *, params: Any = None, inplace: bool = True
+    ) -> tuple[Gradients, Any]:
+        return clip(updates, settings["max_norm"]), state
+
+    changed: Transformation = transformation._replace(update=update)
+    return changed
 
 
 def _holds_clip(function: Any) -> bool:
