@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import fill
+from bilevel.linear.base import dense
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.solvers import Solver, Unrolled
@@ -173,8 +174,7 @@ def _newton(oracles: Oracles, upper: Tree, lower: Tree, most: int = 1000) -> Tre
     linear = oracles.linearize_lower(upper, lower)
     if linear.layout.size > most:
         return lower
-    eye = torch.eye(linear.layout.size).to(linear.gradient)
-    hessian = torch.stack([linear.hessian(column) for column in eye])
+    hessian = dense(linear.hessian, linear.gradient).mT  # the product is with the transpose
     step = torch.linalg.lstsq(hessian, linear.gradient[:, None]).solution[:, 0]
     point = linear.layout.ravel([y.detach() for y in lower.values()]) - step
     moved = [y.detach().requires_grad_() for y in linear.layout.unravel(point)]

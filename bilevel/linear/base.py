@@ -63,6 +63,24 @@ def relative(residual: Tensor, scale: Tensor) -> Tensor:
     return residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
+def damped(operator: Operator, damping: float) -> Operator:
+    """The operator `A + damping I`."""
+    return (lambda v: operator(v) + damping * v) if damping else operator
+
+
+def dense(operator: Operator, like: Tensor) -> Tensor:
+    """The operator as a matrix, one product per column; `like` is any vector it takes."""
+    eye = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+    return torch.stack([operator(column) for column in eye], dim=1)
+
+
+def outcome(residual: Tensor, rtol: float | None) -> Result:
+    """How a solve with this relative residual ended; without `rtol` any finite one will do."""
+    if not bool(residual.isfinite()):
+        return Result.NOT_FINITE
+    return Result.SUCCESS if rtol is None or residual <= rtol else Result.NOT_CONVERGED
+
+
 def initial(operator: Operator, rhs: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """Where to start: iterate, its residual, products used.
 

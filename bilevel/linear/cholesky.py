@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, positive, relative
+from bilevel.linear.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    damped,
+    dense,
+    positive,
+    relative,
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,7 @@ class Cholesky(LinearSolver):
                 f"`Cholesky` would materialise a {n} x {n} matrix, more than `max_size` = "
                 f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
             )
-        eye = torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        matrix = torch.stack([operator(column) for column in eye], dim=1) + self.damping * eye
+        matrix = dense(damped(operator, self.damping), rhs)
         odd = torch.linalg.matrix_norm(matrix - matrix.mT)
         symmetric = bool(
             odd <= torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive
+from bilevel.linear.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    damped,
+    initial,
+    outcome,
+    positive,
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,9 @@ class ConjugateGradient(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
-        def damped(v: Tensor) -> Tensor:
-            return operator(v) + self.damping * v if self.damping else operator(v)
-
+        operator = damped(operator, self.damping)
         precondition = self.preconditioner or (lambda r: r)
-        w, r, products = initial(damped, rhs, guess if self.warm_start else None)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
         # residuals are kept relative to |b|: the square of a small gradient underflows in float32
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
         r = r / scale
@@ -75,23 +81,27 @@ class ConjugateGradient(LinearSolver):
         negative = torch.zeros((), dtype=torch.bool, device=rhs.device)
 
         for step in range(self.max_steps):
-            if step % self.check_every == 0 and self._finished(r, negative):
-                break
-            Ap = damped(p)
+            solved = self._small(r)
+            if step % self.check_every == 0:
+                finished = solved | negative | ~r.isfinite().all()
+                if bool(finished):  # waits for the device
+                    break
+            Ap = operator(p)
             products += 1
             curvature = torch.dot(p, Ap)
-            negative = negative | ((curvature <= 0) & ~self._small(r))
+            negative = negative | ((curvature <= 0) & ~solved)
             # alpha = 0 freezes the iterate: after negative curvature, and at the solution, where
             # the recurrence would go on until it underflows
-            frozen = negative | self._small(r)
-            alpha = torch.where(frozen, torch.zeros_like(rz), rz / curvature)
+            alpha = torch.where(negative | solved, torch.zeros_like(rz), rz / curvature)
             w = w + scale * alpha * p
             r = r - alpha * Ap
             z = precondition(r)
             rz, previous = torch.dot(r, z), rz
             p = z + torch.where(previous == 0, torch.zeros_like(rz), rz / previous) * p
         residual = torch.linalg.vector_norm(r)
-        result = self._result(residual, bool(negative))
+        result = outcome(residual, self._tolerance(r.dtype))
+        if bool(negative) and result is not Result.NOT_FINITE:
+            result = Result.NEGATIVE_CURVATURE
         return LinearSolution(w, result, residual, products, bool(negative))
 
     def _tolerance(self, dtype: torch.dtype) -> float | None:
@@ -101,14 +111,3 @@ class ConjugateGradient(LinearSolver):
         floor = torch.finfo(r.dtype).eps  # below it, the recurrence says nothing about the residual
         tolerance = max(self._tolerance(r.dtype) or 0.0, floor)
         return torch.le(torch.linalg.vector_norm(r), tolerance)
-
-    def _finished(self, r: Tensor, negative: Tensor) -> bool:
-        return bool(self._small(r) | negative | ~r.isfinite().all())  # waits for the device
-
-    def _result(self, residual: Tensor, negative: bool) -> Result:
-        if not bool(residual.isfinite()):
-            return Result.NOT_FINITE
-        if negative:
-            return Result.NEGATIVE_CURVATURE
-        rtol = self._tolerance(residual.dtype)
-        return Result.SUCCESS if rtol is None or residual <= rtol else Result.NOT_CONVERGED

@@ -5,8 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive, relative
+from bilevel.linear.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    damped,
+    initial,
+    outcome,
+    positive,
+    relative,
+)
 
 
 @dataclass(frozen=True)
@@ -54,31 +62,22 @@ class GMRES(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
-        def damped(v: Tensor) -> Tensor:
-            return operator(v) + self.damping * v if self.damping else operator(v)
-
-        w, r, products = initial(damped, rhs, guess if self.warm_start else None)
+        operator = damped(operator, self.damping)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
         steps = 0
         while steps < self.max_steps and torch.linalg.vector_norm(r) > goal:
             width = min(self.restart, self.max_steps - steps)
-            update, used = _cycle(damped, r, width, goal)
+            update, used = _cycle(operator, r, width, goal)
             w = w + update
-            r = rhs - damped(w)  # the true residual: restarts must not inherit rounding
+            r = rhs - operator(w)  # the true residual: restarts must not inherit rounding
             steps += used
             products += used + 1
             if not bool(r.isfinite().all()) or not bool(update.any()):
                 break
         residual = relative(torch.linalg.vector_norm(r), scale)
-        return LinearSolution(w, self._result(residual), residual, products)
-
-    def _result(self, residual: Tensor) -> Result:
-        if not bool(residual.isfinite()):
-            return Result.NOT_FINITE
-        return (
-            Result.SUCCESS if self.rtol is None or residual <= self.rtol else Result.NOT_CONVERGED
-        )
+        return LinearSolution(w, outcome(residual, self.rtol), residual, products)
 
 
 def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Tensor, int]:

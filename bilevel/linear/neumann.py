@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator, initial, positive, relative
+from bilevel.linear.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    initial,
+    outcome,
+    positive,
+    relative,
+)
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,7 @@ class Neumann(LinearSolver):
             r = r - self.step_size * operator(r)
         products += self.num_steps
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
-        return LinearSolution(w, self._result(residual), residual, products)
-
-    def _result(self, residual: Tensor) -> Result:
-        if not bool(residual.isfinite()):
-            return Result.NOT_FINITE
-        if residual > 1 + 1e-6:
-            return Result.DIVERGED
-        return (
-            Result.SUCCESS if self.rtol is None or residual <= self.rtol else Result.NOT_CONVERGED
-        )
+        result = outcome(residual, self.rtol)
+        if result is not Result.NOT_FINITE and residual > 1 + 1e-6:
+            result = Result.DIVERGED
+        return LinearSolution(w, result, residual, products)
