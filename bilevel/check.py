@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bilevel.autodiff import fill
 from bilevel.linear.base import dense
+from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.solvers import Solver, Unrolled
-from bilevel.solvers.base import Optimizers
 from bilevel.tree import Layout, Tree
 
 

@@ -15,10 +15,10 @@ from torch.nn.utils import clip_grad_norm_
 from bilevel.batches import as_source
 from bilevel.errors import DivergenceError, HypergradientError
 from bilevel.linear.base import positive
+from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.solvers import Alternating, Hypergradient, Solver
-from bilevel.solvers.base import Optimizers
 from bilevel.state import Scheduler, State
 from bilevel.tree import norm
 from bilevel.wiring import Wiring
@@ -125,8 +125,8 @@ def train(
     solver = Alternating() if solver is None else solver
     _check(num_steps, lower_steps, order, check_every, lower_optimizer)
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
-        "upper": _listed(upper_optimizer),
-        "lower": _listed(lower_optimizer or ()),
+        "upper": listed(upper_optimizer),
+        "lower": listed(lower_optimizer or ()),
     }
     solver.check(Oracles(problem, None, [None]), optimizers["lower"])
     for level, group in optimizers.items():
@@ -138,7 +138,7 @@ def train(
     state = State(
         problem,
         {str(level): group for level, group in optimizers.items()},
-        {"upper": _listed(upper_scheduler), "lower": _listed(lower_scheduler)},
+        {"upper": listed(upper_scheduler), "lower": listed(lower_scheduler)},
         sources,
         torch.Generator(problem.device).manual_seed(seed),
         {
@@ -340,10 +340,6 @@ class _Watch:
 
 
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
-
-
-def _listed(one_or_more: Any) -> list[Any]:
-    return list(one_or_more) if isinstance(one_or_more, Sequence) else [one_or_more]
 
 
 def _check(

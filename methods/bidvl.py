@@ -32,8 +32,8 @@ from torch.nn.functional import relu
 from bilevel.methods.config import Training, one_of
 from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics, attempt, chunked
 from bilevel.methods.networks import Energy, Generator, Posterior, scale_of
+from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
-from bilevel.solvers.base import Optimizers
 
 Variant = Literal["offset", "complete", "without"]
 RatioBias = Literal["none", "sigmoid"]

@@ -30,8 +30,8 @@ from bilevel.methods.variational import (
     VariationalPosterior,
     enumerated,
 )
+from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
-from bilevel.solvers.base import Optimizers
 
 
 class Batch(NamedTuple):

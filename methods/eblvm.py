@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from bilevel import Problem, Solver, Step
 from bilevel.methods.config import Training, one_of, validated
 from bilevel.methods.fitting import History, fit
-from bilevel.solvers.base import Optimizers
+from bilevel.optimizers import Optimizers
 
 Statistics = Literal["running", "batch"]
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,7 +22,7 @@ from bilevel import (
 )
 from bilevel.methods.config import Training
 from bilevel.methods.run import Run
-from bilevel.solvers.base import Optimizers
+from bilevel.optimizers import Optimizers, listed
 
 if TYPE_CHECKING:
     from bilevel.methods.eblvm import EBLVM
@@ -189,5 +188,4 @@ def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> l
         return (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2
 
     factor = exponential if training.schedule == "exponential" else cosine
-    group = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
-    return [LambdaLR(optimizer, factor) for optimizer in group]
+    return [LambdaLR(optimizer, factor) for optimizer in listed(optimizers)]

@@ -9,8 +9,9 @@ the best-response term is dropped. Cost: one gradient of the upper loss.
 from dataclasses import dataclass
 from typing import Any
 
+from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
-from bilevel.solvers.base import Optimizers, Response, Solver
+from bilevel.solvers.base import Response, Solver
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
 from bilevel.errors import HypergradientError, Result
+from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.tree import Tree, norm
-
-Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)

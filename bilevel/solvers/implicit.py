@@ -21,8 +21,9 @@ from torch import Tensor
 from bilevel.errors import Result
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel.linear.base import relative
+from bilevel.optimizers import Optimizers
 from bilevel.oracles import Linearization, Oracles
-from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
+from bilevel.solvers.base import Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
 
 LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

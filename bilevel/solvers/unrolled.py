@@ -24,8 +24,9 @@ from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
 from bilevel.linear.base import positive
+from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
-from bilevel.solvers.base import Optimizers, Response, ResponseProduct, Solver
+from bilevel.solvers.base import Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
 from bilevel.twins import (
     Gradients,
@@ -128,9 +129,7 @@ class Unrolled(Solver):
                 "`Unrolled` without `optimizer` branches from the running lower optimizer; pass it "
                 "as `lower_optimizer`, or give `Unrolled` a torchopt transformation"
             )
-        if isinstance(lower_optimizer, torch.optim.Optimizer):
-            lower_optimizer = [lower_optimizer]
-        running = list(lower_optimizer)
+        running = listed(lower_optimizer)
         for optimizer in running:
             rule_of(optimizer)
         return running

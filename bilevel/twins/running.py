@@ -11,7 +11,7 @@ step costs a dozen kernels however many tensors the level has.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from bilevel.optimizers import Optimizers, listed
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
 
@@ -53,7 +54,7 @@ class RunningTwin(Twin):
 
     def __init__(
         self,
-        optimizers: Optimizer | Sequence[Optimizer],
+        optimizers: Optimizers,
         variables: Tree,
         tree: Tree,
         used: set[str],
@@ -61,7 +62,7 @@ class RunningTwin(Twin):
         names = {id(p): name for name, p in variables.items()}
         self._tree = {name: value.detach() for name, value in tree.items()}
         self._cells: list[_Cell] = []
-        for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
+        for optimizer in listed(optimizers):
             rule = rule_of(optimizer)
             for group in optimizer.param_groups:
                 members = [p for p in group["params"] if names.get(id(p)) in used]
