@@ -215,6 +215,22 @@ def as_source(data: Any, batch_size: int | None, seed: int) -> Source:
     )
 
 
+def not_finite(rows: Tensor) -> tuple[int, str]:
+    """How many rows hold NaN or infinity, and which, in words.
+
+    Example:
+        >>> not_finite(torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [0.0, float("inf")]]))
+        (2, 'index 1, 2')
+    """
+    bad = (~rows.isfinite().reshape(len(rows), -1).all(dim=1)).nonzero()[:, 0].tolist()
+    return len(bad), indices(bad)
+
+
+def indices(rows: list[int]) -> str:
+    """The first few row numbers, in words."""
+    return "index " + ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+
+
 def _check(data: Any) -> int:
     leaves = optree.tree_leaves(data)
     for leaf in leaves:
@@ -230,12 +246,10 @@ def _check(data: Any) -> int:
     if length == 0:
         raise ValueError("the data are empty: their first dimension is 0")
     for leaf in leaves:
-        finite = leaf.isfinite().reshape(length, -1).all(dim=1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero()[:, 0].tolist()
-            rows = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        count, which = not_finite(leaf)
+        if count:
             raise ValueError(
-                f"the data hold NaN or infinite numbers in {len(bad)} of {length} rows "
-                f"(index {rows}); drop or repair these rows"
+                f"the data hold NaN or infinite numbers in {count} of {length} rows "
+                f"({which}); drop or repair these rows"
             )
     return length

@@ -134,6 +134,7 @@ class BiDVL(EBLVM):
         both = {"posterior": posterior} if variant == "complete" else {}
         self.upper = nn.ModuleDict({"energy": energy, **both})
         self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
+        self._mixing_energy = any(isinstance(m, BATCH_NORMS) for m in energy.modules())
         self._latent_dim = latent_dim
         self.variant = variant
         self.ratio = ratio
@@ -257,7 +258,7 @@ class BiDVL(EBLVM):
 
     def _energies(self, v: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
         """E of data and of samples: in one pass, unless batch norm would mix the two."""
-        if any(isinstance(m, BATCH_NORMS) for m in self.network("energy").modules()):
+        if self._mixing_energy:
             return self.free_energy(v), self.free_energy(generated)
         real, fake = self.free_energy(torch.cat([v, generated])).split([len(v), len(generated)])
         return real, fake

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.batches import indices
 from bilevel.methods.folders import read_folder
 from bilevel.methods.networks import scale_of
 
@@ -234,7 +235,13 @@ def _scaled(arrays: list[Array]) -> tuple[list[Tensor], str]:
     most = max(float(a.max()) for a in arrays)
     if all(np.issubdtype(a.dtype, np.floating) for a in arrays):
         for array in arrays:
-            _refuse_bad(array)
+            # in numpy: torch takes neither every byte order nor every width
+            bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1)).tolist()
+            if bad:
+                raise ValueError(
+                    f"{len(bad)} of {len(array)} images hold NaN or infinity ({indices(bad)}); drop "
+                    "or repair them"
+                )
         low, high = (0, 1) if least >= 0 else (-1, 1)
         if least < low - 1e-6 or most > high + 1e-6:
             raise ValueError(
@@ -256,15 +263,6 @@ def _scaled(arrays: list[Array]) -> tuple[list[Tensor], str]:
     return [
         t.mul_(scale).add_(shift).clamp_(-1, 1) for t in tensors
     ], f"values {numbers} scaled to [-1, 1]"
-
-
-def _refuse_bad(array: Array) -> None:
-    bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
-    if len(bad):
-        rows = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(
-            f"{len(bad)} of {len(array)} images hold NaN or infinity (index {rows}); drop or repair them"
-        )
 
 
 def _padded(parts: list[Tensor]) -> tuple[list[Tensor], str]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bilevel import Problem, Solver, Step
+from bilevel.batches import not_finite
 from bilevel.methods.config import Training, one_of, validated
 from bilevel.methods.fitting import History, fit
+from bilevel.methods.run import write_text
 from bilevel.optimizers import Optimizers
 
 Statistics = Literal["running", "batch"]
@@ -145,10 +147,9 @@ class EBLVM(Problem):
                 f"this model takes visibles of shape (n, {_join(self.visible_shape)}), "
                 f"got {tuple(v.shape)}"
             )
-        bad = (~v.isfinite().flatten(1).all(dim=1)).nonzero()[:, 0].tolist()
-        if bad:
-            rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-            raise ValueError(f"{len(bad)} of {len(v)} visibles hold NaN or infinity (index {rows})")
+        count, which = not_finite(v)
+        if count:
+            raise ValueError(f"{count} of {len(v)} visibles hold NaN or infinity ({which})")
         if self.visible_range is not None:
             low, high = self.visible_range
             least, most = float(v.min()), float(v.max())
@@ -189,7 +190,7 @@ class EBLVM(Problem):
         # copies: safetensors stores neither shared memory (a posterior in both levels) nor strides
         save_file({n: t.contiguous().clone() for n, t in self.state_dict().items()}, temporary)
         os.replace(temporary, folder / "weights.safetensors")
-        (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
     @final
     @classmethod

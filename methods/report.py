@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.methods.page import page
-from bilevel.methods.run import Run
+from bilevel.methods.run import Run, write_text
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def result_rows(results: Mapping[str, float]) -> list[Row]:
 def save_results(run: Run, results: Mapping[str, float], **how: Any) -> Path:
     """Keep what `evaluate` returned, and how it was asked, in the run's `evaluation.json`."""
     path = run.folder / "evaluation.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**how, "results": dict(results)}, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps({**how, "results": dict(results)}, indent=2) + "\n")
     return path
 
 
@@ -148,7 +146,7 @@ def write_report(
         parts.append(f"<h2>{_text(title.capitalize())}</h2>{_picture(title, path)}<p>{note}</p>")
     parts.append(f"<h2>Configuration</h2>{_configuration(config)}")
     target = run.folder / "report.html"
-    target.write_text(page(_title(config), "\n".join(parts)), encoding="utf-8")
+    write_text(target, page(_title(config), "\n".join(parts)))
     return target
 
 
@@ -187,7 +185,7 @@ def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
         parts.append(_configuration(config))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(f"{len(runs)} runs compared", "\n".join(parts)), encoding="utf-8")
+    write_text(target, page(f"{len(runs)} runs compared", "\n".join(parts)))
     return target
 
 

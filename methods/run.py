@@ -71,10 +71,7 @@ class Run:
         for stale in (self.metrics_path, self.checkpoint_path):
             stale.unlink(missing_ok=True)
         record = {**config, "versions": versions()}
-        text = json.dumps(record, indent=2) + "\n"
-        temporary = self.config_path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self.config_path)
+        write_text(self.config_path, json.dumps(record, indent=2) + "\n")
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run.
@@ -106,9 +103,14 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget the metrics after `step`: the resumed run writes them again."""
         kept = [record for record in self.metrics() if record["step"] <= step]
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self.metrics_path)
+        write_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, then renamed over it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from bilevel.cli.options import (
     training_settings,
 )
 from bilevel.cli.running import Plan, carry_out, device_of
-from bilevel.cli.runs import existing, fresh
+from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.methods.config import nearest
 from bilevel.methods.data import load_images
 from bilevel.methods.presets import DIGITS
@@ -164,9 +164,7 @@ def _resume(args: argparse.Namespace) -> int:
         )
     _refuse_conflicts(args, config)
     notes = config.get("notes", {})
-    source = notes.get("data", getattr(args, "data", None))
-    if source is None:
-        raise UsageError(f"`{args.run}` does not say what it was trained on; name it with `--data`")
+    images = images_of(run, getattr(args, "data", None))
     solver = solvers.build(notes.get("solver", {}))
     if repr(solver) != config["solver"]:
         raise UsageError(
@@ -178,7 +176,7 @@ def _resume(args: argparse.Namespace) -> int:
     device = device_of(notes.get("device"))
     model = method.from_recipe(config["model"]).to(device)
     settings = config["training"]
-    plan = Plan(model, load_images(source), run, settings, solver, {}, device, resume=True)
+    plan = Plan(model, images, run, settings, solver, {}, device, resume=True)
     return carry_out(plan, report=not hasattr(args, "no_report"))
 
 
