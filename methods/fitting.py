@@ -138,7 +138,8 @@ def _follow(
                 if folder is not None:
                     folder.append(records[-1])
             if folder is not None and (ended or step.number % training.checkpoint_every == 0):
-                with contextlib.suppress(CheckpointError):  # not finite: `train` says so shortly
+                # variables that are not finite: the next step's losses say so better, if there is one
+                with contextlib.nullcontext() if ended else contextlib.suppress(CheckpointError):
                     step.state.save(folder.checkpoint_path)
             if ended:
                 break

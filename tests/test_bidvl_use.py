@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel.errors import DivergenceError
+from bilevel.errors import CheckpointError, DivergenceError
 from bilevel.methods import BiDVL
 from bilevel.methods.networks import Energy, Generator, Posterior
 from tests.test_bidvl import SHAPE, VARIANTS, images
@@ -163,6 +163,21 @@ def test_divergence_stops_names_the_term_and_keeps_the_good_checkpoint(tmp_path)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert checkpoint["step"] == 2
     assert all(t.isfinite().all() for t in checkpoint["problem"].values())
+
+
+def test_a_run_that_ends_in_nan_is_not_saved_as_a_model(tmp_path):
+    model = BiDVL.for_images(SHAPE, latent_dim=3, width=4)
+
+    def poison(step):
+        if step.number == 3:
+            with torch.no_grad():
+                next(model.network("energy").parameters()).fill_(float("nan"))
+
+    settings = {"num_steps": 3, "batch_size": 10, "checkpoint_every": 1, "callbacks": [poison]}
+    with pytest.raises(CheckpointError, match="NaN or infinite numbers after step 3"):
+        model.fit(images(20).float(), run=tmp_path, **settings)
+    assert not (tmp_path / "model").exists()
+    assert torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
 
 
 def test_the_dimension_of_the_latent_is_found_from_the_posterior():
