@@ -12,7 +12,7 @@ $$ \text{two:}\quad E = E_v(v) - c_1^T h_1 - c_2^T h_2 - v^T W_1 h_1 - h_1^T W_2
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.models.base import LatentVariableModel, check_steps
+from bilevel.methods.models.base import LatentVariableModel, check_steps, coin_flips
 from bilevel.methods.models.enumeration import MAX_UNITS, log_one_plus_exp, log_sum_over_states
 
 
@@ -39,7 +39,7 @@ class OneHidden(LatentVariableModel):
 
     @torch.no_grad()
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.bernoulli(self.posterior_logits(v).sigmoid_(), generator=generator)
+        return coin_flips(self.posterior_logits(v).sigmoid_(), generator)
 
     def log_unnormalized_first(
         self, h1: Tensor, beta: float = 1.0, base: Tensor | None = None
@@ -67,7 +67,7 @@ class OneHidden(LatentVariableModel):
         for _ in range(steps):
             v = visible(h1)
             logits = torch.addmm(c, v, weight, beta=beta, alpha=beta)
-            h1 = torch.bernoulli(logits.sigmoid_(), generator=generator)
+            h1 = coin_flips(logits.sigmoid_(), generator)
         return v, h1
 
 
@@ -116,7 +116,7 @@ class TwoHidden(LatentVariableModel):
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
         self._check_visible(v)
         half = v.new_full((len(v), self.latent_dims[1]), 0.5)
-        return torch.bernoulli(self._first_logits(v, half).sigmoid_(), generator=generator)
+        return coin_flips(self._first_logits(v, half).sigmoid_(), generator)
 
     def log_unnormalized_first(
         self, h1: Tensor, beta: float = 1.0, base: Tensor | None = None
@@ -145,8 +145,8 @@ class TwoHidden(LatentVariableModel):
         visible = self._visible_draw(generator, beta, base)
         for _ in range(steps):
             v = visible(h1)
-            h2 = torch.bernoulli(self._second_logits(h1, beta).sigmoid_(), generator=generator)
-            h1 = torch.bernoulli(self._first_logits(v, h2, beta).sigmoid_(), generator=generator)
+            h2 = coin_flips(self._second_logits(h1, beta).sigmoid_(), generator)
+            h1 = coin_flips(self._first_logits(v, h2, beta).sigmoid_(), generator)
         return v, torch.cat([h1, h2], dim=1)
 
     def _first_logits(self, v: Tensor, h2: Tensor, beta: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.models.base import LOG_2, LatentVariableModel, VisibleDraw
+from bilevel.methods.models.base import LOG_2, LatentVariableModel, VisibleDraw, coin_flips
 from bilevel.methods.models.enumeration import log_one_plus_exp
 
 
@@ -51,7 +51,7 @@ class BinaryVisible(LatentVariableModel):
 
         def draw(h1: Tensor) -> Tensor:
             logits = torch.addmm(bias, h1, weight, alpha=beta)
-            return torch.bernoulli(logits.sigmoid_(), generator=generator)
+            return coin_flips(logits.sigmoid_(), generator)
 
         return draw
 
