@@ -71,7 +71,7 @@ class Oracles:
             level decides their value; their upper gradient is the partial derivative of F.
 
     Raises:
-        ValueError: if a level has no variables.
+        ValueError: if the upper level has no variables.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Oracles:
 
     def _variables(self, level: Level) -> Tree:
         variables = self.wiring.variables(level)
-        if not variables:
+        if not variables and level == "upper":
             raise ValueError(
                 f"the {level} level of `{type(self.problem).__name__}` has no trainable variables; "
                 f"put them in `self.{level}` and leave `requires_grad` on"
@@ -187,10 +187,15 @@ class Oracles:
         """The context in which a solver takes second derivatives of the lower loss.
 
         Raises:
-            ValueError: if the problem stops its lower gradient, or its lower level holds a layer
+            ValueError: if the problem has no lower level or stops its gradient, or holds a layer
                 whose second derivative is wrong in this torch.
         """
         name = type(self.problem).__name__
+        if not self._lower:
+            raise ValueError(
+                f"`{solver}` needs a lower level, but `{name}.lower` has no trainable variables; put "
+                "them there and leave `requires_grad` on, or use `Alternating()`"
+            )
         if self.problem.stops_lower_gradient is not None:
             raise ValueError(
                 f"`{solver}` needs the lower loss's true gradient, but in `{name}` "

@@ -22,11 +22,13 @@ class Problem(nn.Module, ABC):
     module that require grad: frozen, tied and partly shared ones need no special care.
 
     The losses must be deterministic in (upper, lower, batch): noise is drawn *into the batch* by
-    `draw`. Dropout is the one exception; it sees a fixed seed within one hypergradient.
+    `draw` (and by `draw_lower` where every lower step has its own). Dropout is the one exception; it
+    sees a fixed seed within one hypergradient.
 
     Attributes:
         upper: module that holds the upper-level variables $x$.
-        lower: module that holds the lower-level variables $y$.
+        lower: module that holds the lower-level variables $y$. Without any, the problem has a single
+            level: `Alternating` and `train(lower_steps=0)` still take it.
         stops_lower_gradient: `None`, or a clause that says where the lower loss stops a gradient
             ("it is stopped at the posterior; use variant='complete'", to which a refusal adds
             ", or `Alternating()`"). The lower gradient is then
@@ -72,12 +74,35 @@ class Problem(nn.Module, ABC):
         """
         return data
 
+    def draw_lower(self, batch: Any, generator: torch.Generator, step: int) -> Any:
+        """The batch of one lower step, made from the turn's; the default is that batch itself.
+
+        A problem whose lower steps see fresh noise, or whose blocks of lower variables move a
+        different number of times, says so here.
+
+        Args:
+            batch: what `draw` returned.
+            generator: the only source of randomness, on the problem's device.
+            step: number of the step in its sequence, from 0: the loop's lower steps are one
+                sequence, the hypothetical steps of a solver another.
+
+        Returns:
+            The batch that `lower_loss` receives in this step.
+        """
+        return batch
+
     def best_response(self, batch: Any) -> Tree | None:
         """The lower solution y*(x) in closed form, where the problem has one; `None` otherwise.
 
         Used by `check_hypergradient` and by the benchmarks, never by a solver.
         """
         return None
+
+    @final
+    @property
+    def draws_every_lower_step(self) -> bool:
+        """Whether the lower steps of a turn see different batches."""
+        return type(self).draw_lower is not Problem.draw_lower
 
     def forward(self, level: Level, batch: Any) -> Loss:
         """The loss of one level; exists so that `torch.func.functional_call` can evaluate it."""

@@ -1,16 +1,14 @@
 """`train`: the loop, a generator that yields after every upper step."""
 
-import itertools
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from bilevel.batches import as_source
 from bilevel.errors import DivergenceError, HypergradientError
@@ -20,8 +18,7 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import Scheduler, State
-from bilevel.tree import norm
-from bilevel.wiring import Wiring
+from bilevel.turn import Turn
 
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
 
@@ -71,6 +68,7 @@ def train(
     resume: str | os.PathLike[str] | None = None,
     check_every: int = 20,
     throw: bool = True,
+    compile: bool = False,
 ) -> Iterator[Step]:
     """Train a bilevel problem: lower steps, a hypergradient, an upper step, and again.
 
@@ -99,6 +97,11 @@ def train(
         check_every: steps between two looks for NaN. Each look waits for the device once; the step
             and term it names are exact.
         throw: raise when a hypergradient does not succeed; otherwise read it from the step.
+        compile: trace the lower and the upper step, optimizers included, and run them as compiled
+            graphs: several times faster where Python and not arithmetic takes the time (small
+            models). The first step takes some seconds to a minute. Needs a C++ compiler and Adam,
+            AdamW or SGD; whatever cannot be compiled runs as ever, with a warning. A linear solve is
+            then not watched: `ConjugateGradient` takes all its `max_steps`.
 
     Yields:
         A `Step` after every upper step. The clock stands still while the caller has control.
@@ -151,15 +154,18 @@ def train(
             "batch_size": str(batch_size),
             "clipping": repr({"upper": clip_upper, "lower": clip_lower}),
             "seed": str(seed),
+            **({"compile": "True"} if compile else {}),
         },
     )
     if resume is not None:
         state.load(resume)
-    turn = _Turn(state, solver, lower_steps, order == "upper_first", clip_upper, clip_lower, throw)
+    turn = Turn(
+        state, solver, lower_steps, order == "upper_first", clip_upper, clip_lower, throw, compile
+    )
     return _loop(turn, num_steps, check_every, seed)
 
 
-def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
+def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
     state, watch = turn.state, _Watch()
     seconds = 0.0
     while state.step < num_steps:
@@ -190,134 +196,6 @@ def _loop(turn: "_Turn", num_steps: int, check_every: int, seed: int) -> Iterato
             seconds=seconds,
             state=state,
         )
-
-
-@dataclass
-class _Turn:
-    """One turn of the loop: the lower steps and the upper step, in either order."""
-
-    state: State
-    solver: Solver
-    lower_steps: int
-    upper_first: bool
-    clip_upper: float | None
-    clip_lower: float | None
-    throw: bool
-    lower_loss: Tensor | None = None
-    lower_residual: Tensor | None = None
-    logs: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._shared = "upper_data" not in self.state.sources
-        self._wiring = Wiring(self.state.problem)
-
-    def begin(self, seed: int) -> None:
-        """Draw this turn's upper batch and seeds."""
-        self._seeds = itertools.count(seed, 2**10)
-        self._batch = self._draw("data" if self._shared else "upper_data")
-        self._ahead: list[Any] = []
-
-    def rehearse(self) -> None:
-        """Evaluate both losses once, so that a bad one is refused before anything has moved."""
-        if not self._shared and (self.lower_steps or self.solver.num_lower_batches()):
-            self._ahead.append(self._draw("data"))
-        lower_batch = self._batch if self._shared else (self._ahead or [None])[0]
-        oracles = Oracles(self.state.problem, self._batch, [lower_batch])
-        with torch.no_grad():
-            oracles.evaluate("upper", oracles.upper, oracles.lower)
-        if self.lower_steps:
-            with torch.enable_grad():
-                oracles.lower_gradient(oracles.upper, oracles.lower)
-
-    def run(self) -> Hypergradient:
-        if self.upper_first:
-            hypergradient = self._upper_step()
-            self._lower_steps()
-        else:
-            self._lower_steps()
-            hypergradient = self._upper_step()
-        for schedulers in self.state.schedulers.values():
-            for scheduler in schedulers:
-                scheduler.step()
-        return hypergradient
-
-    def terms(self, hypergradient: Hypergradient) -> list[tuple[str, Tensor]]:
-        """The numbers whose finiteness says that training is well, in the order of computation."""
-        lower = [*self.logs.items()]
-        if self.lower_loss is not None:
-            lower.append(("lower loss", self.lower_loss))
-        if self.lower_residual is not None:
-            lower.append(("norm of the lower gradient", self.lower_residual))
-        upper = [*hypergradient.logs.items(), ("upper loss", hypergradient.value)]
-        upper += [
-            ("norm of the hypergradient's direct term", hypergradient.stats.direct_norm),
-            ("norm of the hypergradient's response term", hypergradient.stats.response_norm),
-        ]
-        return upper + lower if self.upper_first else lower + upper
-
-    def _oracles(self, upper_batch: Any, lower_batches: list[Any]) -> Oracles:
-        seed, wiring = next(self._seeds), self._wiring
-        return Oracles(self.state.problem, upper_batch, lower_batches, seed=seed, wiring=wiring)
-
-    def _draw(self, source: str) -> Any:
-        batch = next(self.state.sources[source])
-        return self.state.problem.draw(batch, self.state.generator)
-
-    def _lower_batch(self) -> Any:
-        if self._shared:
-            return self._batch
-        return self._ahead.pop() if self._ahead else self._draw("data")
-
-    def _lower_steps(self) -> None:
-        for step in range(self.lower_steps):
-            oracles = self._oracles(None, [self._lower_batch()])
-            constants = {name: x.detach() for name, x in oracles.upper.items()}
-            with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
-                evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
-            self.lower_loss, self.logs = evaluation.loss.detach(), evaluation.logs
-            if step == self.lower_steps - 1:
-                self.lower_residual = norm([g for g in grads.values() if g is not None])
-            self._apply("lower", grads, self.clip_lower)
-            self._wiring.commit(evaluation.buffers)
-
-    def _upper_step(self) -> Hypergradient:
-        state = self.state
-        fresh = 1 if self._shared else self.solver.num_lower_batches()
-        lower_batches = [self._lower_batch() for _ in range(fresh)] or [None]
-        hypergradient = self.solver.solve(
-            self._oracles(self._batch, lower_batches),
-            state=state.solver_state,
-            lower_optimizer=state.optimizers["lower"] or None,
-            throw=self.throw,
-        )
-        state.solver_state = hypergradient.state
-        # copies: clipping and some optimizers write into the gradients, the record is the caller's
-        grads = {name: g.clone() for name, g in hypergradient.grad.items()}
-        self._apply("upper", grads, self.clip_upper)
-        self._wiring.commit(hypergradient.buffers)
-        return hypergradient
-
-    def _apply(self, level: Level, grads: Mapping[str, Tensor | None], clip: float | None) -> None:
-        parameters = self._wiring.variables(level)
-        for name, parameter in parameters.items():
-            parameter.grad = _laid_out(grads[name], parameter)
-        if clip is not None:
-            clip_grad_norm_(parameters.values(), clip)
-        for optimizer in self.state.optimizers[level]:
-            optimizer.step()
-        for parameter in parameters.values():
-            parameter.grad = None
-
-
-def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """The gradient in its parameter's memory format.
-
-    `.backward()` sees to that, `autograd.grad` does not, and fused optimizers pair the numbers of
-    the two tensors as they lie in memory.
-    """
-    if gradient is None or gradient.stride() == like.stride():
-        return gradient
-    return torch.empty_like(like).copy_(gradient)
 
 
 class _Watch:

@@ -36,6 +36,9 @@ class Training(BaseModel):
     clip_lower: float | None = Field(None, gt=0, description="largest norm of the lower gradient")
     seed: int = Field(0, ge=0, description="seed of everything random")
     max_seconds: float | None = Field(None, gt=0, description="stop after this much training time")
+    compile: bool = Field(
+        False, description="compile the steps: needs a C++ compiler, pays on small models"
+    )
     log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
 

@@ -29,6 +29,7 @@ class EBLVM(Problem):
     Attributes:
         visible_shape: shape of one visible, `None` if any will do.
         visible_range: smallest and largest value of a visible, `None` if unbounded.
+        binary: whether visibles must be exactly 0 or 1.
         recipe: arguments of the constructor that built the networks; `None` for a model made of the
             caller's own modules, which `load` then needs again.
         statistics: batch-norm statistics at evaluation: "running" averages (each output depends on
@@ -38,6 +39,7 @@ class EBLVM(Problem):
     training_defaults: ClassVar[dict[str, Any]] = {}
     visible_shape: tuple[int, ...] | None = None
     visible_range: tuple[float, float] | None = None
+    binary: bool = False
     recipe: dict[str, Any] | None = None
     statistics: Statistics = "running"
 
@@ -158,6 +160,12 @@ class EBLVM(Problem):
                     f"this model takes visibles in [{low:g}, {high:g}], got values from {least:g} to "
                     f"{most:g}; rescale them"
                 )
+        if self.binary and (count := int(((v != 0) & (v != 1)).sum())):
+            raise ValueError(
+                f"this model takes visibles that are exactly 0 or 1, but {count} of {v.numel()} values "
+                "are not; binarise them, or make the model with `grey=True`, which takes greys for "
+                "probabilities as AdvIL does"
+            )
         parameter = next(self.parameters())
         return v.to(device=parameter.device, dtype=parameter.dtype)
 

@@ -77,23 +77,25 @@ def fit(
     batches = Batches(data, training.batch_size, seed=training.seed)
     per_epoch = len(data) // training.batch_size
     model.train()
+    two_levels = bool(model.variables("lower"))
     steps = train(
         model,
         batches,
         upper_optimizer=upper,
-        lower_optimizer=lower,
+        lower_optimizer=lower if two_levels else None,
         num_steps=training.num_steps,
         solver=solver,
-        lower_steps=training.lower_steps,
+        lower_steps=training.lower_steps if two_levels else 0,
         order=training.order,
         upper_scheduler=_schedulers(upper, training, per_epoch),
-        lower_scheduler=_schedulers(lower, training, per_epoch),
+        lower_scheduler=_schedulers(lower, training, per_epoch) if two_levels else (),
         clip_upper=training.clip_upper,
         clip_lower=training.clip_lower,
         seed=training.seed,
         resume=folder.checkpoint_path if folder is not None and resume else None,
         check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
         throw=False,
+        compile=training.compile,
     )
     if folder is not None and not resume:
         folder.begin({**describe(model, training, solver, data), "notes": notes or {}})

@@ -51,12 +51,25 @@ def functions(upper: Any = None, lower: Any = None, **levels: Any) -> Problem:
 
 def test_a_level_without_variables() -> None:
     sgd = torch.optim.SGD([torch.zeros(1)], 0.1)
-    frozen = {"y": nn.Parameter(normal(2), requires_grad=False)}
-    for problem, level in ((functions(y=frozen), "lower"), (functions(x={}), "upper")):
-        with pytest.raises(ValueError, match=f"the {level} level .* has no trainable variables"):
+    for problem in (functions(x={}), functions(x={}, y={})):
+        with pytest.raises(ValueError, match=r"the upper level .* has no trainable variables"):
             start(problem, upper_optimizer=sgd, lower_optimizer=sgd)
-    with pytest.raises(ValueError, match="has no trainable variables"):
-        start(functions(x={}, y={}), upper_optimizer=sgd, lower_optimizer=sgd)
+
+
+@pytest.mark.parametrize(
+    "solver", [Implicit(), Unrolled(num_steps=2)], ids=lambda s: type(s).__name__
+)
+def test_a_single_level_is_for_alternating(solver: Solver) -> None:
+    frozen = {"y": nn.Parameter(normal(2), requires_grad=False)}
+    problem = functions(y=frozen)
+    name = type(solver).__name__
+    with pytest.raises(ValueError, match=f"`{name}` needs a lower level.*no trainable variables"):
+        solver.hypergradient(problem)
+    sgd = torch.optim.SGD(problem.upper.parameters(), 0.1)
+    with pytest.raises(ValueError, match="`lower_optimizer` holds none of the lower variables"):
+        start(problem, upper_optimizer=sgd, lower_optimizer=torch.optim.SGD([normal(2)], 0.1))
+    *_, last = train(problem, upper_optimizer=sgd, num_steps=100, lower_steps=0)
+    assert float(last.upper_loss) < 1e-12
 
 
 @pytest.mark.parametrize("bad", [lambda v: v, lambda v: None, lambda v: (v.sum(), 3)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
+from bilevel.tracing import tracing
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -75,7 +76,12 @@ def dense(operator: Operator, like: Tensor) -> Tensor:
 
 
 def outcome(residual: Tensor, rtol: float | None) -> Result:
-    """How a solve with this relative residual ended; without `rtol` any finite one will do."""
+    """How a solve with this relative residual ended; without `rtol` any finite one will do.
+
+    A traced solve cannot know and says success; its residual is in the statistics.
+    """
+    if tracing():
+        return Result.SUCCESS
     if not bool(residual.isfinite()):
         return Result.NOT_FINITE
     return Result.SUCCESS if rtol is None or residual <= rtol else Result.NOT_CONVERGED

@@ -15,6 +15,7 @@ from bilevel.linear.base import (
     positive,
     relative,
 )
+from bilevel.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Cholesky(LinearSolver):
             )
         matrix = dense(damped(operator, self.damping), rhs)
         odd = torch.linalg.matrix_norm(matrix - matrix.mT)
-        symmetric = bool(
+        symmetric = not tracing() and bool(
             odd <= torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
         )
         factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
@@ -69,6 +70,6 @@ class Cholesky(LinearSolver):
             torch.linalg.vector_norm(rhs - matrix @ w), torch.linalg.vector_norm(rhs)
         )
         result = Result.NEGATIVE_CURVATURE if negative else Result.SUCCESS
-        if not bool(residual.isfinite()):
+        if not tracing() and not bool(residual.isfinite()):
             result = result if negative else Result.NOT_FINITE
         return LinearSolution(w, result, residual, n, negative)

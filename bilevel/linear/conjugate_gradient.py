@@ -16,6 +16,7 @@ from bilevel.linear.base import (
     outcome,
     positive,
 )
+from bilevel.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ConjugateGradient(LinearSolver):
 
         for step in range(self.max_steps):
             solved = self._small(r)
-            if step % self.check_every == 0:
+            if step % self.check_every == 0 and not tracing():
                 finished = solved | negative | ~r.isfinite().all()
                 if bool(finished):  # waits for the device
                     break
@@ -100,6 +101,8 @@ class ConjugateGradient(LinearSolver):
             p = z + torch.where(previous == 0, torch.zeros_like(rz), rz / previous) * p
         residual = torch.linalg.vector_norm(r)
         result = outcome(residual, self._tolerance(r.dtype))
+        if tracing():
+            return LinearSolution(w, result, residual, products)
         if bool(negative) and result is not Result.NOT_FINITE:
             result = Result.NEGATIVE_CURVATURE
         return LinearSolution(w, result, residual, products, bool(negative))

@@ -13,9 +13,10 @@ multiply a vector by the transposed Jacobian of the best response.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, final
 
+import optree
 import torch
 from torch import Tensor
 
@@ -70,6 +71,21 @@ class Hypergradient:
     state: Any = None
     logs: dict[str, Tensor] = field(default_factory=dict)
     buffers: Tree = field(default_factory=dict)
+
+
+def _as_tree(record: type[Any]) -> None:
+    """Let `optree` look into a record: a compiled step returns its tensors anew each time."""
+    names = [f.name for f in fields(record)]
+    optree.register_pytree_node(
+        record,
+        lambda r: ([getattr(r, name) for name in names], None),
+        lambda _, values: record(*values),
+        namespace="bilevel",
+    )
+
+
+_as_tree(Stats)
+_as_tree(Hypergradient)
 
 
 class ResponseProduct(NamedTuple):

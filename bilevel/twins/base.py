@@ -1,11 +1,13 @@
 """`Twin`: a lower-level optimizer as a pure, differentiable function of variables and state."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.tracing import tracing
 from bilevel.tree import Tree
 
 Gradients = dict[str, Tensor | None]
@@ -43,13 +45,14 @@ def safe_sqrt(v: Tensor) -> Tensor:
     With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
     dm / eps: the root's own derivative multiplies m = 0 and drops out.
     """
-    if v.device.type == "cpu" and bool(v.all()):  # looking costs nothing where nobody waits
+    looks = v.device.type == "cpu" and not tracing()  # looking costs nothing where nobody waits
+    if looks and bool(v.all()):
         return v.sqrt()
     zero = v == 0
     return v.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
-def clip(gradients: Gradients, max_norm: float) -> Gradients:
+def clip(gradients: Mapping[str, Tensor | None], max_norm: float) -> Gradients:
     """Scale the gradients so that their joint norm is at most `max_norm`.
 
     The formula of `torch.nn.utils.clip_grad_norm_`, with the derivative of the factor.

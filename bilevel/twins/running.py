@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bilevel.optimizers import Optimizers, listed
+from bilevel.tracing import tracing
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
 
@@ -32,6 +33,8 @@ class _Cell:
     """Variables that one rule moves together as one vector."""
 
     names: list[str]
+    members: list[Tensor]
+    optimizer: Optimizer
     layout: Layout
     settings: dict[str, Any]
     rule: Rule
@@ -82,6 +85,17 @@ class RunningTwin(Twin):
     def start(self, points: list[Tensor]) -> list[State]:
         return [dict(cell.state) for cell in self._cells]
 
+    def write(self, points: list[Tensor], state: list[State]) -> None:
+        """Put variables and state where the optimizers keep them (a traced step does that)."""
+        for cell, vector, new in zip(self._cells, points, state, strict=True):
+            for parameter, value in zip(cell.members, cell.layout.unravel(vector), strict=True):
+                parameter.copy_(value)
+            for key, value in new.items():
+                stored = [cell.optimizer.state[p][key] for p in cell.members]
+                values = [value] if key == "step" else cell.layout.unravel(value)
+                for tensor, part in zip(stored, values, strict=True):
+                    tensor.copy_(part)
+
     def step(
         self, points: list[Tensor], gradients: Gradients, state: list[State]
     ) -> tuple[list[Tensor], list[State]]:
@@ -129,8 +143,11 @@ def _check_moves(names: list[str]) -> None:
 def _by_step(members: list[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
     """Group parameters of one dtype that have taken the same number of steps.
 
-    A parameter that was frozen for a while lags behind.
+    A parameter that was frozen for a while lags behind. A traced step, which must hold for all
+    numbers of steps, takes every parameter by itself; its compiler fuses them.
     """
+    if tracing():
+        return [[p] for p in members]
     groups: dict[tuple[float, torch.dtype], list[Tensor]] = {}
     for p in members:
         step = optimizer.state.get(p, {}).get("step")
@@ -152,13 +169,14 @@ def _cell(
     state: State = {}
     for key, value in stored[0].items():
         if key == "step":
-            state[key] = float(value)
+            state[key] = value.double() if tracing() else float(value)
         elif value is not None:
             state[key] = layout.ravel([s[key].detach() for s in stored]).clone()
     settings = {key: value for key, value in group.items() if key != "params"}
     if isinstance(optimizer, AdamW):
         settings["decoupled_weight_decay"] = True
-    return _Cell([names[id(p)] for p in members], layout, settings, rule, state)
+    named = [names[id(p)] for p in members]
+    return _Cell(named, members, optimizer, layout, settings, rule, state)
 
 
 def _sgd(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Tensor, State]:

@@ -1,0 +1,22 @@
+"""Whether a step is being traced: then nothing may branch on a tensor's value."""
+
+import contextlib
+from collections.abc import Iterator
+
+_active = False
+
+
+def tracing() -> bool:
+    """Whether a step is being traced into a graph, which is the same for all values."""
+    return _active
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Trace inside."""
+    global _active
+    _active = True
+    try:
+        yield
+    finally:
+        _active = False

@@ -1,0 +1,143 @@
+"""`ModelLearner`: what every method that trains a Boltzmann machine has in common."""
+
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent
+
+from bilevel.methods.config import Training
+from bilevel.methods.eblvm import EBLVM, chunked
+from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.variational import VariationalPosterior
+from bilevel.optimizers import Optimizers
+from bilevel.problem import Loss
+
+SWEEPS = 1000
+
+
+class ModelLearner(EBLVM):
+    """A method that trains a Boltzmann machine, which is its upper level.
+
+    Methods with a variational posterior keep it as `self.lower["posterior"]`.
+    """
+
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "upper_lr": 1e-3,
+        "lower_lr": 1e-3,
+        "betas": (0.9, 0.95),
+        "lower_weight_decay": 0.0,
+        "decay": 1.0,
+        "order": "lower_first",
+    }
+
+    def hold(
+        self,
+        model: LatentVariableModel,
+        lower: dict[str, nn.Module] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """Take the machine as the upper level and the named modules as the lower one.
+
+        Args:
+            model: the machine.
+            lower: modules of the lower level; none for a method with a single level.
+            options: the constructor's other arguments as plain values, so that `load` can call it;
+                `None` if it was given modules of the caller's own.
+        """
+        self.upper = nn.ModuleDict({"model": model})
+        self.lower = nn.ModuleDict(lower or {})
+        self.visible_shape = (model.visible_dim,)
+        self.visible_range = model.visible_range
+        self.binary = model.binary
+        self.recipe = None if options is None else {"model": model.recipe, **options}
+
+    @property
+    def model(self) -> LatentVariableModel:
+        """The Boltzmann machine."""
+        return cast(LatentVariableModel, self.upper.get_submodule("model"))
+
+    @property
+    def encoder(self) -> VariationalPosterior:
+        """The variational posterior.
+
+        Raises:
+            NotImplementedError: if the method has none.
+        """
+        if "posterior" not in dict(self.lower.named_children()):
+            raise NotImplementedError(
+                f"`{type(self).__name__}` has no variational posterior, and that of a machine with "
+                "two hidden layers is not tractable; train it with `AdvIL`, `GeneralBiDVL`, `BiSM` or "
+                "`VaGES`, which learn one"
+            )
+        return cast(VariationalPosterior, self.lower.get_submodule("posterior"))
+
+    # ------------------------------------------------------------------ the learning problem
+
+    def lower_loss(self, batch: Any) -> Loss:
+        """The loss of the lower level; a method with a single level has none."""
+        raise NotImplementedError(f"`{type(self).__name__}` has a single level")
+
+    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
+        upper = torch.optim.Adam(
+            self.upper.parameters(), lr=training.upper_lr, betas=training.betas
+        )
+        if not list(self.lower.parameters()):
+            return upper, []
+        lower = torch.optim.Adam(
+            self.lower.parameters(),
+            lr=training.lower_lr,
+            betas=training.betas,
+            weight_decay=training.lower_weight_decay,
+        )
+        return upper, lower
+
+    # ------------------------------------------------------------------ the trained model
+
+    def energy(self, v: Tensor) -> Tensor:
+        """The free energy of the machine, exact.
+
+        Raises:
+            ValueError: if it would take too many terms.
+        """
+        with self.evaluating():
+            return chunked(self.model.free_energy, self.check(v))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """N visibles after `SWEEPS` block Gibbs sweeps from random latents."""
+        generator = generator if generator is not None else _default_generator(self.device)
+        with self.evaluating():
+            first = self.model.initial(n, generator)
+            return self.model.gibbs(first, generator, steps=SWEEPS)[0]
+
+    def posterior(self, v: Tensor) -> Distribution:
+        """The posterior p(h|v), exact with one hidden layer; q(h|v) with two."""
+        with self.evaluating():
+            if len(self.model.latent_dims) == 1:
+                logits = self.model.posterior_logits(self.check(v))
+                return Independent(Bernoulli(logits=logits), 1)
+            return self.encoder.distribution(self.check(v))
+
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """The visibles' mean given the posterior mean of the latents."""
+        mean = self.posterior(v).mean
+        with self.evaluating():
+            return self.model.visible_mean(mean)
+
+    def probe(self, v: Tensor) -> None:
+        h = v.new_zeros(len(v), sum(self.model.latent_dims))
+        with self.evaluating():
+            self.model(v, h)
+
+    # ------------------------------------------------------------------ saving
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        options = {name: value for name, value in recipe.items() if name != "model"}
+        return cls(from_recipe(recipe["model"]), **options)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
