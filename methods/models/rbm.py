@@ -35,9 +35,8 @@ class RBM(BinaryVisible, OneHidden):
 
     Example:
         >>> model = RBM(6, 3)
-        >>> v = torch.zeros(2, 6)
-        >>> model(v, torch.zeros(2, 3)), model.free_energy(v)[0].item()
-        (tensor([0., 0.], grad_fn=...), -2.079...)
+        >>> model.free_energy(torch.zeros(1, 6)).item(), model.log_partition().item()
+        (-2.079..., 8.16...)
 
     References:
         "A Practical Guide to Training Restricted Boltzmann Machines" (Hinton, 2010),
