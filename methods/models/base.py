@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.models.enumeration import MAX_UNITS, log_sum_over_states
+from bilevel.methods.models.neighbours import Neighbours
 
 VisibleDraw = Callable[[Tensor], Tensor]
 
@@ -116,6 +117,17 @@ class LatentVariableModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def neighbours(self, base: Tensor | None = None) -> Neighbours:
+        """What the first hidden layer touches, as tensors without gradient: to anneal it fast.
+
+        Args:
+            base: base-rate logits of binary visibles, shape (visible_dim,); zeros by default.
+
+        Raises:
+            ValueError: if Gaussian visibles are given a base rate.
+        """
+
+    @abstractmethod
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
         """A first hidden layer to start a chain at visibles, shape (n, latent_dims[0]).
 
@@ -160,6 +172,10 @@ class LatentVariableModel(nn.Module, ABC):
         self, generator: torch.Generator, beta: float, base: Tensor | None
     ) -> VisibleDraw:
         """The function that draws v given h1, with all that the steps of a chain share computed."""
+
+    @abstractmethod
+    def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
+        """`neighbours`, as if the first hidden layer had no biases and touched the visibles only."""
 
     @abstractmethod
     def _log_unnormalized_rest(self, rest: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel.methods.models.base import LatentVariableModel, check_steps, coin_flips
 from bilevel.methods.models.enumeration import MAX_UNITS, log_one_plus_exp, log_sum_over_states
+from bilevel.methods.models.neighbours import Neighbours
 
 
 class OneHidden(LatentVariableModel):
@@ -47,6 +48,11 @@ class OneHidden(LatentVariableModel):
         self._check_first(h1)
         log_sum = self._log_sum_visible(h1, beta, base)
         return torch.addmv(log_sum, h1, self.latent_bias, alpha=beta)
+
+    @torch.no_grad()
+    def neighbours(self, base: Tensor | None = None) -> Neighbours:
+        near = self._visible_neighbours(base)
+        return near._replace(bias=near.bias + self.latent_bias)
 
     def _log_unnormalized_rest(self, rest: Tensor) -> Tensor:
         return -self.free_energy(rest)
@@ -125,6 +131,17 @@ class TwoHidden(LatentVariableModel):
         log_sum = self._log_sum_visible(h1, beta, base)
         log_sum = log_sum + log_one_plus_exp(self._second_logits(h1, beta)).sum(1)
         return torch.addmv(log_sum, h1, self.latent_bias1, alpha=beta)
+
+    @torch.no_grad()
+    def neighbours(self, base: Tensor | None = None) -> Neighbours:
+        near = self._visible_neighbours(base)
+        second = self.latent_bias2
+        return near._replace(
+            bias=near.bias + self.latent_bias1,
+            binary_weight=torch.cat([near.binary_weight, self.weight2], dim=1),
+            binary_bias=torch.cat([near.binary_bias, second]),
+            binary_base=torch.cat([near.binary_base, torch.zeros_like(second)]),
+        )
 
     def _log_unnormalized_rest(self, rest: Tensor) -> Tensor:
         v, h2 = rest.split((self.visible_dim, self.latent_dims[1]), dim=1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bilevel.methods.models.base import LOG_2, LatentVariableModel, VisibleDraw, coin_flips
 from bilevel.methods.models.enumeration import log_one_plus_exp
+from bilevel.methods.models.neighbours import Neighbours
 
 
 class BinaryVisible(LatentVariableModel):
@@ -54,6 +55,12 @@ class BinaryVisible(LatentVariableModel):
             return coin_flips(logits.sigmoid_(), generator)
 
         return draw
+
+    def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
+        b, weight = self.visible_bias.detach(), self._first_weight.detach()
+        n1 = weight.shape[1]
+        start = torch.zeros_like(b) if base is None else base.to(b)
+        return Neighbours(b.new_zeros(n1), weight.mT, b, start, b.new_empty(n1, 0))
 
 
 class GaussianVisible(LatentVariableModel):
@@ -102,6 +109,13 @@ class GaussianVisible(LatentVariableModel):
             return mean.addcmul_(noise, scale)
 
         return draw
+
+    def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
+        self._check_no_base(base)
+        b, weight = self.visible_bias.detach(), self._first_weight.detach()
+        none = b.new_empty(0)
+        scaled = (self.log_scale.detach().exp()[:, None] * weight).mT
+        return Neighbours(b @ weight, b.new_empty(weight.shape[1], 0), none, none, scaled)
 
     def _check_no_base(self, base: Tensor | None) -> None:
         if base is not None:
