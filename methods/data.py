@@ -102,7 +102,29 @@ def load_images(source: str | os.PathLike[str]) -> Images:
             raise ValueError(f"`{source}` is neither an `.npz` file nor a folder of images; {hint}")
         parts, labels = _read_npz(path)
         return _images(path.stem, str(path.resolve()), parts, labels)
-    raise _unknown(text, path)
+    raise unknown_source(text, path, NAMES, "of an `.npz` file or of a folder of images")
+
+
+def unknown_source(text: str, path: Path, names: Sequence[str], elsewhere: str) -> Exception:
+    """What to raise for data that are not there, naming the nearest that are.
+
+    Args:
+        text: what was asked for.
+        path: the same as a path.
+        names: of the data sets known by name.
+        elsewhere: what else may be given the path of, "of a ...".
+    """
+    if path.parent == Path() and not path.suffix:
+        close = difflib.get_close_matches(text, names, n=1)
+        known = ", ".join(f"`{name}`" for name in names)
+        hint = f"did you mean `{close[0]}`?" if close else f"known by name: {known}."
+        return ValueError(
+            f"there is no data set `{text}`; {hint} Other data are given by the path {elsewhere}"
+        )
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, near, n=1)
+    hint = f"; did you mean `{path.parent / close[0]}`?" if close else "; check the path"
+    return FileNotFoundError(f"there is no file or folder `{text}`{hint}")
 
 
 def shuffled_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -130,25 +152,15 @@ def _digits() -> Images:
     return _images("digits", "digits", [digits.images.astype(np.uint8)], [digits.target])
 
 
-def _unknown(text: str, path: Path) -> Exception:
-    if path.parent == Path() and not path.suffix:
-        close = difflib.get_close_matches(text, NAMES, n=1)
-        known = f"did you mean `{close[0]}`?" if close else "the embedded one is `digits`."
-        return ValueError(
-            f"there is no data set `{text}`; {known} Other data are given by the path of an `.npz` "
-            "file or of a folder of images"
-        )
-    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, near, n=1)
-    hint = f"; did you mean `{path.parent / close[0]}`?" if close else "; check the path"
-    return FileNotFoundError(f"there is no file or folder `{text}`{hint}")
-
-
 # ---------------------------------------------------------------------- arrays in a file
 
 
-def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
-    """One or two arrays of images, and as many of labels if there are any."""
+def open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    """An archive of arrays, opened; to be closed by the caller, read with `read_array`.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds a single array without a name.
+    """
     try:
         file = np.load(path, allow_pickle=False)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
@@ -158,23 +170,15 @@ def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
         raise ValueError(
             f"`{path}` holds a single array; save it by name, `np.savez(path, images=...)`"
         )
-    with file:
-        names = list(file.files)
-        train, test = next((pair for pair in _ARRAYS if pair[0] in names), (None, None))
-        if train is None:
-            raise ValueError(
-                f"`{path}` holds no `train_images`, `tra_images` or `images`, but "
-                f"{', '.join(f'`{name}`' for name in names[:8]) or 'nothing'}; rename the array"
-            )
-        wanted = [train, *([test] if test in names else [])]
-        parts = [_entry(path, file, name) for name in wanted]
-        known = [name.replace("images", "labels") for name in wanted]
-        if not all(name in names for name in known):
-            return parts, None
-        return parts, [_entry(path, file, name) for name in known]
+    return file
 
 
-def _entry(path: Path, file: Any, name: str) -> Array:
+def read_array(path: Path, file: np.lib.npyio.NpzFile, name: str) -> Array:
+    """The array `name` of an open archive.
+
+    Raises:
+        ValueError: if it is an object array, or the archive is damaged.
+    """
     try:
         array: Array = file[name]
     except ValueError:  # numpy refuses to unpickle
@@ -184,6 +188,24 @@ def _entry(path: Path, file: Any, name: str) -> Array:
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ValueError(f"`{name}` in `{path}` cannot be read: {error}") from None
     return array
+
+
+def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
+    """One or two arrays of images, and as many of labels if there are any."""
+    with open_npz(path) as file:
+        names = list(file.files)
+        train, test = next((pair for pair in _ARRAYS if pair[0] in names), (None, None))
+        if train is None:
+            raise ValueError(
+                f"`{path}` holds no `train_images`, `tra_images` or `images`, but "
+                f"{', '.join(f'`{name}`' for name in names[:8]) or 'nothing'}; rename the array"
+            )
+        wanted = [train, *([test] if test in names else [])]
+        parts = [read_array(path, file, name) for name in wanted]
+        known = [name.replace("images", "labels") for name in wanted]
+        if not all(name in names for name in known):
+            return parts, None
+        return parts, [read_array(path, file, name) for name in known]
 
 
 # ---------------------------------------------------------------------- from arrays to images
