@@ -1,0 +1,134 @@
+r"""BiSM: bi-level score matching of an energy-based latent-variable model.
+
+With an unnormalised joint density $\tilde p(v, h; \theta) = e^{-E(v, h; \theta)}$ and a variational
+posterior $q(h|v; \phi)$, the marginal's score is replaced by that of $\tilde p / q$,
+
+$$ w(v, h) = \log \frac{\tilde p(v, h; \theta)}{q(h|v; \phi)}, \qquad
+   \text{upper:}\quad J(\theta, \phi) = E_v E_{q(h|v; \phi)}\, \ell(\nabla_v w(v, h)), $$
+
+$$ \text{lower:}\quad \phi^*(\theta) = \arg\min_\phi\; E_v\, D(q(h|v; \phi), p(h|v; \theta)), $$
+
+$\ell$ a score-matching loss and D a divergence that needs no normaliser (`score_learner`). The gradient
+in v sees v in both logarithms, not the draw h, which is differentiable in $\phi$ alone.
+
+Where q is the true posterior, w(v, h) = log p~(v) for *every* h: J is then the score-matching objective
+of the marginal, and its total derivative along $\phi^*(\theta)$ the gradient of that objective. The
+partial derivative, `Alternating`, is not: it lacks the covariance of $\nabla_v \log \tilde p$ and
+$\nabla_\theta \log \tilde p$ under the posterior, and so never moves the hidden biases of a machine. The
+paper unrolls N Adam steps from the current $\phi$ (`Unrolled(N)`); `Implicit` takes the exact best
+response, with the lower expectation in closed form ("exact") without any noise.
+"""
+
+from typing import Any, Literal, NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.methods.models.hidden import OneHidden
+from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
+from bilevel.methods.score_objectives import Noised, Probed, score_objective
+from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
+from bilevel.problem import Loss
+from bilevel.tree import Tree
+
+
+class Batch(NamedTuple):
+    """Visibles and the noise of one upper step.
+
+    Attributes:
+        data: the clean visibles, from which every lower step draws its own noise.
+        points: where the score is taken, from the objective.
+        latent: noise of the posterior's draws.
+    """
+
+    data: Tensor
+    points: Probed | Noised
+    latent: Tensor
+
+
+@final
+class BiSM(ScoreLearner):
+    r"""Bi-level score matching.
+
+    Args:
+        model: the energy: a machine with Gaussian visibles, or any module (v, h) -> (n,).
+        posterior: q(h|v); for a machine `BernoulliPosterior.for_model(model)` by default.
+        objective: "denoising" at one noise level, "multiscale" at many, or "sliced".
+        divergence: lower loss: "kl", or "fisher" for real latents (whose draws "multiscale" weighs by
+            $1/\sigma_i$).
+        sigma: noise level of the denoising objectives.
+        sigma_range: first and last noise level of "multiscale".
+        expectation: over q in the lower loss: "sampled" by relaxed draws, new ones each step, or
+            "exact" in closed form, for one hidden layer.
+
+    Raises:
+        ValueError: for an energy and a posterior that do not fit, or a bad setting.
+
+    Example:
+        >>> from bilevel import Unrolled
+        >>> from bilevel.methods.models import GaussianRBM
+        >>> learner = BiSM(GaussianRBM(2, 4), objective="denoising", sigma=0.05)
+        >>> history = learner.fit(torch.rand(200, 2), num_steps=3, solver=Unrolled(num_steps=5))
+        >>> learner.energy(torch.rand(5, 2)).shape
+        torch.Size([5])
+
+    References:
+        Bi-level Score Matching for Learning Energy-based Latent Variable Models (Bao, Li, Xu, Su,
+        Zhu, Zhang, NeurIPS 2020), https://arxiv.org/abs/2010.07856.
+        Differs from the paper in:
+        - the unrolled steps, too, see new noise each;
+        - expectation="exact" and the exact best response by `Implicit` are not in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: VariationalPosterior | None = None,
+        *,
+        objective: Literal["denoising", "multiscale", "sliced"] = "denoising",
+        divergence: Divergence = "kl",
+        sigma: float = 0.05,
+        sigma_range: tuple[float, float] = (0.05, 1.0),
+        expectation: Expectation = "sampled",
+    ) -> None:
+        super().__init__()
+        self.objective = score_objective(objective, sigma, sigma_range)
+        options = {
+            "objective": objective,
+            "divergence": divergence,
+            "sigma": sigma,
+            "sigma_range": list(sigma_range),
+            "expectation": expectation,
+        }
+        self.take(model, posterior, divergence, expectation, options)
+
+    def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
+        points = self.objective.draw(data, generator)
+        return Batch(data, points, self.encoder.noise(len(data), generator, data))
+
+    def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
+        new = self.draw(batch.data, generator)
+        gain = new.points.gain if isinstance(new.points, Noised) else None
+        return LowerBatch(new.points.visible, new.latent, gain)
+
+    def upper_loss(self, batch: Batch) -> Loss:
+        """The objective of log p~(v, h) - log q(h|v) at one draw h for every visible."""
+        h = self.encoder.draws(batch.points.visible, batch.latent).latent
+
+        def log_ratio(v: Tensor) -> Tensor:
+            return -self.joint_energy(v, h) - self.encoder.log_prob(v, h)
+
+        return self.objective.loss(log_ratio, batch.points)
+
+    def best_response(self, batch: Any) -> Tree | None:
+        """The weights and biases of a machine with one hidden layer, if q has linear logits.
+
+        The minimum of the "exact" lower loss; `None` for a sampled one, whose relaxed draws move it.
+        """
+        model, posterior = self.upper.get_submodule("model"), self.encoder
+        linear = [*posterior.networks][0] if isinstance(posterior, BernoulliPosterior) else None
+        if self.expectation == "sampled" or not isinstance(linear, nn.Linear):
+            return None
+        machine = cast(OneHidden, model)
+        at = "posterior.networks.0."
+        return {f"{at}weight": machine.weight.mT, f"{at}bias": machine.latent_bias}
