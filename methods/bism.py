@@ -125,10 +125,10 @@ class BiSM(ScoreLearner):
 
         The minimum of the "exact" lower loss; `None` for a sampled one, whose relaxed draws move it.
         """
-        model, posterior = self.upper.get_submodule("model"), self.encoder
-        linear = [*posterior.networks][0] if isinstance(posterior, BernoulliPosterior) else None
-        if self.expectation == "sampled" or not isinstance(linear, nn.Linear):
+        if self.expectation == "sampled":
             return None
-        machine = cast(OneHidden, model)
-        at = "posterior.networks.0."
+        logits = cast(BernoulliPosterior, self.encoder).networks[0]
+        if not isinstance(logits, nn.Linear) or logits.bias is None:
+            return None
+        machine, at = cast(OneHidden, self.model), "posterior.networks.0."
         return {f"{at}weight": machine.weight.mT, f"{at}bias": machine.latent_bias}

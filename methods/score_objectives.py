@@ -1,15 +1,15 @@
 r"""Score-matching losses of an unnormalised log-density $w(v)$, with $s(v) = \nabla_v w(v)$ its score.
 
-All of them are, up to a constant, $\tfrac12 E \lVert s - \nabla \log p_{data} \rVert^2$ for some version of
-the data, rewritten so that the data's own score is not needed. With $u$ a vector of random signs and
-$\epsilon \sim N(0, I)$,
+All of them are, up to a constant, $\tfrac12 E \lVert s - \nabla \log p_{data} \rVert^2$ for the data
+or a noised version of it, rewritten so that the data's own score is not needed. With $u$ a vector of
+random signs and $\epsilon \sim N(0, I)$,
 
 | objective | loss of one visible | taken at |
 | --- | --- | --- |
 | exact | $\tfrac12 \lVert s \rVert^2 + \mathrm{tr} \nabla_v s$ | $v$ |
 | sliced | $\tfrac12 \lVert s \rVert^2 + u^T \nabla_v (u^T s)$ | $v$ |
-| denoising | $\tfrac12 \lVert s + \epsilon / \sigma \rVert^2$ | $\tilde v = v + \sigma \epsilon$ |
-| multiscale | $\tfrac12 \lVert s / \sigma_i + \epsilon / \sigma^2 \rVert^2$ | $\tilde v = v + \sigma_i \epsilon$ |
+| denoising | $\tfrac12 \lVert s + \epsilon / \sigma \rVert^2$ | $v + \sigma \epsilon$ |
+| multiscale | $\tfrac12 \lVert s / \sigma_i + \epsilon / \sigma^2 \rVert^2$ | $v + \sigma_i \epsilon$ |
 
 where $\sigma_i$ is the i-th point of a geometric grid over the batch. The last two regress the score,
 times a gain, on a target, so their derivative in the score is
@@ -133,6 +133,9 @@ class Sliced(ScoreObjective):
 
 class Regression(ScoreObjective):
     """An objective that regresses the score of noised visibles on a target."""
+
+    @abstractmethod
+    def draw(self, v: Tensor, generator: torch.Generator) -> Noised: ...
 
     @final
     def loss(self, log_density: LogDensity, points: Noised) -> Tensor:
