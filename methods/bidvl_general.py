@@ -14,18 +14,46 @@ $$ F = E_{q\,q_1}[E + \log q_1] - E_{p_2}[E + \log p_2], \qquad
 both up to terms that depend on neither level or on the upper one alone (the entropy of q, log Z). The
 partial derivative of F in psi is (3a), $E_{q q_1}[\partial E] - E_{p_2}[\partial E]$; the response
 term of (7) is what `Alternating` drops and `Implicit` and `Unrolled` keep.
+
+The symmetric KL adds the reverse directions, which need samples of the model itself:
+
+$$ G_{sym} = G_{KL} - E_{q\,p_\psi(h|v)}[\log q_1(h|v)] - E_{p_\psi}[\log p_2(v, h)] . $$
+
+The paper does not say how they are estimated; ours are weighted samples $(v_i, h_i)$ with
+$w_i \propto e^{-E(v_i, h_i)} / \rho_i$, drawn into the batch together with $\rho_i$,
+
+$$ E_{p_\psi}[\log p_2] \approx \sum_i w_i \log p_2(v_i, h_i), $$
+
+a differentiable function of both levels. "importance": draws of $p_2$, $\rho = p_2$ (self-normalised
+importance weights). "gibbs": short Gibbs chains of the model started from draws of $p_2$, taken for
+exact samples, $\rho = e^{-E}$ at the time of drawing: the weights are then equal, and their derivative
+in psi is the score-function estimate.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast, final, runtime_checkable
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    cast,
+    final,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from bilevel.linear.base import positive
 from bilevel.methods.config import Training, one_of
 from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
 from bilevel.methods.variational import (
+    BernoulliPosterior,
     Draws,
+    HierarchicalJoint,
     VariationalJoint,
     VariationalPosterior,
     enumerated,
@@ -34,12 +62,31 @@ from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 
+class Proposals(NamedTuple):
+    """What the reverse divergences of a machine are estimated from.
+
+    Attributes:
+        visible: shape (n, visible_dim).
+        latent: shape (n, latents).
+        log_density: log rho, the density they stand for, up to a constant, shape (n,).
+        code_noise: noise of the bound on log p2.
+        given_data: latents drawn from p(h|v) for the visibles of the batch, if there are two layers.
+    """
+
+    visible: Tensor
+    latent: Tensor
+    log_density: Tensor
+    code_noise: Tensor
+    given_data: Tensor | None
+
+
 class Batch(NamedTuple):
     """Visibles and the noise of one step."""
 
     visible: Tensor
     posterior_noise: Tensor
     joint_noise: Tensor
+    proposals: Proposals | None = None
 
 
 @runtime_checkable
@@ -62,9 +109,13 @@ class GeneralBiDVL(EBLVM):
         joint: p2(v, h).
         divergence: "kl" for the directions KL(q1||p) and KL(p2||p), which need no sample of the
             model; "symmetric" adds the reverse ones.
+        reverse: how those are estimated for a Boltzmann machine: "gibbs" or "importance". An energy
+            with `log_joint()` needs no estimate.
+        sweeps: Gibbs sweeps of "gibbs".
 
     Raises:
-        ValueError: for an unknown divergence, or "symmetric" with an energy that cannot be enumerated.
+        ValueError: for an unknown divergence or estimator, or "symmetric" with an energy that is neither
+            a machine nor enumerable, or a machine whose p2 is not a `HierarchicalJoint`.
 
     Example:
         >>> from bilevel.methods.variational import TabularEnergy, TabularJoint, TabularPosterior
@@ -78,10 +129,19 @@ class GeneralBiDVL(EBLVM):
         2022), https://arxiv.org/abs/2203.14702, Sec. 4.
         Differs from the paper in:
         - the reverse directions of the symmetric KL need samples of p_psi, and the paper does not say
-          how its ablation got them; here they are exact, for enumerable models only;
+          how its ablation got them: the estimators above are ours;
         - with "kl" the levels form a saddle point and the response term vanishes at any exact lower
           solution (disjoint parameters); with "symmetric" it does not.
     """
+
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "upper_lr": 1e-3,
+        "lower_lr": 1e-3,
+        "betas": (0.5, 0.999),
+        "lower_weight_decay": 0.0,
+        "decay": 1.0,
+        "order": "lower_first",  # Algorithm 1
+    }
 
     def __init__(
         self,
@@ -90,17 +150,65 @@ class GeneralBiDVL(EBLVM):
         joint: VariationalJoint,
         *,
         divergence: Literal["kl", "symmetric"] = "kl",
+        reverse: Literal["gibbs", "importance"] = "gibbs",
+        sweeps: int = 5,
     ) -> None:
         super().__init__()
         one_of("divergence", divergence, ("kl", "symmetric"))
-        if divergence == "symmetric" and not isinstance(energy, Enumerable):
-            raise ValueError(
-                "divergence='symmetric' needs expectations under the model itself, so an energy with "
-                f"`log_joint()`, which `{type(energy).__name__}` does not have; use divergence='kl'"
-            )
+        one_of("reverse", reverse, ("gibbs", "importance"))
+        positive("sweeps", sweeps)
+        machine = energy if isinstance(energy, LatentVariableModel) else None
         self.upper = nn.ModuleDict({"energy": energy})
         self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
         self.divergence = divergence
+        self.reverse = reverse
+        self.sweeps = sweeps
+        self._sampled = divergence == "symmetric" and not isinstance(energy, Enumerable)
+        if self._sampled and (machine is None or not isinstance(joint, HierarchicalJoint)):
+            raise ValueError(
+                "divergence='symmetric' needs expectations under the model itself: an energy with "
+                "`log_joint()`, or a Boltzmann machine with a `HierarchicalJoint`; got "
+                f"`{type(energy).__name__}` with `{type(joint).__name__}`; use divergence='kl'"
+            )
+        if machine is not None:
+            self.visible_shape = (machine.visible_dim,)
+            self.visible_range, self.binary = machine.visible_range, machine.binary
+            if self._sampled and len(machine.latent_dims) > 1:
+                self.stops_lower_gradient = (
+                    "the posterior's reverse divergence is estimated at samples of p(h|v) whose "
+                    "dependence on the energy is not seen; use divergence='kl'"
+                )
+
+    @classmethod
+    def for_model(
+        cls,
+        model: LatentVariableModel,
+        *,
+        divergence: Literal["kl", "symmetric"] = "kl",
+        reverse: Literal["gibbs", "importance"] = "gibbs",
+        sweeps: int = 5,
+        prior: Literal["gaussian", "bernoulli"] = "gaussian",
+    ) -> Self:
+        """BiDVL of a Boltzmann machine with AdvIL's variational families.
+
+        Args:
+            model: the machine.
+            divergence: as for the constructor.
+            reverse: likewise.
+            sweeps: likewise.
+            prior: of the sampler's own latent.
+        """
+        made = cls(
+            model,
+            BernoulliPosterior.for_model(model),
+            HierarchicalJoint.for_model(model, prior=prior),
+            divergence=divergence,
+            reverse=reverse,
+            sweeps=sweeps,
+        )
+        options = {"divergence": divergence, "reverse": reverse, "sweeps": sweeps, "prior": prior}
+        made.recipe = {"model": model.recipe, **options}
+        return made
 
     @property
     def _posterior(self) -> VariationalPosterior:
@@ -109,6 +217,10 @@ class GeneralBiDVL(EBLVM):
     @property
     def _joint(self) -> VariationalJoint:
         return cast(VariationalJoint, self.lower.get_submodule("joint"))
+
+    @property
+    def _machine(self) -> LatentVariableModel:
+        return cast(LatentVariableModel, self.upper.get_submodule("energy"))
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
@@ -124,6 +236,29 @@ class GeneralBiDVL(EBLVM):
             self._posterior.noise(n, generator, data),
             self._joint.noise(n, generator, data),
         )
+
+    def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
+        """New noise in every lower step and, for the reverse divergences, new samples."""
+        fresh = self.draw(batch.visible, generator)
+        return fresh._replace(proposals=self._propose(fresh.visible, generator))
+
+    @torch.no_grad()
+    def _propose(self, v: Tensor, generator: torch.Generator) -> Proposals | None:
+        if not self._sampled:
+            return None
+        joint = cast(HierarchicalJoint, self._joint)
+        visible, latent, code = joint.hard(len(v), generator)
+        if self.reverse == "importance":
+            log_density = joint.log_weight(visible, latent, code)
+        else:
+            first = latent[:, : self._machine.latent_dims[0]]
+            visible, latent = self._machine.gibbs(first, generator, steps=self.sweeps)
+            log_density = -self._machine(visible, latent)
+        given_data = None
+        if len(self._machine.latent_dims) > 1:
+            given_data = self._machine.latent_gibbs(v, generator, steps=self.sweeps)
+        code_noise = joint.code_noise(len(v), generator, v)
+        return Proposals(visible, latent, log_density, code_noise, given_data)
 
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 6."""
@@ -143,11 +278,22 @@ class GeneralBiDVL(EBLVM):
         joint_gap = generated.mean(generated.log_prob) + self._mean_energy(generated)
         loss = posterior_gap + joint_gap
         if self.divergence == "symmetric":
-            loss = loss + self._reverse_divergences(batch.visible)
+            loss = loss + self._reverse_divergences(batch)
         return loss, {"posterior_gap": posterior_gap, "joint_gap": joint_gap}
 
-    def _reverse_divergences(self, v: Tensor) -> Tensor:
-        """KL(q p(h|v) || q q1) + KL(p || p2), exact."""
+    def _reverse_divergences(self, batch: Batch) -> Tensor:
+        """KL(q p(h|v) || q q1) + KL(p || p2), up to terms of the upper level alone."""
+        if batch.proposals is None:
+            return self._exact_reverse(batch.visible)
+        visible, latent, log_density, code_noise, given_data = batch.proposals
+        weight = (-self.joint_energy(visible, latent) - log_density).softmax(0)
+        joint = -(weight * self._joint.bound(visible, latent, code_noise)).sum()
+        if given_data is None:  # log q1 is linear in h, so its expectation is log q1 at the mean
+            given_data = self._machine.posterior_logits(batch.visible).sigmoid()
+        return joint - self._posterior.log_prob(batch.visible, given_data).mean()
+
+    def _exact_reverse(self, v: Tensor) -> Tensor:
+        """KL(q p(h|v) || q q1) + KL(p || p2) of an energy that can be enumerated."""
         log_joint = cast(Enumerable, self.upper.get_submodule("energy")).log_joint()
         model = enumerated(log_joint)
         kl_joint = model.mean(model.log_prob - self._joint.log_prob(model.visible, model.latent))
@@ -180,8 +326,11 @@ class GeneralBiDVL(EBLVM):
         Bound: at the mean of 16 draws from q1, never below the free energy on average.
         """
         energy = self.upper.get_submodule("energy")
+        deep = isinstance(energy, LatentVariableModel) and len(energy.latent_dims) > 1
         with self.evaluating():
-            if hasattr(energy, "free_energy"):
+            if hasattr(energy, "free_energy") and not (
+                deep and self._machine.latent_dims[0] > MAX_UNITS
+            ):
                 exact: Tensor = cast(Any, energy).free_energy(v)
                 return exact
             generator = torch.Generator(v.device).manual_seed(0)
@@ -202,19 +351,22 @@ class GeneralBiDVL(EBLVM):
             return self._posterior.distribution(v)
 
     def reconstruct(self, v: Tensor) -> Tensor:
-        """The generator's output at the posterior mean.
+        """The visibles' mean under the joint at the posterior mean.
 
         Raises:
-            NotImplementedError: if the joint has no generator.
+            NotImplementedError: if the joint has no generator, or the posterior no mean.
         """
-        generator = getattr(self._joint, "generator", None)
-        if generator is None:
-            raise NotImplementedError(
-                f"`{type(self._joint).__name__}` has no generator to reconstruct with; use a "
-                "`GaussianJoint`, or draw from `posterior(v)`"
-            )
         with self.evaluating():
-            visibles: Tensor = generator(self._posterior.distribution(v).mean)
+            mean = self._posterior.distribution(v).mean
+            if isinstance(self._joint, HierarchicalJoint):
+                return self._joint.visible_mean(mean)
+            generator = getattr(self._joint, "generator", None)
+            if generator is None:
+                raise NotImplementedError(
+                    f"`{type(self._joint).__name__}` has no generator to reconstruct with; use a "
+                    "`GaussianJoint`, or draw from `posterior(v)`"
+                )
+            visibles: Tensor = generator(mean)
             return visibles
 
     def probe(self, v: Tensor) -> None:
@@ -230,4 +382,5 @@ class GeneralBiDVL(EBLVM):
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        raise ValueError("a `GeneralBiDVL` is made of your own modules; pass them to `load`")
+        options = {name: value for name, value in recipe.items() if name != "model"}
+        return cls.for_model(from_recipe(recipe["model"]), **options)

@@ -128,6 +128,21 @@ class LatentVariableModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def latent_gibbs(self, v: Tensor, generator: torch.Generator, steps: int = 1) -> Tensor:
+        """Latents given visibles, without gradients: exact draws from p(h|v) with one hidden layer.
+
+        With two, block Gibbs sampling of (h1, h2) with v held fixed, from `first_layer`.
+
+        Args:
+            v: visibles, shape (n, visible_dim).
+            generator: on the model's device.
+            steps: how often both layers are drawn.
+
+        Raises:
+            ValueError: for less than one step, or the wrong width of v.
+        """
+
+    @abstractmethod
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
         """A first hidden layer to start a chain at visibles, shape (n, latent_dims[0]).
 

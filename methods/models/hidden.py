@@ -42,6 +42,10 @@ class OneHidden(LatentVariableModel):
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
         return coin_flips(self.posterior_logits(v).sigmoid_(), generator)
 
+    def latent_gibbs(self, v: Tensor, generator: torch.Generator, steps: int = 1) -> Tensor:
+        check_steps(steps)
+        return self.first_layer(v, generator)
+
     def log_unnormalized_first(
         self, h1: Tensor, beta: float = 1.0, base: Tensor | None = None
     ) -> Tensor:
@@ -123,6 +127,15 @@ class TwoHidden(LatentVariableModel):
         self._check_visible(v)
         half = v.new_full((len(v), self.latent_dims[1]), 0.5)
         return coin_flips(self._first_logits(v, half).sigmoid_(), generator)
+
+    @torch.no_grad()
+    def latent_gibbs(self, v: Tensor, generator: torch.Generator, steps: int = 1) -> Tensor:
+        check_steps(steps)
+        h1 = self.first_layer(v, generator)
+        for _ in range(steps):
+            h2 = coin_flips(self._second_logits(h1).sigmoid_(), generator)
+            h1 = coin_flips(self._first_logits(v, h2).sigmoid_(), generator)
+        return torch.cat([h1, h2], dim=1)
 
     def log_unnormalized_first(
         self, h1: Tensor, beta: float = 1.0, base: Tensor | None = None

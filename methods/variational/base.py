@@ -68,6 +68,14 @@ class VariationalJoint(nn.Module, ABC):
     def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         """N visibles of p2."""
 
+    def code_noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
+        """The noise that `bound` needs for n pairs; none where `log_prob` is tractable."""
+        return like.new_zeros(n, 0)
+
+    def bound(self, v: Tensor, h: Tensor, noise: Tensor) -> Tensor:
+        """A lower bound on `log_prob`, on average over the noise; equal to it where it is tractable."""
+        return self.log_prob(v, h)
+
 
 def normal_noise(n: int, d: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Standard normal noise, shape (n, d); device and floating dtype are those of `like`."""
