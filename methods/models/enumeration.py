@@ -43,7 +43,8 @@ def log_sum_over_states(
 
     What does not fit in one chunk is summed chunk by chunk, and each chunk is computed again by the
     backward pass: memory is bounded for the value and its gradient. (A gradient kept with
-    `create_graph=True` keeps everything.)
+    `create_graph=True` keeps everything.) More than one chunk cannot be differentiated by the
+    transforms of `torch.func`, which take no checkpoints; `torch.autograd.grad` can.
 
     Args:
         log_weight: w, from states of shape (S, units) to (..., S).
