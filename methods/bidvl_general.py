@@ -334,7 +334,7 @@ class GeneralBiDVL(EBLVM):
                 exact: Tensor = cast(Any, energy).free_energy(v)
                 return exact
             generator = torch.Generator(v.device).manual_seed(0)
-            total = torch.zeros(len(v), device=v.device)
+            total = v.new_zeros(len(v))
             for _ in range(16):
                 draws = self._posterior.draws(v, self._posterior.noise(len(v), generator, v))
                 total = total + self.joint_energy(draws.visible, draws.latent) + draws.log_prob

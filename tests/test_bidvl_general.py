@@ -1,15 +1,20 @@
 """The undecoupled BiDVL with sampled distributions, on a linear Gaussian model whose truth is known."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from bilevel import Unrolled, check_hypergradient
+from bilevel import Alternating, Unrolled, check_hypergradient
 from bilevel.methods import GeneralBiDVL
+from bilevel.methods.models import DBM, RBM, GaussianRBM
 from bilevel.methods.variational import GaussianJoint, GaussianPosterior
+from tests import machines
+from tests.machines import NV, machine, moments, pairs, rng
 
 D, H = 3, 2
 
@@ -117,12 +122,106 @@ def test_fit_sample_and_reconstruct() -> None:
     assert made.posterior(data[:3]).sample().shape == (3, H)
 
 
-def test_symmetric_divergence_needs_an_enumerable_energy() -> None:
+def test_symmetric_divergence_needs_a_machine_or_an_enumerable_energy() -> None:
     made = model()
-    with pytest.raises(ValueError, match="`LinearEnergy` does not have; use divergence='kl'"):
+    with pytest.raises(ValueError, match="got `LinearEnergy` with `GaussianJoint`; use diverg"):
         GeneralBiDVL(
             made.upper["energy"],
             made.lower["posterior"],
             made.lower["joint"],
             divergence="symmetric",
         )
+
+
+# ---------------------------------------------------------------------- the symmetric KL of a machine
+
+
+def estimated(made: GeneralBiDVL, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What the reverse divergence of the joint is estimated from: v, h and their weights."""
+    batch = made.draw_lower(made.draw(torch.zeros(n, NV).double(), rng(seed)), rng(seed), 0)
+    assert batch.proposals is not None
+    v, h, log_density, *_ = batch.proposals
+    return v, h, (-made.joint_energy(v, h) - log_density).softmax(0)
+
+
+@pytest.mark.parametrize(
+    ("reverse", "sweeps", "tolerance"), [("importance", 1, 0.02), ("gibbs", 30, 0.02)]
+)
+def test_both_estimators_know_the_machine(reverse: Any, sweeps: int, tolerance: float) -> None:
+    """Moments E_p[v h] against enumeration, and their derivative in psi (what `Implicit` needs)."""
+    machine_ = machine()
+    made = GeneralBiDVL.for_model(
+        machine_, divergence="symmetric", reverse=reverse, sweeps=sweeps, prior="bernoulli"
+    ).double()
+    v, h, weight = estimated(made, 100_000)
+    exact = moments(machine_)["weight"]
+    moment = torch.einsum("n,ni,nj->ij", weight, v, h)
+    torch.testing.assert_close(moment.detach(), exact, rtol=0, atol=tolerance)
+    (slope,) = torch.autograd.grad(moment[0, 0], [machine_.weight])
+    every_v, every_h = pairs(machine_)
+    probability = (-machine_(every_v, every_h)).softmax(0)
+    truth = (probability * every_v[:, 0] * every_h[:, 0]).sum()
+    (expected,) = torch.autograd.grad(truth, [machine_.weight])
+    torch.testing.assert_close(slope, expected, rtol=0, atol=tolerance)
+
+
+def test_one_sweep_is_biased_and_more_are_less() -> None:
+    machine_ = machine()
+    errors = []
+    for sweeps in (1, 30):
+        made = GeneralBiDVL.for_model(machine_, divergence="symmetric", sweeps=sweeps).double()
+        v, h, weight = estimated(made, 100_000)
+        moment = torch.einsum("n,ni,nj->ij", weight, v, h).detach()
+        errors.append(float((moment - moments(machine_)["weight"]).abs().max()))
+    assert errors[0] > 3 * errors[1]
+
+
+def test_the_posterior_direction_is_exact() -> None:
+    """KL(q p(h|v) || q q1) in omega: log q1 is linear in h, so no sample is needed."""
+    machine_ = machine()
+    made = GeneralBiDVL.for_model(machine_, divergence="symmetric").double()
+    v = (torch.rand(5, NV, generator=rng(1)) < 0.5).double()
+    batch = made.draw_lower(made.draw(v, rng()), rng(), 0)
+    without = batch._replace(proposals=None)
+    made.divergence = "kl"
+    kl, _ = made.lower_loss(without)
+    made.divergence = "symmetric"
+    full, _ = made.lower_loss(batch)
+    posterior = made.lower["posterior"]
+    wanted = list(posterior.parameters())
+    ours = torch.autograd.grad(full - kl, wanted)
+    exact = machines.ExactPosterior(machine_).draws(v, torch.zeros(0))
+    truth = -exact.mean(posterior.log_prob(exact.visible, exact.latent))
+    for a, b in zip(ours, torch.autograd.grad(truth, wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [RBM, GaussianRBM, DBM])
+@pytest.mark.parametrize("divergence", ["kl", "symmetric"])
+def test_use_on_machines(kind: Any, divergence: Any, tmp_path: Path) -> None:
+    machine_ = kind(NV, (3, 2) if kind is DBM else 3)
+    made = GeneralBiDVL.for_model(machine_, divergence=divergence, sweeps=2)
+    data = (torch.rand(40, NV, generator=rng(1)) < 0.5).float()
+    made.fit(data, num_steps=2, lower_steps=2, batch_size=10)
+    assert made.sample(6, rng()).shape == (6, NV)
+    assert made.energy(data).shape == (40,)
+    made.save(tmp_path)
+    again = GeneralBiDVL.load(tmp_path)
+    torch.testing.assert_close(dict(again.state_dict()), dict(made.state_dict()), rtol=0, atol=0)
+    assert again.divergence == divergence
+
+
+def test_a_deep_machine_and_the_symmetric_kl_leave_alternating() -> None:
+    made = GeneralBiDVL.for_model(DBM(NV, (3, 2)), divergence="symmetric")
+    batch = made.draw(torch.zeros(4, NV), rng())
+    lower = made.draw_lower(batch, rng(), 0)
+    with pytest.raises(ValueError, match="is not seen; use divergence='kl', or `Alternating"):
+        Unrolled(2).hypergradient(made, batch, [lower])
+    assert Alternating().hypergradient(made, batch).value.isfinite()
+
+
+def test_unknown_estimators_and_no_sweeps_are_refused() -> None:
+    with pytest.raises(ValueError, match="`reverse` cannot be 'gibs'; did you mean `gibbs`"):
+        GeneralBiDVL.for_model(RBM(NV, 3), reverse="gibs")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`sweeps` must be positive, got 0"):
+        GeneralBiDVL.for_model(RBM(NV, 3), sweeps=0)

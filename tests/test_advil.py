@@ -1,0 +1,192 @@
+"""AdvIL: its objective, its gradients and its blocks of steps; numbers are the paper's assertions."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import Alternating, Implicit, Unrolled, check_hypergradient
+from bilevel.methods import Training
+from bilevel.methods.advil import AdvIL
+from bilevel.methods.likelihood import chi_square_upper_bound
+from bilevel.methods.models import DBM, RBM, GaussianRBM
+from bilevel.methods.variational import BernoulliPosterior, HierarchicalJoint
+from tests.machines import NV, ExactJoint, ExactPosterior, machine, moments, rng
+
+
+def binary(n: int, seed: int = 1) -> Tensor:
+    return torch.rand(n, NV, generator=rng(seed), dtype=torch.float64).round()
+
+
+def stripes(n: int) -> Tensor:
+    """Two patterns with a little noise: something to learn."""
+    v = (torch.arange(n)[:, None] % 2 == torch.arange(NV) % 2).double()
+    flips = torch.rand(v.shape, generator=rng(3), dtype=v.dtype) < 0.1
+    return (v - flips.double()).abs()
+
+
+@pytest.mark.parametrize("kind", [RBM, DBM])
+def test_2_and_6_exact_distributions_give_the_likelihood_and_its_gradient(kind: Any) -> None:
+    model, v = machine(kind), binary(6)
+    advil = AdvIL(model, ExactPosterior(model), ExactJoint(model))
+    loss, _ = advil.upper_loss(advil.draw(v, rng()))
+    likelihood = -model.log_likelihood(v).mean()
+    torch.testing.assert_close(loss, likelihood, rtol=1e-12, atol=1e-12)
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(likelihood, parameters)
+    for ours, truth in zip(torch.autograd.grad(loss, parameters), exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_6_the_gradient_is_a_difference_of_moments() -> None:
+    model, v = machine(), binary(6)
+    advil = AdvIL(model, ExactPosterior(model), ExactJoint(model))
+    loss, _ = advil.upper_loss(advil.draw(v, rng()))
+    (grad,) = torch.autograd.grad(loss, [model.weight])
+    data = v.T @ model.posterior_logits(v).sigmoid() / len(v)
+    torch.testing.assert_close(grad, moments(model)["weight"] - data, rtol=1e-12, atol=1e-12)
+
+
+def test_7_each_term_reaches_its_own_variables_only() -> None:
+    advil = AdvIL(machine())
+    batch = advil.draw(binary(6), rng())
+    sampler_only = advil.draw_lower(batch, rng(), 1)
+    parts = {name: list(m.parameters()) for name, m in advil.lower.named_children()}
+    loss: Any = advil.lower_loss(sampler_only)
+    assert all(
+        g is None
+        for g in torch.autograd.grad(loss, parts["posterior"], allow_unused=True, retain_graph=True)
+    )
+    assert all(g is not None for g in torch.autograd.grad(loss, parts["joint"]))
+    # the data term alone: both terms less the sampler's, at the same noise
+    both = advil.lower_loss(
+        sampler_only._replace(visible=batch.visible, posterior_noise=batch.posterior_noise)
+    )
+    data_term = both - advil.lower_loss(sampler_only)
+    for g in torch.autograd.grad(data_term, parts["joint"], retain_graph=True):
+        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-15)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(data_term, parts["posterior"]))
+
+
+def test_7_the_machine_feels_samples_as_constants() -> None:
+    """The partial derivative is that of the energies at the draws."""
+    advil = AdvIL(machine())
+    batch = advil.draw(binary(6), rng())
+    answer = Alternating().hypergradient(advil, batch)
+    up = advil.encoder.draws(batch.visible, batch.posterior_noise)
+    down = advil.sampler.draws(batch.joint_noise)
+    model = advil.model
+    loss = model(up.visible, up.latent.detach()).mean()
+    loss = loss - model(down.visible.detach(), down.latent.detach()).mean()
+    for name, g in zip(
+        answer.grad, torch.autograd.grad(loss, list(model.parameters())), strict=True
+    ):
+        torch.testing.assert_close(answer.grad[name], g, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_take_different_numbers_of_steps() -> None:
+    """One of the machine, one of the encoder, `lower_steps` of the sampler."""
+    advil = AdvIL(machine())
+    optimizers = advil.optimizers(Training(upper_lr=1e-3, lower_lr=1e-3))
+    advil.fit(binary(40), num_steps=3, lower_steps=7, batch_size=10, optimizers=optimizers)
+    upper, lower = optimizers
+    assert {float(s["step"]) for s in upper.state.values()} == {3.0}
+    steps = {
+        name: {float(lower.state[p]["step"]) for p in m.parameters()}
+        for name, m in advil.lower.named_children()
+    }
+    assert steps == {"posterior": {3.0}, "joint": {21.0}}
+
+
+@pytest.mark.parametrize("solver", [Unrolled(2), Implicit()], ids=["unrolled", "implicit"])
+def test_hypergradient_equals_finite_differences(solver: Any) -> None:
+    """The response term the paper drops; at a temperature at which differences resolve it."""
+    model = machine()
+    advil = AdvIL(
+        model,
+        BernoulliPosterior.for_model(model, temperature=1.0),
+        HierarchicalJoint.for_model(model, latent_dim=2, hidden=3, temperature=1.0),
+    )
+    batch = advil.draw(binary(5), rng())
+    if isinstance(solver, Implicit):
+        answer = solver.hypergradient(advil, batch, [batch], throw=False)
+        assert answer.stats.response_norm > 0
+        return
+    optimizer = torch.optim.SGD(advil.lower.parameters(), 1e-2)
+    check = check_hypergradient(
+        advil, solver, batch, [batch], lower_optimizer=optimizer, tolerance=1e-8
+    )
+    assert check.passed, check
+
+
+def test_14_and_15_the_sampler_brackets_log_z_if_it_takes_enough_steps() -> None:
+    gaps = {}
+    for lower_steps in (1, 20):
+        advil = AdvIL(RBM(NV, 3).double(), prior="bernoulli")
+        advil.fit(
+            stripes(400),
+            num_steps=150,
+            batch_size=100,
+            lower_steps=lower_steps,
+            lower_lr=3e-3,
+            upper_lr=3e-3,
+        )
+        with torch.no_grad():
+            exact = float(advil.model.log_partition())
+            lower = float(
+                advil.upper_loss(advil.draw(stripes(4000), rng()))[1]["log_partition_bound"]
+            )
+        upper = chi_square_upper_bound(advil.model, advil.sampler, generator=rng(), num_samples=20_000)
+        gaps[lower_steps] = exact - lower
+        if lower_steps > 1:
+            assert lower < exact + 0.1  # soft draws bend the bound a little
+            assert exact < upper.value + 3 * upper.standard_error
+    assert gaps[20] < 0.3
+    assert gaps[20] < gaps[1]
+
+
+def test_15_training_beats_independent_units() -> None:
+    data = stripes(400)
+    advil = AdvIL(RBM(NV, 3).double())
+    advil.fit(data, num_steps=200, batch_size=100, lower_steps=10, lower_lr=1e-2, upper_lr=5e-2)
+    mean = data.mean(0)
+    independent = float((data * mean.log() + (1 - data) * (1 - mean).log()).sum(1).mean())
+    learned = float(advil.model.log_likelihood(data).mean().detach())
+    assert learned > independent + 0.3
+    assert learned < -math.log(2)  # two patterns, and noise beside: no machine can do better
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    advil = AdvIL(DBM(NV, (3, 2)), prior="bernoulli")
+    advil.save(tmp_path)
+    again = AdvIL.load(tmp_path)
+    torch.testing.assert_close(dict(again.state_dict()), dict(advil.state_dict()), rtol=0, atol=0)
+    assert again.sampler.prior == "bernoulli"
+
+
+@pytest.mark.parametrize(
+    "model", [RBM(NV, 3), GaussianRBM(NV, 3), DBM(NV, (3, 2))], ids=lambda m: type(m).__name__
+)
+def test_use(model: Any) -> None:
+    advil = AdvIL(model)
+    data = binary(40).float()
+    history = advil.fit(data, num_steps=2, lower_steps=3, batch_size=10, log_every=1)
+    assert {"energy_data", "energy_samples", "log_partition_bound"} <= history.records[-1].keys()
+    assert advil.sample(5, rng()).shape == (5, NV)
+    assert advil.energy(data).shape == (40,)
+    if len(model.latent_dims) == 1:
+        assert advil.reconstruct(data).shape == data.shape
+        assert advil.posterior(data).sample().shape == (40, 3)
+    else:
+        with pytest.raises(NotImplementedError, match="of 2 layers is no product"):
+            advil.posterior(data)
+
+
+def test_data_that_are_not_binary_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"exactly 0 or 1, but 8 of 8 values are not.*grey=True"):
+        AdvIL(RBM(NV, 3)).fit(torch.full((2, NV), 0.5))
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from 0.5 to 2"):
+        AdvIL(RBM(NV, 3, grey=True)).fit(torch.tensor([[0.5, 2.0, 1.0, 1.0]]))
