@@ -4,10 +4,37 @@ if __name__ != "bilevel.methods":
     # Under another name every class would exist twice: `isinstance` and pickles would disagree.
     raise ImportError(f"import `bilevel.methods`, not `{__name__}`")
 
+from bilevel.methods.advil import AdvIL
 from bilevel.methods.bidvl import BiDVL
 from bilevel.methods.bidvl_general import GeneralBiDVL
+from bilevel.methods.bism import BiSM
 from bilevel.methods.config import Training
+from bilevel.methods.contrastive_divergence import ContrastiveDivergence
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.fitting import History
+from bilevel.methods.maximum_likelihood import MaximumLikelihood
+from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM
+from bilevel.methods.noise_contrastive import NoiseContrastive
+from bilevel.methods.score_matching import ScoreMatching
+from bilevel.methods.vae import VAE
+from bilevel.methods.vages import VaGES
 
-__all__ = ["EBLVM", "BiDVL", "GeneralBiDVL", "History", "Training"]
+__all__ = [
+    "DBM",
+    "EBLVM",
+    "RBM",
+    "VAE",
+    "AdvIL",
+    "BiDVL",
+    "BiSM",
+    "ContrastiveDivergence",
+    "GaussianDBM",
+    "GaussianRBM",
+    "GeneralBiDVL",
+    "History",
+    "MaximumLikelihood",
+    "NoiseContrastive",
+    "ScoreMatching",
+    "Training",
+    "VaGES",
+]

@@ -1,6 +1,5 @@
 """AdvIL: its objective, its gradients and its blocks of steps; numbers are the paper's assertions."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,8 @@ def test_15_training_beats_independent_units() -> None:
     independent = float((data * mean.log() + (1 - data) * (1 - mean).log()).sum(1).mean())
     learned = float(advil.model.log_likelihood(data).mean().detach())
     assert learned > independent + 0.3
-    assert learned < -math.log(2)  # two patterns, and noise beside: no machine can do better
+    share = data.unique(dim=0, return_counts=True)[1] / len(data)
+    assert learned <= float((share * share.log()).sum())  # the data's own distribution
 
 
 def test_save_and_load(tmp_path: Path) -> None:
