@@ -1,5 +1,6 @@
-"""`bilevel report`: one page about a run, or about several side by side."""
+"""`bilevel report`: one page about a run, about several side by side, or about a suite."""
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -7,10 +8,13 @@ from bilevel.cli import outcome
 from bilevel.cli.options import Parser, UsageError
 from bilevel.cli.runs import existing
 from bilevel.methods.report import saved_pictures, write_comparison
+from bilevel.methods.suite.folder import SuiteFolder
+from bilevel.methods.suite.report import write_suite_report
 
-SUMMARY = "write a page about a run, or a comparison of several"
+SUMMARY = "write a page about a run or a suite, or a comparison of several runs"
 _EXAMPLES = """  bilevel report runs/demo-1
   bilevel report runs/* --out comparison.html
+  bilevel report runs/eblvm-small                 a suite of `bilevel bench`
 """
 
 
@@ -24,6 +28,8 @@ def command(arguments: list[str]) -> int:
         help="the page (default: report.html in the run's folder, comparison.html beside the first)",
     )
     args = parser.read(arguments)
+    if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
+        return _show(write_suite_report(SuiteFolder(args.runs[0])), args)
     folders = [name for name in args.runs if len(args.runs) == 1 or Path(name).is_dir()]
     runs = [existing(folder) for folder in folders]
     if not runs:
@@ -35,7 +41,11 @@ def command(arguments: list[str]) -> int:
         beside = runs[0].folder.parent / "comparison.html"
         print(write_comparison(runs, getattr(args, "out", beside)))
         return 0
-    page = outcome.report(runs[0])
+    return _show(outcome.report(runs[0]), args)
+
+
+def _show(page: Path, args: argparse.Namespace) -> int:
+    """Copy the page to where it is wanted and say where it is."""
     if hasattr(args, "out"):
         target = Path(args.out)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,139 @@
+r"""How likely a trained model makes the test rows, and how that is known.
+
+A machine whose partition function can be enumerated is judged exactly. Of another, log Z is estimated by
+annealed chains, from below and from above, and the likelihood with it; where the free energy is not
+tractable either (two hidden layers), the mean field $\mu(v)$ of the posterior bounds it,
+
+$$ \log p(v) \ge -E(v, \mu) + H(\mu) - \log Z , $$
+
+the same for every method, whether or not it learned a posterior of its own. A VAE, which has no machine,
+is judged by its importance-weighted bound.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel.methods.contrastive_divergence import mean_field
+from bilevel.methods.eblvm import EBLVM, chunked
+from bilevel.methods.likelihood import annealed_importance_sampling, bracket, linear_schedule
+from bilevel.methods.models import LatentVariableModel
+from bilevel.methods.suite.config import EvaluationConfig
+from bilevel.methods.suite.learners import Job
+from bilevel.methods.vae import VAE
+
+Known: TypeAlias = Literal[
+    "exact", "annealed estimate", "variational lower bound", "importance-weighted lower bound"
+]
+_FREE_ENERGY_UNITS = 15  # of a first hidden layer that is summed out for every row
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A mean test log-likelihood in nats.
+
+    Attributes:
+        known: how: "exact", "annealed estimate" (log Z from annealed chains), "variational lower bound"
+            or "importance-weighted lower bound".
+        value: the number.
+        standard_error: of the annealed log Z in it, `None` without one.
+        lower: a bound from below: log Z from chains that start at the model, plus three standard errors.
+        upper: a bound from above, from chains that start at the base; `None` for a variational bound.
+        starts: what the former start at: "exact" samples, or the end of long "gibbs" chains, from which
+            `lower` is a bound as far as these had mixed.
+    """
+
+    known: Known
+    value: float
+    standard_error: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    starts: Literal["exact", "gibbs"] | None = None
+
+
+def judge(job: Job, evaluation: EvaluationConfig, *, final: bool) -> Judgement:
+    """Judge the model in its present state.
+
+    Args:
+        job: with the learner as far as it is trained.
+        evaluation: how.
+        final: with all chains in both directions, or quickly, for a point of a curve.
+    """
+    learner, machine = job.learner, job.machine
+    v = learner.check(job.table.test)
+    with learner.evaluating():
+        if isinstance(learner, VAE):
+            return _weighted(learner, v, evaluation, final)
+        tractable = len(machine.latent_dims) == 1 or machine.latent_dims[0] <= _FREE_ENERGY_UNITS
+        known: Known = "exact" if tractable else "variational lower bound"
+        bound = machine.free_energy if tractable else lambda rows: _mean_field_bound(machine, rows)
+        unnormalised = -float(chunked(bound, v).double().mean())
+        if machine.enumerable:
+            return Judgement(known, unnormalised - float(machine.log_partition()))
+        if tractable:
+            known = "annealed estimate"
+        return _annealed(job, unnormalised, known, evaluation, final)
+
+
+def _annealed(
+    job: Job, unnormalised: float, known: Known, evaluation: EvaluationConfig, final: bool
+) -> Judgement:
+    machine, data = job.machine, job.learner.check(job.table.train)
+    generator = torch.Generator(data.device).manual_seed(evaluation.seed)
+    base, chains = machine.base_rate(data), evaluation.chains
+    if not final:
+        schedule = linear_schedule(evaluation.trace_temperatures)
+        log_z = annealed_importance_sampling(
+            machine, temperatures=schedule, num_chains=chains, base=base, generator=generator
+        )
+        return Judgement(known, unnormalised - log_z.value, log_z.standard_error)
+    both = bracket(
+        machine,
+        data=data,
+        temperatures=evaluation.temperatures,
+        num_chains=chains,
+        base=base,
+        generator=generator,
+        burn_in=evaluation.burn_in,
+    )
+    return Judgement(
+        known,
+        unnormalised - both.forward.value,
+        both.forward.standard_error,
+        lower=unnormalised - both.upper,
+        upper=unnormalised - both.lower if known == "annealed estimate" else None,
+        starts="exact" if both.exact else "gibbs",
+    )
+
+
+def _weighted(learner: VAE, v: Tensor, evaluation: EvaluationConfig, final: bool) -> Judgement:
+    if final:
+        generator = torch.Generator(v.device).manual_seed(evaluation.seed)
+        values = learner.log_likelihood(v, generator=generator)
+    else:
+        values = -learner.energy(v)
+    return Judgement("importance-weighted lower bound", float(values.double().mean()))
+
+
+def _mean_field_bound(machine: LatentVariableModel, v: Tensor) -> Tensor:
+    """E(v, mu) - H(mu), at least F(v), shape (n,)."""
+    mu = mean_field(machine, v)
+    entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)
+    energies: Tensor = machine(v, mu) - entropy.sum(1)
+    return energies
+
+
+def log_density(job: Job, points: Tensor) -> Tensor:
+    """The model's log-density at any points, shape (n,), on the CPU; a bound for a VAE.
+
+    Raises:
+        ValueError: if the machine cannot be enumerated.
+    """
+    learner: EBLVM = job.learner
+    v = learner.check(points)
+    with learner.evaluating():
+        if isinstance(learner, VAE):
+            return -learner.energy(v).cpu()
+        return chunked(job.machine.log_likelihood, v, 20_000).cpu()

@@ -1,0 +1,181 @@
+"""The report of a suite: tables, figures and one self-contained HTML page, from its folder."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from bilevel.methods.page import page
+from bilevel.methods.run import write_text
+from bilevel.methods.suite import figures
+from bilevel.methods.suite.config import Cell, SuiteConfig
+from bilevel.methods.suite.folder import SuiteFolder
+from bilevel.methods.suite.learners import Job, make_table
+from bilevel.methods.suite.runner import trained
+from bilevel.methods.suite.tables import Group, as_html, groups, markdown
+from bilevel.methods.tables import Table
+
+Picture = tuple[str, Path, str]  # title, PNG file, caption
+
+_CURVES = (
+    "The line is the mean over the seeds, the band reaches from the lowest to the highest. The clock "
+    "counts training alone, compilation included. The dotted line is the negative entropy of the data, "
+    "which no model can exceed on average. Early values may lie below the picture."
+)
+_DENSITIES = (
+    "Exact densities on one scale of colours; data: the density that the rows are drawn from."
+)
+_FILTERS = (
+    "Weights of hidden units as images, the strongest first; red is positive, blue negative, the scale "
+    "that of each method's largest weight."
+)
+_SAMPLES = (
+    "Above rows of the test data, then what each method draws: in one pass where it learned a sampler, "
+    "else by Gibbs sampling from random latents."
+)
+
+
+def write_suite_report(home: SuiteFolder) -> Path:
+    """Write `tables.md`, the figures and `report.html` into a suite's folder.
+
+    Curves and tables need the records alone; what shows a model is drawn from the first seed whose
+    model is still in `cells/`.
+
+    Args:
+        home: the suite; it may be half finished.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: if the folder holds no suite.
+        ValueError: if it holds no records yet.
+        ImportError: if matplotlib is missing; the tables are written before.
+    """
+    config, records = home.config(), home.records()
+    if not records:
+        raise ValueError(
+            f"the suite in `{home.folder}` has no finished cells yet; run it with `bilevel bench eblvm`"
+        )
+    found = groups(records, [cell.name for cell in config.cells()])
+    write_text(home.folder / "tables.md", markdown(found))
+    parts = [f'<p class="lead">{html.escape(_what(config, records))}</p>']
+    tables: dict[str, Table] = {}
+    for group in found:
+        parts.append(f"<h2>{html.escape(group.title)}</h2>{_notes(config, group)}{as_html(group)}")
+        for title, path, caption in _draw(home, config, group, records, tables):
+            image = base64.b64encode(path.read_bytes()).decode()
+            parts.append(
+                f'<img class="curves" alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
+                f"<p>{html.escape(caption)}</p>"
+            )
+    parts.append(_methods(records))
+    target = home.folder / "report.html"
+    write_text(target, page(f"Suite {config.name}", "\n".join(parts)))
+    return target
+
+
+def _what(config: SuiteConfig, records: list[dict[str, Any]]) -> str:
+    failed = sum(record["status"] == "failed" for record in records)
+    sentences = [
+        config.note,
+        f"{len(records)} of {len(config.cells())} cells ended"
+        + (f", {failed} of them failed." if failed else "."),
+        "Run on " + ", ".join(dict.fromkeys(record["device"] for record in records)) + ".",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _notes(config: SuiteConfig, group: Group) -> str:
+    notes = [
+        block.note
+        for block in config.blocks
+        if group.data in [data.name for data in block.data]
+        and group.model in [model.name for model in block.models]
+    ]
+    return "".join(f"<p>{html.escape(note)}</p>" for note in notes if note)
+
+
+def _draw(
+    home: SuiteFolder,
+    config: SuiteConfig,
+    group: Group,
+    records: list[dict[str, Any]],
+    tables: dict[str, Table],
+) -> list[Picture]:
+    """The pictures there can be of one group."""
+    stem = f"{group.data}-{group.model}"
+    pictures: list[Picture] = []
+
+    def add(kind: str, caption: str) -> Path:
+        path = home.folder / f"{kind}-{stem}.png"
+        pictures.append((f"{kind} of {group.title}", path, caption))
+        return path
+
+    figures.draw_curves(group, records, add("curves", _CURVES))
+    jobs = _trained(home, config, group, records, tables)
+    if not jobs:
+        return pictures
+    job = next(iter(jobs.values()))
+    if job.table.density is not None and job.machine.enumerable:
+        figures.draw_densities(jobs, group.title, add("densities", _DENSITIES))
+    if job.cell.data.image is not None:
+        if not figures.draw_filters(jobs, group.title, add("filters", _FILTERS)):
+            pictures.pop()
+        figures.draw_samples(jobs, group.title, add("samples", _SAMPLES))
+    return pictures
+
+
+def _trained(
+    home: SuiteFolder,
+    config: SuiteConfig,
+    group: Group,
+    records: list[dict[str, Any]],
+    tables: dict[str, Table],
+) -> dict[str, Job]:
+    """By method: the first seed that finished and whose model is there."""
+    finished = {record["cell"] for record in records if record["status"] == "finished"}
+    found: dict[str, Job] = {}
+    for cell in config.cells():
+        here = cell.parts[:2] == (group.data, group.model) and cell.name in finished
+        if here and cell.method.name not in found and _is_kept(home, cell):
+            if cell.data.name not in tables:
+                tables[cell.data.name] = make_table(cell.data)
+            job = trained(cell, tables[cell.data.name], home.cell_folder(cell))
+            if job is not None:
+                found[cell.method.name] = job
+    return found
+
+
+def _is_kept(home: SuiteFolder, cell: Cell) -> bool:
+    return (home.cell_folder(cell) / "model" / "weights.safetensors").exists()
+
+
+def _methods(records: list[dict[str, Any]]) -> str:
+    """What every method was, with all its settings, once per group."""
+    parts = ["<h2>Methods and settings</h2>"]
+    seen: dict[str, dict[str, Any]] = {}
+    for record in records:
+        seen.setdefault(record["cell"].rpartition("/")[0], record)
+    for name, record in seen.items():
+        method = record["method"]
+        options = ", ".join(f"{key}={value!r}" for key, value in method["options"].items())
+        settings = {
+            "method": f"{method['method']}({options})",
+            "solver": record["solver"],
+            "data": json.dumps(record["data"]),
+            "model": json.dumps(record["model"]),
+            **{key: value for key, value in record["training"].items() if key != "seed"},
+            "commit": record["commit"],
+            **record["versions"],
+        }
+        lines = "".join(
+            f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>'
+            for key, value in settings.items()
+        )
+        parts.append(
+            f"<details><summary>{html.escape(name)}</summary>"
+            f'<div class="wide"><table><tbody>{lines}</tbody></table></div></details>'
+        )
+    return "\n".join(parts)

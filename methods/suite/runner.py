@@ -1,0 +1,182 @@
+"""`run_suite`: train and judge every cell of a suite that is not finished yet."""
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilevel
+from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
+from bilevel.methods.run import Run, versions
+from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
+from bilevel.methods.suite.folder import SuiteFolder, finite
+from bilevel.methods.suite.judge import judge
+from bilevel.methods.suite.learners import Job, make_job, make_table
+from bilevel.methods.suite.trace import Trace
+from bilevel.methods.tables import Table
+
+Callbacks = Sequence[Callable[[Step], object]]
+Observer = Callable[[int, int, dict[str, Any]], object]
+
+
+def run_suite(
+    config: SuiteConfig,
+    folder: str | os.PathLike[str],
+    *,
+    only: Iterable[str] = (),
+    device: str = "cpu",
+    callbacks: Callbacks = (),
+    observer: Observer = lambda number, total, record: None,
+) -> list[dict[str, Any]]:
+    """Run what is missing. Whatever stops it, calling it again goes on.
+
+    Every cell is built once before the first is trained, so a configuration that cannot work is refused
+    at once. A cell that was stopped midway resumes from its last checkpoint, to the bit. A cell whose
+    training fails (a loss becomes NaN) is recorded as failed, and the others are run.
+
+    Args:
+        config: the suite.
+        folder: where records and cells are, or will be.
+        only: names of data, models and methods to restrict this run to.
+        device: where to train, such as "cuda".
+        callbacks: called with every `Step` of every training.
+        observer: called with the number of the cell, the number of cells and the cell's record, after
+            each; those that were finished before included.
+
+    Returns:
+        The records of these cells, in order.
+
+    Raises:
+        ValueError: for a configuration that cannot work, or another one than the folder's.
+        FileNotFoundError: if there is no such data file.
+    """
+    cells = config.cells(only)
+    tables: dict[str, Table] = {}
+    for cell in cells:  # refuse before the first step
+        make_job(cell, _table(cell.data, tables))
+    home = SuiteFolder(folder)
+    home.claim(config)
+    finished = {record["cell"]: record for record in home.records()}
+    records = []
+    for number, cell in enumerate(cells, start=1):
+        if cell.name not in finished:
+            job = make_job(cell, _table(cell.data, tables))
+            finished[cell.name] = run_cell(job, home.cell_folder(cell), device, callbacks)
+            home.append(finished[cell.name])
+        records.append(finished[cell.name])
+        observer(number, len(cells), records[-1])
+    return records
+
+
+def run_cell(
+    job: Job, folder: Path, device: str = "cpu", callbacks: Callbacks = ()
+) -> dict[str, Any]:
+    """Train and judge one cell, from its last checkpoint if there is one.
+
+    Args:
+        job: the cell as objects; its learner is trained in place.
+        folder: the cell's run folder.
+        device: where to train.
+        callbacks: called with every `Step`.
+
+    Returns:
+        The record: plain values.
+    """
+    evaluation = job.cell.block.evaluation
+    job.learner.to(device)
+    run = Run(folder)
+    trace = Trace(
+        folder / "trace.jsonl",
+        job.training,
+        evaluation.points,
+        lambda: judge(job, evaluation, final=False).value,
+    )
+    outcome: dict[str, Any] = {}
+    resume = run.checkpoint_path.exists()
+    try:
+        if not resume:
+            trace.begin()
+        job.learner.fit(
+            job.table.train,
+            solver=job.solver,
+            callbacks=[*callbacks, trace],
+            run=folder,
+            resume=resume,
+            overwrite=not resume,
+            # the trace ends the run: its clock does not start again when a run is resumed
+            **{**job.training.model_dump(), "max_seconds": None},
+        )
+        test = judge(job, evaluation, final=True)
+        outcome = {"test": asdict(test)}
+        if not isfinite(test.value):
+            outcome["reason"] = f"the test log-likelihood is {test.value}"
+    except (DivergenceError, HypergradientError, CheckpointError) as error:
+        outcome = {"reason": str(error)}
+    status = "failed" if "reason" in outcome else "finished"
+    record: dict[str, Any] = finite(
+        {**_heading(job, device), "status": status, **outcome, **trace.summary()}
+    )
+    return record
+
+
+def _heading(job: Job, device: str) -> dict[str, Any]:
+    cell = job.cell
+    density = job.table.density
+    return {
+        "cell": cell.name,
+        "data": cell.data.model_dump(mode="json"),
+        "model": cell.model.model_dump(mode="json"),
+        "method": cell.method.model_dump(mode="json"),
+        "seed": cell.seed,
+        "solver": repr(job.solver),
+        "training": job.training.model_dump(mode="json"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {name: versions()[name] for name in ("bilevel", "torch", "python")},
+        "device": versions()["device"] if device != "cpu" else f"cpu ({os.uname().machine})",
+        "threads": torch.get_num_threads(),
+        "ceiling": None if density is None else -density.entropy,
+    }
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout this package is imported from, if it is one."""
+    root = Path(bilevel.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError):
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
+
+
+def _table(data: DataConfig, known: dict[str, Table]) -> Table:
+    """The rows, loaded once."""
+    key = json.dumps(data.model_dump(mode="json"), sort_keys=True)
+    if key not in known:
+        known[key] = make_table(data)
+    return known[key]
+
+
+def trained(cell: Cell, table: Table, folder: Path) -> Job | None:
+    """A cell with the model it ended with, `None` where that was not kept."""
+    weights = Run(folder).model_path / "weights.safetensors"
+    if not weights.exists():
+        return None
+    from safetensors.torch import load_file
+
+    job = make_job(cell, table)
+    job.learner.load_state_dict(load_file(weights))
+    job.learner.eval()
+    return job
