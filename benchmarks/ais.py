@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
 
 def softplus(x: Array) -> Array:
-    """log(1 + exp x): less than three quarters of the time of np.logaddexp(0, x)."""
+    """log(1 + exp x), faster than np.logaddexp(0, x): by a third in float32, a tenth in float64."""
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
 
 

@@ -90,6 +90,8 @@ def test_a_weight_is_the_ratio_of_the_annealed_marginals(kind: str, large_weight
     base = base_of(model)
     h = exact_samples(machine(kind), 7, generator())
     chains = AnnealedChains(model.neighbours(base), h)
+    if kind != "GaussianRBM":
+        assert (chains._highest > chains._limit) == large_weights
     for start, end in ((0.0, 0.3), (0.3, 0.9), (0.9, 1.0), (1.0, 0.2)):
         with torch.no_grad():
             want = model.log_unnormalized_first(h, end, base)
@@ -316,6 +318,8 @@ def test_gibbs_samples_take_the_data_in_turn() -> None:
     model = machine("DBM")
     h1 = gibbs_samples(model, torch.ones(3, 6, dtype=torch.float64), 8, 2, generator())
     assert h1.shape == (8, 5)
+    with pytest.raises(ValueError, match="number of rows of `data` must be at least 1, got 0"):
+        gibbs_samples(model, torch.ones(0, 6), 8, 2, generator())
     assert set(h1.unique().tolist()) <= {0.0, 1.0}
 
 
@@ -386,7 +390,7 @@ def test_further_refusals() -> None:
         reverse_annealed_importance_sampling(
             machine("RBM"), torch.zeros(2, 6), generator=generator()
         )
-    with pytest.raises(ValueError, match="number of samples` must be at least 1"):
+    with pytest.raises(ValueError, match="the number of samples must be at least 1"):
         reverse_annealed_importance_sampling(
             machine("RBM"), torch.zeros(0, 5), generator=generator()
         )

@@ -94,8 +94,8 @@ def annealed_importance_sampling(
         Differs from the paper in: the base's hidden units are part of the annealed path, with their
         biases scaled by the inverse temperature.
     """
-    _check_positive("num_chains", num_chains)
-    _check_positive("chunk", chunk)
+    _check_positive("`num_chains`", num_chains)
+    _check_positive("`chunk`", chunk)
     betas = _schedule(temperatures)
     _check_base(model, base)
     parts = [
@@ -145,9 +145,10 @@ def reverse_annealed_importance_sampling(
             f"{tuple(samples.shape)}"
         )
     _check_positive("the number of samples", len(samples))
-    _check_positive("chunk", chunk)
+    _check_positive("`chunk`", chunk)
     betas = _schedule(temperatures)
     _check_base(model, base)
+    samples = samples.to(model.visible_bias.dtype)
     parts = [_anneal(model, h1, betas[::-1], base, generator) for h1 in samples.split(chunk)]
     log_weights = torch.cat(parts) - model.log_partition_base(base).double()
     return LogPartition(log_weights, len(betas), reverse=True)
@@ -175,8 +176,15 @@ def bracket(
         generator: on the model's device.
         burn_in: Gibbs steps from the data to where the downward chains start.
 
+    Returns:
+        Both estimates; whether they meet, and how far apart their outer error bars are.
+
     Raises:
         ValueError: as `annealed_importance_sampling`; if `data` is needed and missing.
+
+    References:
+        Sandwiching the marginal likelihood using bidirectional Monte Carlo (Grosse, Ghahramani and
+        Adams, 2015), https://arxiv.org/abs/1511.02543.
     """
     exact = model.latent_dims[0] <= MAX_UNITS
     if not exact and data is None:
@@ -233,7 +241,8 @@ def gibbs_samples(
     Raises:
         ValueError: for less than one chain or step, or data of the wrong width.
     """
-    _check_positive("n", n)
+    _check_positive("`n`", n)
+    _check_positive("the number of rows of `data`", len(data))
     rows = torch.arange(n, device=data.device) % len(data)
     h1 = model.first_layer(data[rows], generator)
     return model.gibbs(h1, generator, burn_in)[1][:, : model.latent_dims[0]]
@@ -296,4 +305,4 @@ def _check_base(model: LatentVariableModel, base: Tensor | None) -> None:
 
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value!r}")
+        raise ValueError(f"{name} must be at least 1, got {value!r}")

@@ -48,6 +48,7 @@ class AnnealedChains:
         (n, n1), m, d = start.shape, len(layer.binary_bias), layer.gaussian_weight.shape[1]
         self._slope, self._on = start.new_empty(n, m), start.new_empty(n, m)
         self._off = start.new_empty(2, n, m)
+        self._before, self._after = self._off.unbind()
         self._center, self._real = start.new_empty(n, d), start.new_empty(n, d)
         self._logits = start.new_empty(n, n1)
         self._noise = Uniforms(n * (m + n1), start)
@@ -71,7 +72,7 @@ class AnnealedChains:
         """One Gibbs step at the `end` of the last `weigh`: the neighbours given h, then h given them."""
         beta, logits = self._beta, self._logits
         self._noise.draw(generator)
-        torch.gt(self._coins_binary, self._off[1], out=self._on)
+        torch.gt(self._coins_binary, self._after, out=self._on)
         torch.mm(self._on, self._back, out=logits)
         if self._center.shape[1]:
             self._real.normal_(generator=generator).add_(self._center, alpha=beta)
@@ -80,8 +81,8 @@ class AnnealedChains:
         torch.lt(self._coins_first, logits, out=self._h)
 
     def _binary_log_ratio(self, start: float, end: float) -> Tensor:
-        """The binary neighbours' part; leaves their probabilities of a zero at `end` in `_off[1]`."""
-        slope, (before, after) = self._slope, self._off
+        """The binary neighbours' part; leaves their probabilities of a zero at `end` in `_after`."""
+        slope, before, after = self._slope, self._before, self._after
         torch.addmm(self._shift, self._h, self._weight, out=slope)
         torch.add(self._base, slope, alpha=start, out=before)
         torch.add(self._base, slope, alpha=end, out=after)
