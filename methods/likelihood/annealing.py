@@ -96,11 +96,11 @@ class AnnealedChains:
 
 @final
 class Uniforms:
-    """Uniform numbers in [0, 1) for coins, at a third of what torch's own cost on a CPU.
+    """Uniform numbers in [0, 1) for coins, at half of what torch's own cost on a CPU.
 
     Of 64 random bits each of four numbers gets 16. The bits below are one fraction that all numbers of
     a draw share: every single number is uniform, and two of them are dependent only within 1/65536 of
-    each other's thresholds, 2^-32 in a joint probability.
+    each other's thresholds, less than 2^-32 in a joint probability.
 
     Args:
         n: how many.
