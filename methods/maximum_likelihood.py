@@ -1,0 +1,71 @@
+r"""Maximum likelihood with the exact partition function: the ceiling of every other learner.
+
+$$ L(\theta) = -E_q[\log p_\theta(v)] = E_q[F(v)] + \log Z, \qquad
+   \nabla_\theta L = E_{q\,p_\theta(h|v)}[\nabla_\theta E] - E_{p_\theta(v,h)}[\nabla_\theta E] . $$
+
+log Z is enumerated at every step, $2^{\text{units}}$ states of the side with fewer units, so the
+gradient has no noise but the batch's. It has a single level.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.methods.learner import ModelLearner
+from bilevel.methods.models import MAX_UNITS, LatentVariableModel
+from bilevel.problem import Loss
+
+
+@final
+class MaximumLikelihood(ModelLearner):
+    r"""Exact maximum likelihood, $E_q[F(v)] + \log Z$.
+
+    A step enumerates $2^n$ states for n units on the smaller side. With 2 visibles and 4 latents that
+    costs less than contrastive divergence, with 64 and 15 as much as dozens of its steps.
+
+    Args:
+        model: a machine whose log Z and free energy can be enumerated.
+
+    Raises:
+        ValueError: if they cannot.
+
+    Example:
+        >>> from bilevel.methods.models import RBM
+        >>> learner = MaximumLikelihood(RBM(6, 3))
+        >>> history = learner.fit(torch.ones(200, 6), num_steps=500, upper_lr=0.1)
+        >>> bool(learner.model.log_likelihood(torch.ones(1, 6)) > -0.1)
+        True
+
+    References:
+        "A Learning Algorithm for Boltzmann Machines" (Ackley, Hinton and Sejnowski, 1985),
+        https://doi.org/10.1207/s15516709cog0901_7: the gradient as a difference of moments.
+        Differs from the paper in: the moments are exact, not sampled.
+    """
+
+    def __init__(self, model: LatentVariableModel) -> None:
+        super().__init__()
+        name, first = type(model).__name__, model.latent_dims[0]
+        if not model.enumerable:
+            raise ValueError(
+                f"log Z of this `{name}` ({model.visible_dim} visibles, latents {model.latent_dims}) "
+                f"is a sum over more than {MAX_UNITS} units; use `ContrastiveDivergence(model, "
+                "persistent=True)`, which samples the model instead"
+            )
+        if len(model.latent_dims) > 1 and first > MAX_UNITS:
+            raise ValueError(
+                f"the free energy of this `{name}` is a sum over the {first} units of its first "
+                f"hidden layer, at most {MAX_UNITS} can be enumerated; use "
+                "`ContrastiveDivergence(model, persistent=True)`, which takes the mean field instead"
+            )
+        self.hold(model, options={})
+
+    def draw(self, data: Tensor, generator: torch.Generator) -> Tensor:
+        """The visibles: nothing is random."""
+        return data
+
+    def upper_loss(self, batch: Tensor) -> Loss:
+        """The negative mean log-likelihood."""
+        log_partition = self.model.log_partition()
+        loss = self.model.free_energy(batch).mean() + log_partition
+        return loss, {"log_partition": log_partition}

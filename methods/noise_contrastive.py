@@ -1,0 +1,132 @@
+r"""Noise-contrastive estimation: the energy as a classifier of data against noise.
+
+With $\nu$ noise rows $y \sim p_n$ for each data row v and a learned log normaliser c, the log-odds
+that a row is from the data are $G(v) = -F(v) - c - \log \nu - \log p_n(v)$, and
+
+$$ L(\theta, c) = -E_q[\log \sigma(G(v))] - \nu\, E_{p_n}[\log \sigma(-G(y))] . $$
+
+At the minimum over all functions $e^{-F - c}$ is the density of the data: the normaliser is learned,
+so c estimates log Z where the model is right. It has a single level.
+
+The noise is $N(0, I)$ for real visibles, and for binary ones independent units at the rates of the data.
+"""
+
+import math
+from typing import NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.methods.learner import ModelLearner
+from bilevel.methods.models import MAX_UNITS, LatentVariableModel
+from bilevel.methods.models.base import check_dim, coin_flips
+from bilevel.methods.models.enumeration import log_one_plus_exp
+from bilevel.methods.variational.base import normal_log_prob, normal_noise
+from bilevel.methods.variational.bernoulli import bernoulli_log_prob
+from bilevel.problem import Loss
+
+
+class Batch(NamedTuple):
+    """Visibles, noise, and log(ratio p_n) at both."""
+
+    visible: Tensor
+    noise: Tensor  # shape (ratio n, visible_dim)
+    visible_offset: Tensor  # shape (n,)
+    noise_offset: Tensor  # shape (ratio n,)
+
+
+@final
+class NoiseContrastive(ModelLearner):
+    r"""NCE, $-E_q[\log \sigma(G(v))] - \nu\, E_{p_n}[\log \sigma(-G(y))]$.
+
+    The log normaliser c is the upper variable `log_normalizer`, 0 at first.
+
+    Args:
+        model: a machine with a tractable free energy.
+        ratio: nu, noise rows per data row.
+
+    Raises:
+        TypeError: if `ratio` is not an integer.
+        ValueError: if it is not positive, or the free energy cannot be enumerated.
+
+    Example:
+        >>> from bilevel.methods.models import GaussianRBM
+        >>> learner = NoiseContrastive(GaussianRBM(2, 4))
+        >>> history = learner.fit(torch.rand(200, 2), num_steps=2)
+        >>> abs(learner.log_normalizer.item()) <= 0.002  # two steps of Adam
+        True
+
+    References:
+        Noise-contrastive estimation: A new estimation principle for unnormalized statistical models
+        (Gutmann and Hyvärinen, 2010), https://proceedings.mlr.press/v9/gutmann10a.html
+        Bi-level Score Matching for Learning Energy-based Latent Variable Models (Bao et al., NeurIPS
+        2020), https://arxiv.org/abs/2010.07856, whose baseline on real visibles this is.
+        Differs from the papers in:
+        - the noise of binary visibles is ours. Its rates are the mean of all rows seen so far and of
+          two imagined ones, of 0s and of 1s, kept in the buffer `rates` and clipped to
+          [1e-5, 1 - 1e-5]: every step is NCE against a known noise, which settles as the mean does;
+        - grey data are drawn as bits anew at each step: noise is binary, and a classifier would tell
+          grey from black and white without learning anything of their distribution.
+    """
+
+    def __init__(self, model: LatentVariableModel, ratio: int = 1) -> None:
+        super().__init__()
+        self.ratio = check_dim("ratio", ratio)
+        if len(model.latent_dims) > 1 and model.latent_dims[0] > MAX_UNITS:
+            raise ValueError(
+                f"NCE needs the free energy, and that of this `{type(model).__name__}` is a sum over "
+                f"the {model.latent_dims[0]} units of its first hidden layer, at most {MAX_UNITS} can "
+                "be enumerated; use `ContrastiveDivergence(model, persistent=True)`"
+            )
+        self.hold(model, options={"ratio": ratio})
+        self.upper.register_parameter(
+            "log_normalizer", nn.Parameter(model.visible_bias.new_zeros(()))
+        )
+        self.rates: Tensor
+        self.seen: Tensor
+        if model.visible_range is not None:
+            self.register_buffer("rates", torch.full_like(model.visible_bias, 0.5).detach())
+            self.register_buffer("seen", torch.tensor(2, device=self.rates.device))
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """C, the learned estimate of log Z; a scalar."""
+        return cast(Tensor, self.upper.log_normalizer)
+
+    # ------------------------------------------------------------------ the learning problem
+
+    @torch.no_grad()
+    def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
+        """The batch with its noise; updates the rates of binary visibles."""
+        count = self.ratio * len(data)
+        if self.model.visible_range is None:
+            noise = normal_noise(count, self.model.visible_dim, generator, data)
+        else:
+            self.seen += len(data)
+            self.rates += (data.mean(0) - self.rates) * len(data) / self.seen
+            noise = coin_flips(self._noise_logits().sigmoid().expand(count, -1), generator)
+            if not self.model.binary:
+                data = coin_flips(data, generator)
+        return Batch(data, noise, self._offset(data), self._offset(noise))
+
+    def _offset(self, v: Tensor) -> Tensor:
+        """log(ratio p_n(v)), shape (n,)."""
+        if self.model.visible_range is None:
+            log_noise = normal_log_prob(v).sum(1)
+        else:
+            log_noise = bernoulli_log_prob(self._noise_logits(), v)
+        return log_noise + math.log(self.ratio)
+
+    def _noise_logits(self) -> Tensor:
+        return cast(Tensor, self.model.base_rate(self.rates[None]))
+
+    def upper_loss(self, batch: Batch) -> Loss:
+        """The cross-entropy of the classifier, and c."""
+        of_data = self._logits(batch.visible, batch.visible_offset)
+        of_noise = self._logits(batch.noise, batch.noise_offset)
+        loss = log_one_plus_exp(-of_data).mean() + self.ratio * log_one_plus_exp(of_noise).mean()
+        return loss, {"log_normalizer": self.log_normalizer}
+
+    def _logits(self, v: Tensor, offset: Tensor) -> Tensor:
+        """G(v)."""
+        return -self.model.free_energy(v) - self.log_normalizer - offset
