@@ -105,7 +105,9 @@ class Compiled(Generic[P, R]):
         _refuse_random(graph)
         aliases = [tensor.detach() for tensor in live]  # a graph cannot write into leaves
         with _unchanged(aliases), torch.no_grad():
-            run = torch._inductor.compile(graph, [*arguments, *aliases])
+            # the key of `_graphs` holds the shapes already
+            options = {"size_asserts": False}
+            run = torch._inductor.compile(graph, [*arguments, *aliases], options)
             run(*arguments, *aliases)
         return _Graph(run, aliases, found["answer"], found["structure"])
 

@@ -1,5 +1,6 @@
 """`train`: the loop, a generator that yields after every upper step."""
 
+import math
 import os
 import re
 import time
@@ -208,13 +209,21 @@ class _Watch:
         self._pending += [(step, name, t) for name, t in terms if t.numel() == 1]
 
     def look(self) -> None:
-        device = self._pending[-1][2].device  # a logged Python number is on the CPU
-        values = torch.stack([t.reshape(()).to(device, torch.double) for *_, t in self._pending])
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            step, term, value = self._pending[int(bad[0])]
-            raise DivergenceError(step, term, float(value), _ADVICE)
+        for (step, term, _), value in zip(self._pending, self._values(), strict=True):
+            if not math.isfinite(value):
+                raise DivergenceError(step, term, value, _ADVICE)
         self._pending.clear()
+
+    def _values(self) -> list[float]:
+        terms = [t for *_, t in self._pending]
+        device = terms[-1].device  # a logged Python number is on the CPU
+        if device.type == "cpu":
+            return [t.item() for t in terms]
+        # one wait for all
+        values: list[float] = torch.stack(
+            [t.reshape(()).to(device, torch.double) for t in terms]
+        ).tolist()
+        return values
 
 
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
