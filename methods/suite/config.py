@@ -81,16 +81,18 @@ class ModelConfig(_Plain):
     """A Boltzmann machine; the width of its visibles is that of the data."""
 
     kind: str = Field(description="RBM, GaussianRBM, DBM or GaussianDBM")
-    name: str = Field("", description="short name; by default the kind and the latent sizes")
+    name: str = Field(
+        "", description="short name; by default the kind and the sizes among the options"
+    )
     options: dict[str, Any] = Field({}, description="further arguments of its constructor")
 
     @model_validator(mode="before")
     @classmethod
     def _label(cls, value: Any) -> Any:
         value = dict(value)
-        options = value.get("options", {})
-        sizes = options.get("latent_dims", [options.get("latent_dim", "")])
-        value.setdefault("name", "-".join(map(str, [value.get("kind"), *sizes])))
+        sizes = [size for size in value.get("options", {}).values() if not isinstance(size, bool)]
+        flat = [n for size in sizes for n in (size if isinstance(size, list | tuple) else [size])]
+        value.setdefault("name", "-".join(map(str, [value.get("kind"), *flat])))
         return value
 
 
