@@ -32,9 +32,6 @@ from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.models.base import check_dim, coin_flips
 from bilevel.problem import Loss
 
-MEAN_FIELD_SWEEPS = 10
-"""Updates of each hidden layer by `mean_field`."""
-
 
 class Batch(NamedTuple):
     """Visibles and what the chains drew; the latents only of a machine with two hidden layers."""
@@ -112,7 +109,7 @@ class ContrastiveDivergence(ModelLearner):
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         """The batch with k Gibbs steps' samples; moves the persistent chains."""
         model, deep = self.model, len(self.model.latent_dims) > 1
-        mean = mean_field(model, data) if deep else None
+        mean = model.mean_field(data) if deep else None
         going_on = self.persistent and len(self.chains) > 0
         first = self.chains if going_on else self._start(data, mean, generator)
         v, h = model.gibbs(first, generator, steps=self.steps)
@@ -139,43 +136,6 @@ class ContrastiveDivergence(ModelLearner):
     def _mean_energy(self, v: Tensor, h: Tensor | None) -> Tensor:
         energies: Tensor = self.model.free_energy(v) if h is None else self.model(v, h)
         return energies.mean()
-
-
-def mean_field(model: LatentVariableModel, v: Tensor, sweeps: int = MEAN_FIELD_SWEEPS) -> Tensor:
-    r"""Probabilities $\mu$ of the best factorised posterior, by coordinate ascent; no gradient.
-
-    From $\mu = 1/2$, layer after layer $\mu_j = \sigma(-\partial E(v, \mu) / \partial \mu_j)$. No update
-    raises the bound $E(v, \mu) - H(\mu) \geq F(v)$; with one hidden layer the first gives the exact
-    posterior.
-
-    Args:
-        model: the machine.
-        v: visibles, shape (n, visible_dim).
-        sweeps: how often each layer is updated.
-
-    Returns:
-        Shape (n, sum(latent_dims)).
-
-    Raises:
-        ValueError: if v has the wrong width.
-
-    Example:
-        >>> from bilevel.methods.models import DBM
-        >>> mean_field(DBM(6, (3, 2)), torch.ones(4, 6)).shape
-        torch.Size([4, 5])
-    """
-    mu = v.new_full((len(v), sum(model.latent_dims)), 0.5)
-    for _ in range(sweeps):
-        start = 0
-        for width in model.latent_dims:
-            with torch.enable_grad():
-                point = mu.requires_grad_()
-                # E is linear in each unit: its slope is what switching the unit on costs
-                (slope,) = torch.autograd.grad(model(v, point).sum(), point)
-            mu = mu.detach().clone()
-            mu[:, start : start + width] = (-slope[:, start : start + width]).sigmoid()
-            start += width
-    return mu.detach()
 
 
 def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

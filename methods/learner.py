@@ -66,9 +66,8 @@ class ModelLearner(EBLVM):
         """
         if "posterior" not in dict(self.lower.named_children()):
             raise NotImplementedError(
-                f"`{type(self).__name__}` has no variational posterior, and that of a machine with "
-                "two hidden layers is not tractable; train it with `AdvIL`, `GeneralBiDVL`, `BiSM` or "
-                "`VaGES`, which learn one"
+                f"`{type(self).__name__}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, "
+                "`BiSM` and `VaGES` learn one"
             )
         return cast(VariationalPosterior, self.lower.get_submodule("posterior"))
 
@@ -111,12 +110,12 @@ class ModelLearner(EBLVM):
             return self.model.gibbs(first, generator, steps=SWEEPS)[0]
 
     def posterior(self, v: Tensor) -> Distribution:
-        """The posterior p(h|v), exact with one hidden layer; q(h|v) with two."""
+        """The posterior p(h|v): exact with one hidden layer, its mean field with two."""
         with self.evaluating():
             if len(self.model.latent_dims) == 1:
                 logits = self.model.posterior_logits(self.check(v))
                 return Independent(Bernoulli(logits=logits), 1)
-            return self.encoder.distribution(self.check(v))
+            return Independent(Bernoulli(probs=self.model.mean_field(self.check(v))), 1)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The visibles' mean given the posterior mean of the latents."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from bilevel.methods.contrastive_divergence import Batch, ContrastiveDivergence, mean_field
+from bilevel.methods.contrastive_divergence import Batch, ContrastiveDivergence
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
 from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
@@ -172,11 +172,11 @@ def test_divergence_of_two_layers_has_the_gradient_of_the_variational_bound(name
     learner, data = ContrastiveDivergence(model), data_for(model)
 
     def bound() -> Tensor:
-        mu = mean_field(model, data, sweeps=60)
+        mu = model.mean_field(data, sweeps=60)
         entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)
         return (model(data, mu) - entropy.sum(1)).mean() + model.log_partition()
 
-    mu = mean_field(model, data, sweeps=60)
+    mu = model.mean_field(data, sweeps=60)
     log_z = gradient(learner, model.log_partition())
     positive = gradient(learner, model(data, mu).mean())
     loss = loss_of(learner, Batch(data, mu, data[:1], mu[:1]))
@@ -198,7 +198,7 @@ def test_divergence_of_two_layers_has_the_gradient_of_the_variational_bound(name
 def test_joint_samples_of_two_layers_give_the_model_term() -> None:
     model = MACHINES["DBM"]()
     learner, data = ContrastiveDivergence(model), data_for(model)
-    mu = mean_field(model, data)
+    mu = model.mean_field(data)
     v, h, p = joint_states(model)
     losses = [loss_of(learner, Batch(data, mu, v[i : i + 1], h[i : i + 1])) for i in range(len(v))]
     found = gradient(learner, p @ torch.stack(losses))
@@ -213,7 +213,7 @@ def test_mean_field_descends_its_bound_and_is_exact_without_a_second_layer() -> 
     with torch.no_grad():
         bounds = []
         for sweeps in (1, 2, 4, 8, 100):
-            mu = mean_field(model, v, sweeps)
+            mu = model.mean_field(v, sweeps)
             entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)
             bounds.append(model(v, mu) - entropy.sum(1))
         for worse, better in itertools.pairwise(bounds):
@@ -221,12 +221,12 @@ def test_mean_field_descends_its_bound_and_is_exact_without_a_second_layer() -> 
         assert bool((bounds[0] > bounds[1]).all())
         assert bool((bounds[-1] >= model.free_energy(v)).all())
         model.weight2.zero_()
-        mu = mean_field(model, v, sweeps=1)
+        mu = model.mean_field(v, sweeps=1)
         entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)
         torch.testing.assert_close(model(v, mu) - entropy.sum(1), model.free_energy(v), **EXACT)
     single = MACHINES["RBM"]()
     exact = single.posterior_logits(data_for(single)).sigmoid()
-    torch.testing.assert_close(mean_field(single, data_for(single), 1), exact, **EXACT)
+    torch.testing.assert_close(single.mean_field(data_for(single), 1), exact, **EXACT)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from bilevel.methods.models.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.models.neighbours import Neighbours
 
+MEAN_FIELD_SWEEPS = 10
+"""Updates of each hidden layer by `mean_field`."""
+
 VisibleDraw = Callable[[Tensor], Tensor]
 
 
@@ -159,6 +162,25 @@ class LatentVariableModel(nn.Module, ABC):
 
         Raises:
             NotImplementedError: if there are two hidden layers: the posterior does not factorise.
+        """
+
+    @abstractmethod
+    def mean_field(self, v: Tensor, sweeps: int = MEAN_FIELD_SWEEPS) -> Tensor:
+        r"""Probabilities $\mu(v)$ of the best factorised posterior, without gradients.
+
+        Exact with one hidden layer. With two, from $\mu = 1/2$, each layer in turn becomes
+        $\mu_j = \sigma(-\partial E(v, \mu) / \partial \mu_j)$; no update raises the bound
+        $E(v, \mu) - H(\mu) \geq F(v)$.
+
+        Args:
+            v: visibles, shape (n, visible_dim).
+            sweeps: how often each layer is updated, if there are two.
+
+        Returns:
+            Shape (n, sum(latent_dims)).
+
+        Raises:
+            ValueError: if v has the wrong width.
         """
 
     @abstractmethod

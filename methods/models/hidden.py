@@ -12,7 +12,13 @@ $$ \text{two:}\quad E = E_v(v) - c_1^T h_1 - c_2^T h_2 - v^T W_1 h_1 - h_1^T W_2
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.models.base import LatentVariableModel, check_steps, coin_flips
+from bilevel.methods.models.base import (
+    MEAN_FIELD_SWEEPS,
+    LatentVariableModel,
+    check_dim,
+    check_steps,
+    coin_flips,
+)
 from bilevel.methods.models.enumeration import MAX_UNITS, log_one_plus_exp, log_sum_over_states
 from bilevel.methods.models.neighbours import Neighbours
 
@@ -37,6 +43,10 @@ class OneHidden(LatentVariableModel):
     def posterior_logits(self, v: Tensor) -> Tensor:
         self._check_visible(v)
         return torch.addmm(self.latent_bias, v, self.weight)
+
+    @torch.no_grad()
+    def mean_field(self, v: Tensor, sweeps: int = MEAN_FIELD_SWEEPS) -> Tensor:
+        return self.posterior_logits(v).sigmoid_()
 
     @torch.no_grad()
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
@@ -121,6 +131,17 @@ class TwoHidden(LatentVariableModel):
             f"the posterior of a `{type(self).__name__}` does not factorise over its hidden units; use "
             "a variational posterior"
         )
+
+    @torch.no_grad()
+    def mean_field(self, v: Tensor, sweeps: int = MEAN_FIELD_SWEEPS) -> Tensor:
+        self._check_visible(v)
+        check_dim("sweeps", sweeps)
+        from_visible = torch.addmm(self.latent_bias1, v, self.weight1)
+        second = v.new_full((len(v), self.latent_dims[1]), 0.5)
+        for _ in range(sweeps):
+            first = torch.addmm(from_visible, second, self.weight2.mT).sigmoid_()
+            second = self._second_logits(first).sigmoid_()
+        return torch.cat([first, second], dim=1)
 
     @torch.no_grad()
     def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:

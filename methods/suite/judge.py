@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.methods.contrastive_divergence import mean_field
 from bilevel.methods.eblvm import EBLVM, chunked
 from bilevel.methods.likelihood import annealed_importance_sampling, bracket, linear_schedule
 from bilevel.methods.models import LatentVariableModel
@@ -119,7 +118,7 @@ def _weighted(learner: VAE, v: Tensor, evaluation: EvaluationConfig, final: bool
 
 def _mean_field_bound(machine: LatentVariableModel, v: Tensor) -> Tensor:
     """E(v, mu) - H(mu), at least F(v), shape (n,)."""
-    mu = mean_field(machine, v)
+    mu = machine.mean_field(v)
     entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)
     energies: Tensor = machine(v, mu) - entropy.sum(1)
     return energies
