@@ -40,7 +40,7 @@ def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
     """
     figure = _figure(11, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
-    late = []
+    ends: list[float] = []
     for index, row in enumerate(group.rows):
         traces = [
             np.array([[math.nan if x is None else x for x in point] for point in record["trace"]])
@@ -58,15 +58,16 @@ def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
             "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
         }
         for axes, column in ((left, 0), (right, 1)):
-            late.append(_band(axes, traces, column, row.method, style))
+            ends.append(_band(axes, traces, column, row.method, style))
     for axes, name in ((left, "step"), (right, "seconds of training")):
-        axes.set_xscale("log")
+        _logarithmic(axes)
         axes.set_xlabel(name)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    _limit((left, right), ends, group.ceiling)
+    for axes in (left, right):
         if group.ceiling is not None:
             axes.axhline(group.ceiling, color="#555555", linewidth=1, linestyle=(0, (1, 2)))
-    _limit(left, late, group.ceiling)
     left.set_ylabel("test log-likelihood in nats")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
@@ -76,31 +77,45 @@ def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
 
 def _band(
     axes: "Axes", traces: Sequence[Array], column: int, label: str, style: Mapping[str, Any]
-) -> Array:
-    """Draw the mean over the seeds and their range; return the mean where it is the latest half."""
+) -> float:
+    """Draw the mean over the seeds and their range; return where the mean ends."""
     grid = np.median(np.stack([t[: min(map(len, traces)), column] for t in traces]), axis=0)
     if column == 0:
         values = np.stack([t[: len(grid), 2] for t in traces])
     else:  # the same steps take other times from other seeds
         values = np.stack([np.interp(grid, t[:, 1], t[:, 2]) for t in traces])
-    mean: Array = values.mean(0)
+    mean = values.mean(0)
     axes.plot(grid, mean, label=label, linewidth=1.7, **style)
     if len(traces) > 1:
         axes.fill_between(
             grid, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
         )
-    return mean[len(mean) // 2 :]
+    return float(mean[-1])
 
 
-def _limit(axes: "Axes", late: Sequence[Array], ceiling: float | None) -> None:
-    """An axis on which the ends of the curves are far apart: early values may leave it below."""
-    ends = np.array([values[-1] for values in late if len(values) and np.isfinite(values[-1])])
-    if not len(ends):
+def _logarithmic(axes: "Axes") -> None:
+    """A logarithmic horizontal axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limit(both: "Sequence[Axes]", ends: Sequence[float], ceiling: float | None) -> None:
+    """Axes on which the ends of the curves are far apart: early values may be left out."""
+    finite = [end for end in ends if math.isfinite(end)]
+    if not finite:
         return
-    top = ends.max() if ceiling is None else ceiling
-    low = np.quantile(ends, 0.1)
-    height = max(top - low, 1e-3)
-    axes.set_ylim(low - 0.9 * height, top + 0.08 * height)
+    top, low = (max(finite) if ceiling is None else ceiling), float(np.quantile(finite, 0.1))
+    bottom = low - 0.9 * max(top - low, 1e-3)
+    for axes in both:
+        axes.set_ylim(bottom, top + 0.08 * (top - bottom))
+        seen = [np.asarray(line.get_data(), float) for line in axes.get_lines()]
+        visible = np.concatenate([x[(y > bottom) & (x > 0)] for x, y in seen])
+        if len(visible):
+            axes.set_xlim(left=0.8 * visible.min())
 
 
 def draw_densities(jobs: Mapping[str, Job], title: str, path: Path) -> None:

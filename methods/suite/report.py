@@ -20,8 +20,9 @@ Picture = tuple[str, Path, str]  # title, PNG file, caption
 
 _CURVES = (
     "The line is the mean over the seeds, the band reaches from the lowest to the highest. The clock "
-    "counts training alone, compilation included. The dotted line is the negative entropy of the data, "
-    "which no model can exceed on average. Early values may lie below the picture."
+    "counts training alone, without the first step, in which steps may be compiled. The dotted line "
+    "is the negative entropy of the data, which no model can exceed on average. Early values may lie "
+    "below the picture."
 )
 _DENSITIES = (
     "Exact densities on one scale of colours; data: the density that the rows are drawn from."

@@ -23,9 +23,9 @@ class Row:
         lower: mean of the bounds from below.
         upper: mean of the bounds from above.
         steps: of one training, mean.
-        seconds: of one training, mean; evaluation excluded.
-        startup_seconds: of these, before the second step: compilation, if there is any; mean.
-        steps_per_second: without that; mean.
+        seconds: of one training without its first step; mean, evaluation excluded.
+        startup_seconds: of the first step: compilation, if there is any; mean.
+        steps_per_second: without the first step; mean.
         failures: why the others did not finish.
     """
 
@@ -94,7 +94,7 @@ def _group(data: str, model: str, methods: Mapping[str, list[Record]]) -> Group:
         for record in everything
         if record["method"]["method"] == "MaximumLikelihood" and record["status"] == "finished"
     ]
-    devices = [f"{record['device']}, {record['threads']} threads" for record in everything]
+    devices = [f"{record['device']}, threads: {record['threads']}" for record in everything]
     return Group(
         data,
         model,
@@ -200,15 +200,15 @@ _COLUMNS = (
     _Column("steps", "of the upper level", lambda row, group: _count(row.steps)),
     _Column(
         "seconds",
-        "of one training, without evaluation",
+        "of one training, without evaluation and without the first step",
         lambda row, group: _count(row.seconds),
     ),
     _Column(
-        "of these to start",
-        "the first step: compilation, where it is switched on",
+        "first step",
+        "its seconds: compilation, where it is switched on",
         lambda row, group: _count(row.startup_seconds),
     ),
-    _Column("steps/s", "without the start", lambda row, group: _count(row.steps_per_second)),
+    _Column("steps/s", "without the first step", lambda row, group: _count(row.steps_per_second)),
 )
 
 

@@ -58,7 +58,7 @@ class Trace:
             self._rewind(self._first)
         line: dict[str, Any] = {
             "step": step.number,
-            "seconds": self._before["seconds"] + step.seconds,
+            "seconds": self._before["seconds"] + step.seconds - self._startup,
             "startup_seconds": self._before["startup_seconds"] + self._startup,
             "starts": self._before["starts"] + 1,
         }
@@ -80,17 +80,17 @@ class Trace:
     def summary(self) -> dict[str, Any]:
         """Steps, seconds and the trace, as plain values for a record.
 
-        `startup_seconds` is the time of the first step, after every start: compilation, if there is any.
-        `steps_per_second` leaves it out, `seconds` does not.
+        `startup_seconds` is the time of the first step after every start: compilation, if there is any.
+        `seconds` and the trace leave it out.
         """
         lines = read_lines(self.path)
         last = lines[-1]
-        steps, seconds = last["step"] - last["starts"], last["seconds"] - last["startup_seconds"]
+        steps, seconds = last["step"] - last["starts"], last["seconds"]
         return {
             "steps": last["step"],
             "seconds": round(last["seconds"], 3),
             "startup_seconds": round(last["startup_seconds"], 3),
-            "steps_per_second": round(steps / seconds, 1) if steps > 0 and seconds > 0 else None,
+            "steps_per_second": round(steps / seconds, 1) if seconds > 0 else None,
             "trace": [
                 [line["step"], round(line["seconds"], 3), line["log_likelihood"]]
                 for line in lines
