@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bilevel import Step, cli
+from bilevel import CheckpointError, Step, cli
 from bilevel.cli import main
 from bilevel.methods.config import Training
 from bilevel.methods.likelihood import log_likelihood
@@ -127,6 +127,16 @@ def test_a_failing_cell_is_recorded_and_the_suite_goes_on(tmp_path: Path) -> Non
     assert run_suite(suite(methods=[broken, "dsm"]), tmp_path, callbacks=[no_steps]) == records
     page = write_suite_report(SuiteFolder(tmp_path)).read_text()
     assert "Failed: broken" in page
+
+
+def test_a_checkpoint_that_does_not_fit_is_no_failure_of_the_method(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite(), tmp_path, callbacks=[stopping_at(13)])
+    for path in tmp_path.rglob("last.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError):
+        run_suite(suite(), tmp_path)
+    assert not SuiteFolder(tmp_path).records()
 
 
 def test_time_that_is_up_ends_a_cell(tmp_path: Path) -> None:
@@ -429,6 +439,9 @@ def test_the_command_runs_lists_and_reports(file: Path, capsys: Capture) -> None
     assert listed[1].endswith("to do")
     assert main(["report", "runs/eblvm-tiny", "--out", "page.html"]) == 0
     assert "dsm" in Path("page.html").read_text()
+    cell = "runs/eblvm-tiny/cells/checkerboard/GaussianRBM-2/dsm/seed0"
+    assert main(["report", cell, "runs/eblvm-tiny", "--out", "both.html"]) == 0
+    assert "ScoreMatching" in Path("both.html").read_text()  # of the run; a suite is left out
     capsys.readouterr()
     assert main([*bench, "--show", "--seeds", "3", "4"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -30,7 +30,12 @@ def command(arguments: list[str]) -> int:
     args = parser.read(arguments)
     if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
         return _show(write_suite_report(SuiteFolder(args.runs[0])), args)
-    folders = [name for name in args.runs if len(args.runs) == 1 or Path(name).is_dir()]
+    several = len(args.runs) > 1  # of runs/*, what is no run is left out
+    folders = [
+        name
+        for name in args.runs
+        if not several or (Path(name).is_dir() and not SuiteFolder(name).exists)
+    ]
     runs = [existing(folder) for folder in folders]
     if not runs:
         raise UsageError("none of these is the folder of a run")

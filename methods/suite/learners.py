@@ -114,8 +114,12 @@ def make_table(data: DataConfig) -> Table:
     """
     try:
         table: Table = construct("load_table", load_table, data.options, data.source)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"data `{data.name}`: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data `{data.name}`: {error}. Put it there, or leave these data out with `--only`"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"data `{data.name}`: {error}") from error
     return table
 
 

@@ -13,7 +13,7 @@ from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.learners import Job, make_table
 from bilevel.methods.suite.runner import trained
-from bilevel.methods.suite.tables import Group, as_html, groups, markdown
+from bilevel.methods.suite.tables import Group, as_html, groups, markdown, meanings
 from bilevel.methods.tables import Table
 
 Picture = tuple[str, Path, str]  # title, PNG file, caption
@@ -68,10 +68,15 @@ def write_suite_report(home: SuiteFolder) -> Path:
         for title, path, caption in _draw(home, config, group, records, tables):
             image = base64.b64encode(path.read_bytes()).decode()
             parts.append(
+                f"<h3>{html.escape(title)}</h3>"
                 f'<img class="curves" alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
                 f"<p>{html.escape(caption)}</p>"
             )
-    parts.append(_methods(records))
+    terms = "".join(
+        f"<dt>{html.escape(title)}</dt><dd>{html.escape(meaning)}</dd>"
+        for title, meaning in meanings(found).items()
+    )
+    parts += [f"<h2>How to read the tables</h2><dl>{terms}</dl>", _methods(records)]
     target = home.folder / "report.html"
     write_text(target, page(f"Suite {config.name}", "\n".join(parts)))
     return target
@@ -111,7 +116,7 @@ def _draw(
 
     def add(kind: str, caption: str) -> Path:
         path = home.folder / f"{kind}-{stem}.png"
-        pictures.append((f"{kind} of {group.title}", path, caption))
+        pictures.append((kind.capitalize(), path, caption))
         return path
 
     figures.draw_curves(group, records, add("curves", _CURVES))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -58,6 +59,7 @@ def run_suite(
     Raises:
         ValueError: for a configuration that cannot work, or another one than the folder's.
         FileNotFoundError: if there is no such data file.
+        CheckpointError: if a cell's checkpoint cannot be resumed from.
     """
     cells = config.cells(only)
     tables: dict[str, Table] = {}
@@ -120,6 +122,8 @@ def run_cell(
         if not isfinite(test.value):
             outcome["reason"] = f"the test log-likelihood is {test.value}"
     except (DivergenceError, HypergradientError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and not trace.started:
+            raise  # one that cannot be resumed from says nothing about the method
         outcome = {"reason": str(error)}
     status = "failed" if "reason" in outcome else "finished"
     record: dict[str, Any] = finite(
@@ -142,7 +146,7 @@ def _heading(job: Job, device: str) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": {name: versions()[name] for name in ("bilevel", "torch", "python")},
-        "device": versions()["device"] if device != "cpu" else f"cpu ({os.uname().machine})",
+        "device": versions()["device"] if device != "cpu" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "ceiling": None if density is None else -density.entropy,
     }

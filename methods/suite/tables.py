@@ -222,9 +222,9 @@ def table(group: Group) -> tuple[list[str], list[list[str]]]:
     return [column.title for column in columns], lines
 
 
-def meanings(group: Group) -> dict[str, str]:
-    """What the columns of a group's table say."""
-    shown = table(group)[0]
+def meanings(found: Iterable[Group]) -> dict[str, str]:
+    """What the columns of these tables say."""
+    shown = {title for group in found for title in table(group)[0]}
     return {c.title: c.meaning for c in _COLUMNS if c.title in shown and c.meaning}
 
 
@@ -246,7 +246,7 @@ def markdown(found: Sequence[Group]) -> str:
 
 
 def as_html(group: Group) -> str:
-    """One table as HTML, with what its columns mean."""
+    """One table as HTML, and what failed."""
     head, lines = table(group)
     top = "".join(f"<th>{html.escape(title)}</th>" for title in head)
     body = "".join(
@@ -255,12 +255,8 @@ def as_html(group: Group) -> str:
         + "</tr>"
         for line in lines
     )
-    terms = "".join(
-        f"<dt>{html.escape(title)}</dt><dd>{html.escape(meaning)}</dd>"
-        for title, meaning in meanings(group).items()
-    )
     failed = "".join(f"<p>Failed: {html.escape(text)}</p>" for text in failures(group))
     return (
         f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"{failed}<dl>{terms}</dl>"
+        f"{failed}"
     )

@@ -40,6 +40,11 @@ class Trace:
         self._first: int | None = None
         self._startup = 0.0
 
+    @property
+    def started(self) -> bool:
+        """Whether a step was taken since this object was made."""
+        return self._first is not None
+
     def begin(self) -> None:
         """Start a new trace with the untrained model."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
