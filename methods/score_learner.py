@@ -155,7 +155,7 @@ class ScoreLearner(ModelLearner):
         return isinstance(self.upper.get_submodule("model"), LatentVariableModel)
 
     def posterior(self, v: Tensor) -> Distribution:
-        """The posterior p(h|v) where it is exact, with one hidden layer; else q(h|v)."""
+        """The posterior p(h|v) of a machine (its mean field with two hidden layers), else q(h|v)."""
         if self._is_machine:
             return ModelLearner.posterior(self, v)
         with self.evaluating():

@@ -26,6 +26,16 @@ from bilevel.tree import Layout, Tree
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 TEMPERATURE = 0.1
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -171,16 +181,17 @@ def test_6_partial_derivative_misses_weights_and_hidden_biases_only() -> None:
     assert partial["model.latent_bias"].abs().max() == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("objective", ["denoising", "multiscale", "sliced"])
-def test_7_hidden_bias_never_moves_without_the_response(objective: Any) -> None:
-    made = BiSM(GaussianRBM(2, 4), objective=objective)
+def test_7_hidden_bias_never_moves_without_the_response(objective: Any, device: str) -> None:
+    made = BiSM(GaussianRBM(2, 4), objective=objective).to(device)
     before = copy.deepcopy(made.upper.state_dict())
     made.fit(data(64).float(), num_steps=10, batch_size=16, solver=Alternating())
     after = made.upper.state_dict()
     assert torch.equal(before["model.latent_bias"], after["model.latent_bias"])
     for name in ("model.weight", "model.visible_bias", "model.log_scale"):
         assert not torch.equal(before[name], after[name])
-    moved = BiSM(GaussianRBM(2, 4), objective=objective)
+    moved = BiSM(GaussianRBM(2, 4), objective=objective).to(device)
     moved.fit(data(64).float(), num_steps=2, batch_size=16, solver=Unrolled(1))
     assert not torch.equal(before["model.latent_bias"], moved.model.latent_bias)
 

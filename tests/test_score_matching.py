@@ -29,6 +29,16 @@ from bilevel.methods.score_objectives import (
     score_objective,
 )
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 OBJECTIVES = ("denoising", "sliced", "multiscale", "exact")
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -191,17 +201,19 @@ def test_losses_are_functions_of_the_batch(objective: str) -> None:
         assert torch.equal(made.upper_loss(batches[0]), values[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_fit_save_load(objective: Any, tmp_path: Path) -> None:
+def test_fit_save_load(objective: Any, device: str, tmp_path: Path) -> None:
     made = ScoreMatching(GaussianRBM(2, 4), objective=objective, sigma=0.1, sigma_range=(0.1, 0.5))
+    made.to(device)
     data = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
     history = made.fit(data, num_steps=4, batch_size=16, log_every=1)
     assert len(history.records) == 4
     made.save(tmp_path)
-    loaded = ScoreMatching.load(tmp_path)
+    loaded = ScoreMatching.load(tmp_path).to(device)
     assert loaded.objective == made.objective
     assert torch.equal(loaded.energy(data), made.energy(data))
-    assert made.sample(3, torch.Generator().manual_seed(0)).shape == (3, 2)
+    assert made.sample(3, torch.Generator(device).manual_seed(0)).shape == (3, 2)
     assert made.reconstruct(data).shape == data.shape
 
 
@@ -222,8 +234,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_machine_with_two_hidden_layers() -> None:
     made = ScoreMatching(GaussianDBM(2, (3, 2)))
     made.fit(torch.rand(64, 2), num_steps=2, batch_size=16)
-    with pytest.raises(NotImplementedError, match="no variational posterior"):
-        made.posterior(torch.rand(3, 2))
+    assert made.posterior(torch.rand(3, 2)).mean.shape == (3, 5)
+    with pytest.raises(NotImplementedError, match="`ScoreMatching` has no variational posterior"):
+        _ = made.encoder
 
 
 @pytest.mark.slow

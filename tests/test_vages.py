@@ -26,6 +26,16 @@ from bilevel.tree import Tree
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 UNITS = 4
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -293,9 +303,11 @@ def test_fit_save_load_resume(objective: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
-def test_every_parameter_moves() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("objective", ["denoising", "multiscale", "stein"])
+def test_every_parameter_moves(objective: Any, device: str) -> None:
     """The hidden biases too, which BiSM without its response leaves where they are."""
-    made = VaGES(GaussianRBM(2, UNITS))
+    made = VaGES(GaussianRBM(2, UNITS), objective=objective).to(device)
     before = {n: p.clone() for n, p in made.named_parameters()}
     made.fit(data(64).float(), num_steps=2, batch_size=16)
     assert all(not torch.equal(p, before[n]) for n, p in made.named_parameters())
