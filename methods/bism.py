@@ -107,9 +107,9 @@ class BiSM(ScoreLearner):
         return Batch(data, points, self.encoder.noise(len(data), generator, data))
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
-        new = self.draw(batch.data, generator)
-        gain = new.points.gain if isinstance(new.points, Noised) else None
-        return LowerBatch(new.points.visible, new.latent, gain)
+        points = self.objective.draw(batch.data, generator)
+        gain = points.gain if isinstance(points, Noised) else None
+        return LowerBatch(points.visible, self.lower_noise(batch.data, generator), gain)
 
     def upper_loss(self, batch: Batch) -> Loss:
         """The objective of log p~(v, h) - log q(h|v) at one draw h for every visible."""

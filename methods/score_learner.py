@@ -35,7 +35,7 @@ class LowerBatch(NamedTuple):
 
     Attributes:
         visible: visibles, noised if the objective noises them, shape (n, ...).
-        latent: noise of the posterior's draws.
+        latent: noise of the posterior's draws, empty where nothing is drawn.
         gain: weight of every visible in the Fisher divergence, shape (n, 1, ...), or `None` for 1.
     """
 
@@ -110,6 +110,11 @@ class ScoreLearner(ModelLearner):
         """E(v, h), differentiable, shape (n,)."""
         energies: Tensor = self.upper.get_submodule("model")(v, h)
         return energies
+
+    @final
+    def lower_noise(self, v: Tensor, generator: torch.Generator) -> Tensor:
+        """The posterior's noise of one lower step; nothing where the expectation is exact."""
+        return v[:0] if self.expectation == "exact" else self.encoder.noise(len(v), generator, v)
 
     @final
     def lower_loss(self, batch: LowerBatch) -> Loss:

@@ -199,7 +199,7 @@ class VaGES(ScoreLearner):
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
         data = batch.data
-        noise = self.encoder.noise(len(data), generator, data)
+        noise = self.lower_noise(data, generator)
         if self.regression is None:
             return LowerBatch(data, noise, None)
         points = self.regression.draw(data, generator)
