@@ -44,15 +44,62 @@ class Linearization:
     Attributes:
         gradient: the lower gradient dG/dy as a vector, shape (n,).
         hessian: v -> (d2G/dy2)^T v on vectors of shape (n,). A vector-Jacobian product: right also
-            where the operator is not symmetric.
+            where the operator is not symmetric. `hessian.matrix()` is the whole of it.
         cross: w -> w^T d2G/(dy dx), a tree over the upper variables.
         layout: how the lower variables lie in the vectors.
     """
 
     gradient: Tensor
-    hessian: Callable[[Tensor], Tensor]
+    hessian: "Hessian"
     cross: Callable[[Tensor], Tree]
     layout: Layout
+
+
+class Hessian:
+    """The second derivative of the lower loss at a point: products with it, and all of it.
+
+    Args:
+        gradient: the lower gradient, with its graph.
+        leaves: the lower variables.
+        layout: how they lie in a vector.
+    """
+
+    def __init__(self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout) -> None:
+        self._gradient = gradient
+        self._leaves = leaves
+        self._layout = layout
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Product with a vector of shape (n,)."""
+        cotangents = self._layout.unravel(vector)
+        return self._layout.ravel(vector_jacobian_product(self._gradient, self._leaves, cotangents))
+
+    def matrix(self) -> Tensor:
+        """The matrix, shape (n, n), its columns computed side by side.
+
+        Raises:
+            RuntimeError: if an operation of the loss has no batched derivative.
+        """
+        n = self._layout.size
+        eye = torch.eye(n, dtype=self._gradient[0].dtype, device=self._gradient[0].device)
+        parts = [
+            p.view(n, *s)
+            for p, s in zip(eye.split(self._layout.sizes, 1), self._layout.shapes, strict=True)
+        ]
+        pairs = [(g, c) for g, c in zip(self._gradient, parts, strict=True) if g.requires_grad]
+        rows = torch.autograd.grad(
+            [g for g, _ in pairs],
+            self._leaves,
+            [c.to(g.dtype) for g, c in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        filled = [
+            y.new_zeros(n, y.numel()) if r is None else r.reshape(n, -1)
+            for r, y in zip(rows, self._leaves, strict=True)
+        ]
+        return torch.cat(filled, dim=1).mT
 
 
 class Oracles:
@@ -177,7 +224,7 @@ class Oracles:
 
         return Linearization(
             gradient=layout.ravel(gradient).detach(),
-            hessian=lambda v: layout.ravel(product(v, leaves)),
+            hessian=Hessian(gradient, leaves, layout),
             cross=lambda v: dict(zip(upper, product(v, list(upper.values())), strict=True)),
             layout=layout,
         )
@@ -198,7 +245,7 @@ class Oracles:
             )
         if self.problem.stops_lower_gradient is not None:
             raise ValueError(
-                f"`{solver}` needs the lower loss's true gradient, but in `{name}` "
+                f"`{solver}` needs the true gradient of both losses, but in `{name}` "
                 f"{self.problem.stops_lower_gradient}, or `Alternating()`"
             )
         differentiable_twice(self.problem.lower, solver)

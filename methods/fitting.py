@@ -78,6 +78,7 @@ def fit(
     per_epoch = len(data) // training.batch_size
     model.train()
     two_levels = bool(model.variables("lower"))
+    lower_moves = two_levels and training.lower_steps > 0
     steps = train(
         model,
         batches,
@@ -88,7 +89,7 @@ def fit(
         lower_steps=training.lower_steps if two_levels else 0,
         order=training.order,
         upper_scheduler=_schedulers(upper, training, per_epoch),
-        lower_scheduler=_schedulers(lower, training, per_epoch) if two_levels else (),
+        lower_scheduler=_schedulers(lower, training, per_epoch) if lower_moves else (),
         clip_upper=training.clip_upper,
         clip_lower=training.clip_lower,
         seed=training.seed,

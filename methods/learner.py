@@ -64,7 +64,7 @@ class ModelLearner(EBLVM):
         Raises:
             NotImplementedError: if the method has none.
         """
-        if "posterior" not in dict(self.lower.named_children()):
+        if "posterior" not in self.lower._modules:
             raise NotImplementedError(
                 f"`{type(self).__name__}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, "
                 "`BiSM` and `VaGES` learn one"

@@ -1,5 +1,6 @@
 """`LinearSolver`: solve `A w = b` from products with `A` alone."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -70,7 +71,15 @@ def damped(operator: Operator, damping: float) -> Operator:
 
 
 def dense(operator: Operator, like: Tensor) -> Tensor:
-    """The operator as a matrix, one product per column; `like` is any vector it takes."""
+    """The operator as a matrix; `like` is any vector it takes.
+
+    All columns at once if the operator knows how (`operator.matrix()`), else one product for each.
+    """
+    matrix = getattr(operator, "matrix", None)
+    if matrix is not None:
+        with contextlib.suppress(RuntimeError):  # an operation without a batched derivative
+            whole: Tensor = matrix()
+            return whole
     eye = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
     return torch.stack([operator(column) for column in eye], dim=1)
 

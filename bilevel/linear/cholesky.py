@@ -10,7 +10,6 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
-    damped,
     dense,
     positive,
     relative,
@@ -54,7 +53,9 @@ class Cholesky(LinearSolver):
                 f"`Cholesky` would materialise a {n} x {n} matrix, more than `max_size` = "
                 f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
             )
-        matrix = dense(damped(operator, self.damping), rhs)
+        matrix = dense(operator, rhs)
+        if self.damping:
+            matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
         odd = torch.linalg.matrix_norm(matrix - matrix.mT)
         symmetric = not tracing() and bool(
             odd <= torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
