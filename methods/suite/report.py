@@ -33,7 +33,8 @@ _FILTERS = (
 )
 _SAMPLES = (
     "Above rows of the test data, then what each method draws: in one pass where it learned a sampler, "
-    "else by Gibbs sampling from random latents."
+    "else by Gibbs sampling from random latents. Grey data stand for probabilities; samples of binary "
+    "machines are bits."
 )
 
 
