@@ -83,8 +83,8 @@ class Problem(nn.Module, ABC):
         Args:
             batch: what `draw` returned.
             generator: the only source of randomness, on the problem's device.
-            step: number of the step in its sequence, from 0: the loop's lower steps are one
-                sequence, the hypothetical steps of a solver another.
+            step: number of the loop's lower step, from 0. The hypothetical steps of a solver are all
+                0: step 0 must move every lower variable.
 
         Returns:
             The batch that `lower_loss` receives in this step.

@@ -113,7 +113,7 @@ class Turn:
     def _solver_batches(self) -> list[Any]:
         one_for_all = self._shared and not self.state.problem.draws_every_lower_step
         count = 1 if one_for_all else self.solver.num_lower_batches()
-        return [self._lower_batch(step) for step in range(count)] or [None]
+        return [self._lower_batch(0) for _ in range(count)] or [None]
 
     # ------------------------------------------------------------------ steps
 

@@ -188,3 +188,12 @@ def test_data_that_are_not_binary_are_refused() -> None:
         AdvIL(RBM(NV, 3)).fit(torch.full((2, NV), 0.5))
     with pytest.raises(ValueError, match=r"in \[0, 1\], got values from 0.5 to 2"):
         AdvIL(RBM(NV, 3, grey=True)).fit(torch.tensor([[0.5, 2.0, 1.0, 1.0]]))
+
+
+def test_unrolled_steps_move_the_encoder_too() -> None:
+    """A solver's hypothetical steps take the whole lower loss, though the loop's later ones do not."""
+    advil = AdvIL(machine())
+    history = advil.fit(
+        binary(40), solver=Unrolled(3), num_steps=2, lower_steps=2, batch_size=10, log_every=1
+    )
+    assert history.records[-1]["response_norm"] > 0
