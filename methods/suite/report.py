@@ -20,9 +20,11 @@ Picture = tuple[str, Path, str]  # title, PNG file, caption
 
 _CURVES = (
     "The line is the mean over the seeds, the band reaches from the lowest to the highest. The clock "
-    "counts training alone, without the first step, in which steps may be compiled. The dotted line "
-    "is the negative entropy of the data, which no model can exceed on average. Early values may lie "
-    "below the picture."
+    "counts training alone, without the first step, in which steps may be compiled. Early values may "
+    "lie below the picture."
+)
+_CEILING = (
+    " The dotted line is the negative entropy of the data, which no model exceeds on average."
 )
 _DENSITIES = (
     "Exact densities on one scale of colours; data: the density that the rows are drawn from."
@@ -120,7 +122,8 @@ def _draw(
         pictures.append((kind.capitalize(), path, caption))
         return path
 
-    figures.draw_curves(group, records, add("curves", _CURVES))
+    caption = _CURVES if group.ceiling is None else _CURVES + _CEILING
+    figures.draw_curves(group, records, add("curves", caption))
     jobs = _trained(home, config, group, records, tables)
     if not jobs:
         return pictures
