@@ -100,6 +100,15 @@ class Compiled(Generic[P, R]):
             return [leaf for leaf in found["answer"] if isinstance(leaf, Tensor)]
 
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
+            run, aliases = self._lowered(flat, arguments, live)
+        return _Graph(run, aliases, found["answer"], found["structure"])
+
+    def _lowered(
+        self, flat: Callable[..., list[Tensor]], arguments: list[Tensor], live: list[Tensor]
+    ) -> tuple[Callable[..., Any], list[Tensor]]:
+        """`flat` traced and compiled, and the tensors it reads and writes beside its arguments."""
         with _unchanged(live), traced(), self._rates_as_tensors():
             graph = make_fx(flat)(*arguments, *live)
         _refuse_random(graph)
@@ -109,7 +118,7 @@ class Compiled(Generic[P, R]):
             options = {"size_asserts": False}
             run = torch._inductor.compile(graph, [*arguments, *aliases], options)
             run(*arguments, *aliases)
-        return _Graph(run, aliases, found["answer"], found["structure"])
+        return run, aliases
 
     @contextlib.contextmanager
     def _rates_as_tensors(self) -> Iterator[None]:
@@ -187,6 +196,8 @@ def _refuse_random(graph: GraphModule) -> None:
 
 def _warn(error: Exception) -> None:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "tracing tensor" in reason:  # torch's words for it are about its own insides
+        reason = "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
     warnings.warn(
         f"the step is not compiled and runs as without `compile`: {reason}",
         RuntimeWarning,

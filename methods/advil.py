@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_machine
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.variational import (
     BernoulliPosterior,
@@ -98,6 +98,7 @@ class AdvIL(ModelLearner):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
+        check_machine(model, "AdvIL")
         own = posterior is not None or joint is not None
         if posterior is None:
             posterior = BernoulliPosterior.for_model(model, temperature=temperature)

@@ -44,7 +44,7 @@ from typing import (
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.linear.base import positive
 from bilevel.methods.config import Training, one_of
@@ -140,6 +140,7 @@ class GeneralBiDVL(EBLVM):
         "betas": (0.5, 0.999),
         "lower_weight_decay": 0.0,
         "decay": 1.0,
+        "lower_steps": 5,
         "order": "lower_first",  # Algorithm 1
     }
 
@@ -173,7 +174,7 @@ class GeneralBiDVL(EBLVM):
         if machine is not None:
             self.visible_shape = (machine.visible_dim,)
             self.visible_range, self.binary = machine.visible_range, machine.binary
-            if self._sampled and len(machine.latent_dims) > 1:
+            if self._sampled and self._is_deep:
                 self.stops_lower_gradient = (
                     "the posterior's reverse divergence is estimated at samples of p(h|v) whose "
                     "dependence on the energy is not seen; use divergence='kl'"
@@ -222,6 +223,12 @@ class GeneralBiDVL(EBLVM):
     def _machine(self) -> LatentVariableModel:
         return cast(LatentVariableModel, self.upper.get_submodule("energy"))
 
+    @property
+    def _is_deep(self) -> bool:
+        """Whether the energy is a machine with two hidden layers."""
+        energy = self.upper.get_submodule("energy")
+        return isinstance(energy, LatentVariableModel) and len(energy.latent_dims) > 1
+
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
         energies: Tensor = self.upper.get_submodule("energy")(v, h)
@@ -255,7 +262,7 @@ class GeneralBiDVL(EBLVM):
             visible, latent = self._machine.gibbs(first, generator, steps=self.sweeps)
             log_density = -self._machine(visible, latent)
         given_data = None
-        if len(self._machine.latent_dims) > 1:
+        if self._is_deep:
             given_data = self._machine.latent_gibbs(v, generator, steps=self.sweeps)
         code_noise = joint.code_noise(len(v), generator, v)
         return Proposals(visible, latent, log_density, code_noise, given_data)
@@ -326,11 +333,9 @@ class GeneralBiDVL(EBLVM):
         Bound: at the mean of 16 draws from q1, never below the free energy on average.
         """
         energy = self.upper.get_submodule("energy")
-        deep = isinstance(energy, LatentVariableModel) and len(energy.latent_dims) > 1
         with self.evaluating():
-            if hasattr(energy, "free_energy") and not (
-                deep and self._machine.latent_dims[0] > MAX_UNITS
-            ):
+            intractable = self._is_deep and self._machine.latent_dims[0] > MAX_UNITS
+            if hasattr(energy, "free_energy") and not intractable:
                 exact: Tensor = cast(Any, energy).free_energy(v)
                 return exact
             generator = torch.Generator(v.device).manual_seed(0)
@@ -346,18 +351,20 @@ class GeneralBiDVL(EBLVM):
             return self._joint.sample(n, generator)
 
     def posterior(self, v: Tensor) -> Distribution:
-        """q1(h|v)."""
+        """q1(h|v); of a machine with two hidden layers the mean field of p(h|v)."""
         with self.evaluating():
+            if self._is_deep:
+                return Independent(Bernoulli(probs=self._machine.mean_field(v)), 1)
             return self._posterior.distribution(v)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The visibles' mean under the joint at the posterior mean.
 
         Raises:
-            NotImplementedError: if the joint has no generator, or the posterior no mean.
+            NotImplementedError: if the joint has no generator.
         """
+        mean = self.posterior(v).mean
         with self.evaluating():
-            mean = self._posterior.distribution(v).mean
             if isinstance(self._joint, HierarchicalJoint):
                 return self._joint.visible_mean(mean)
             generator = getattr(self._joint, "generator", None)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_machine
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.models.base import check_dim, coin_flips
 from bilevel.problem import Loss
@@ -88,6 +88,7 @@ class ContrastiveDivergence(ModelLearner):
         num_chains: int | None = None,
     ) -> None:
         super().__init__()
+        check_machine(model, "ContrastiveDivergence")
         self.steps = check_dim("steps", steps)
         self.persistent = persistent
         if num_chains is not None:

@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.methods.config import Training
 from bilevel.methods.eblvm import EBLVM, chunked
-from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
@@ -44,7 +44,11 @@ class ModelLearner(EBLVM):
             lower: modules of the lower level; none for a method with a single level.
             options: the constructor's other arguments as plain values, so that `load` can call it;
                 `None` if it was given modules of the caller's own.
+
+        Raises:
+            TypeError: if `model` is no machine.
         """
+        check_machine(model, type(self).__name__)
         self.upper = nn.ModuleDict({"model": model})
         self.lower = nn.ModuleDict(lower or {})
         self.visible_shape = (model.visible_dim,)
@@ -134,6 +138,34 @@ class ModelLearner(EBLVM):
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
         options = {name: value for name, value in recipe.items() if name != "model"}
         return cls(from_recipe(recipe["model"]), **options)
+
+
+def check_machine(model: nn.Module, learner: str, without_free_energy: str | None = None) -> None:
+    """Refuse what a learner of Boltzmann machines cannot train.
+
+    Args:
+        model: what it was given.
+        learner: its name.
+        without_free_energy: what to use instead where the free energy does not enumerate, of a learner
+            that needs it.
+
+    Raises:
+        TypeError: if `model` is no machine.
+        ValueError: if the learner needs a free energy that cannot be enumerated.
+    """
+    if not isinstance(model, LatentVariableModel):
+        raise TypeError(
+            f"`{learner}` trains a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`), got "
+            f"`{type(model).__name__}`; for energies of your own there are `GeneralBiDVL`, `BiSM` and "
+            "`VaGES`"
+        )
+    first, deep = model.latent_dims[0], len(model.latent_dims) > 1
+    if without_free_energy is not None and deep and first > MAX_UNITS:
+        raise ValueError(
+            f"`{learner}` needs the free energy, and that of this `{type(model).__name__}` is a sum "
+            f"over the {first} units of its first hidden layer, at most {MAX_UNITS} can be enumerated; "
+            f"use {without_free_energy}"
+        )
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

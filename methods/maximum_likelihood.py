@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_machine
 from bilevel.methods.models import MAX_UNITS, LatentVariableModel
 from bilevel.problem import Loss
 
@@ -45,18 +45,15 @@ class MaximumLikelihood(ModelLearner):
 
     def __init__(self, model: LatentVariableModel) -> None:
         super().__init__()
-        name, first = type(model).__name__, model.latent_dims[0]
+        instead = (
+            "`ContrastiveDivergence(model, persistent=True)`, which takes the mean field instead"
+        )
+        check_machine(model, "MaximumLikelihood", instead)
         if not model.enumerable:
             raise ValueError(
-                f"log Z of this `{name}` ({model.visible_dim} visibles, latents {model.latent_dims}) "
-                f"is a sum over more than {MAX_UNITS} units; use `ContrastiveDivergence(model, "
+                f"log Z of this `{type(model).__name__}` ({model.visible_dim} visibles, latents "
+                f"{model.latent_dims}) is a sum over more than {MAX_UNITS} units; use `ContrastiveDivergence(model, "
                 "persistent=True)`, which samples the model instead"
-            )
-        if len(model.latent_dims) > 1 and first > MAX_UNITS:
-            raise ValueError(
-                f"the free energy of this `{name}` is a sum over the {first} units of its first "
-                f"hidden layer, at most {MAX_UNITS} can be enumerated; use "
-                "`ContrastiveDivergence(model, persistent=True)`, which takes the mean field instead"
             )
         self.hold(model, options={})
 

@@ -17,8 +17,8 @@ from typing import NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.learner import ModelLearner
-from bilevel.methods.models import MAX_UNITS, LatentVariableModel
+from bilevel.methods.learner import ModelLearner, check_machine
+from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.models.base import check_dim, coin_flips
 from bilevel.methods.models.enumeration import log_one_plus_exp
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
@@ -71,13 +71,8 @@ class NoiseContrastive(ModelLearner):
 
     def __init__(self, model: LatentVariableModel, ratio: int = 1) -> None:
         super().__init__()
+        check_machine(model, "NoiseContrastive", "`ContrastiveDivergence(model, persistent=True)`")
         self.ratio = check_dim("ratio", ratio)
-        if len(model.latent_dims) > 1 and model.latent_dims[0] > MAX_UNITS:
-            raise ValueError(
-                f"NCE needs the free energy, and that of this `{type(model).__name__}` is a sum over "
-                f"the {model.latent_dims[0]} units of its first hidden layer, at most {MAX_UNITS} can "
-                "be enumerated; use `ContrastiveDivergence(model, persistent=True)`"
-            )
         self.hold(model, options={"ratio": ratio})
         self.upper.register_parameter(
             "log_normalizer", nn.Parameter(model.visible_bias.new_zeros(()))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_machine
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Noised,
@@ -64,6 +64,7 @@ class ScoreMatching(ModelLearner):
         sigma_range: tuple[float, float] = (0.05, 1.0),
     ) -> None:
         super().__init__()
+        check_machine(model, "ScoreMatching", "`BiSM` or `VaGES`")
         check_real_visibles(model, "ScoreMatching")
         self.objective = score_objective(objective, sigma, sigma_range)
         options = {"objective": objective, "sigma": sigma, "sigma_range": list(sigma_range)}

@@ -656,14 +656,14 @@ def test_load_asks_for_the_modules_of_a_vae_made_of_your_own(tmp_path) -> None:
         (
             lambda: MaximumLikelihood(DBM(4, (30, 2))),
             ValueError,
-            "free energy of this `DBM` is a sum over the 30 units.*`ContrastiveDivergence",
+            "free energy, and that of this `DBM` is a sum over the 30 units.*`ContrastiveDivergence",
         ),
         (lambda: NoiseContrastive(RBM(4, 3), ratio=0), ValueError, "`ratio` must be positive"),
         (lambda: NoiseContrastive(RBM(4, 3), ratio=0.5), TypeError, "`ratio` must be an integer"),
         (
             lambda: NoiseContrastive(GaussianDBM(4, (30, 2))),
             ValueError,
-            "NCE needs the free energy, and that of this `GaussianDBM`.*`ContrastiveDivergence",
+            "`NoiseContrastive` needs the free energy, and that of this `GaussianDBM`.*`ContrastiveDivergence",
         ),
         (lambda: VAE.for_table(4, 0), ValueError, "`latent_dim` must be positive"),
         (lambda: VAE.for_table(4, 2, hidden=[8, 0]), ValueError, r"`hidden\[1\]` must be positive"),
