@@ -52,8 +52,8 @@ class MaximumLikelihood(ModelLearner):
         if not model.enumerable:
             raise ValueError(
                 f"log Z of this `{type(model).__name__}` ({model.visible_dim} visibles, latents "
-                f"{model.latent_dims}) is a sum over more than {MAX_UNITS} units; use `ContrastiveDivergence(model, "
-                "persistent=True)`, which samples the model instead"
+                f"{model.latent_dims}) is a sum over more than {MAX_UNITS} units; use "
+                "`ContrastiveDivergence(model, persistent=True)`, which samples the model instead"
             )
         self.hold(model, options={})
 

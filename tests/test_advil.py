@@ -197,3 +197,12 @@ def test_unrolled_steps_move_the_encoder_too() -> None:
         binary(40), solver=Unrolled(3), num_steps=2, lower_steps=2, batch_size=10, log_every=1
     )
     assert history.records[-1]["response_norm"] > 0
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_traced_steps_equal_eager_ones() -> None:
+    """Blocks with different numbers of steps, the later ones without the encoder's gradient."""
+    made = [AdvIL(machine()) for _ in range(2)]
+    for advil, compiled in zip(made, (False, True), strict=True):
+        advil.fit(binary(40), num_steps=3, lower_steps=3, batch_size=10, compile=compiled)
+    torch.testing.assert_close(made[1].state_dict(), made[0].state_dict(), rtol=1e-10, atol=1e-12)

@@ -225,3 +225,15 @@ def test_unknown_estimators_and_no_sweeps_are_refused() -> None:
         GeneralBiDVL.for_model(RBM(NV, 3), reverse="gibs")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`sweeps` must be positive, got 0"):
         GeneralBiDVL.for_model(RBM(NV, 3), sweeps=0)
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize("reverse", ["gibbs", "importance"])
+def test_traced_steps_equal_eager_ones(reverse: Any) -> None:
+    data = (torch.rand(40, NV, generator=rng(1)) < 0.5).double()
+    made = [
+        GeneralBiDVL.for_model(machine(), divergence="symmetric", reverse=reverse) for _ in range(2)
+    ]
+    for one, compiled in zip(made, (False, True), strict=True):
+        one.fit(data, num_steps=3, lower_steps=2, batch_size=10, compile=compiled)
+    torch.testing.assert_close(made[1].state_dict(), made[0].state_dict(), rtol=1e-10, atol=1e-12)

@@ -525,9 +525,9 @@ def test_two_hidden_layers_are_sampled() -> None:
         BiSM(GaussianDBM(2, (3, 2)), expectation="exact")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("solver", [Unrolled(2), Implicit(Cholesky(damping=1e-3))])
-def test_compiled_steps_equal_eager_ones(solver: Solver) -> None:
+def test_traced_steps_equal_eager_ones(solver: Solver) -> None:
     made = [BiSM(GaussianRBM(2, 4).double(), expectation="exact") for _ in range(2)]
     for one, compiled in zip(made, (False, True), strict=True):
         one.fit(data(64), num_steps=3, batch_size=16, solver=solver, compile=compiled)

@@ -252,8 +252,8 @@ def test_likelihood_stays_below_what_is_possible() -> None:
     assert 0.25 < likelihood < 0.36 < math.log(2), likelihood
 
 
-@pytest.mark.slow
-def test_compiled_steps_equal_eager_ones() -> None:
+@pytest.mark.usefixtures("traced_only")
+def test_traced_steps_equal_eager_ones() -> None:
     data = torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
     made = [ScoreMatching(GaussianRBM(2, 4), objective="sliced").double() for _ in range(2)]
     for one, compiled in zip(made, (False, True), strict=True):

@@ -343,8 +343,8 @@ def test_two_hidden_layers() -> None:
     assert made.fit(data(64).float(), num_steps=2, batch_size=16).steps == 2
 
 
-@pytest.mark.slow
-def test_compiled_steps_equal_eager_ones() -> None:
+@pytest.mark.usefixtures("traced_only")
+def test_traced_steps_equal_eager_ones() -> None:
     made = [VaGES(GaussianRBM(2, UNITS).double()) for _ in range(2)]
     for one, compiled in zip(made, (False, True), strict=True):
         one.fit(data(64), num_steps=3, batch_size=16, compile=compiled)
