@@ -56,17 +56,7 @@ class Cholesky(LinearSolver):
         matrix = dense(operator, rhs)
         if self.damping:
             matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        odd = torch.linalg.matrix_norm(matrix - matrix.mT)
-        symmetric = not tracing() and bool(
-            odd <= torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
-        )
-        factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
-        negative = symmetric and bool(info != 0)
-        if symmetric and not negative:
-            w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
-        else:
-            lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-            w = torch.linalg.lu_solve(lu, pivots, rhs[:, None])[:, 0]
+        w, negative = _without_looking(matrix, rhs) if tracing() else _solve(matrix, rhs)
         residual = relative(
             torch.linalg.vector_norm(rhs - matrix @ w), torch.linalg.vector_norm(rhs)
         )
@@ -74,3 +64,21 @@ class Cholesky(LinearSolver):
         if not tracing() and not bool(residual.isfinite()):
             result = result if negative else Result.NOT_FINITE
         return LinearSolution(w, result, residual, n, negative)
+
+
+def _solve(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
+    """The solution, and whether the matrix is symmetric but not positive definite."""
+    odd = torch.linalg.matrix_norm(matrix - matrix.mT)
+    tolerance = torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
+    if not bool(odd <= tolerance):
+        return _without_looking(matrix, rhs)
+    factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
+    if bool(info != 0):
+        return _without_looking(matrix, rhs)[0], True
+    return torch.cholesky_solve(rhs[:, None], factor)[:, 0], False
+
+
+def _without_looking(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
+    """The solution by LU, whatever the matrix is."""
+    w: Tensor = torch.linalg.solve_ex(matrix, rhs).result
+    return w, False
