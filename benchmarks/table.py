@@ -8,6 +8,10 @@ prints them and writes them to `benchmarks/results/tables.md`, which the documen
 import json
 from pathlib import Path
 
+from benchmarks.dropped_page import dropped_table
+from benchmarks.likelihood_page import ais_table, reverse_table, suite_table
+from benchmarks.speed_page import speed_table
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -63,6 +67,18 @@ def everything() -> str:
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
             found.append(f"## {name.capitalize()}\n\n{table(path)}\n")
+    for title, table, name in (
+        ("What the dropped term is worth", dropped_table, "dropped_term"),
+        ("Steps per second of the learners", speed_table, "learner_speed"),
+        ("Annealed importance sampling", ais_table, "ais"),
+        ("The reverse KL of a machine", reverse_table, "reverse_kl"),
+        ("Checkerboard", suite_table, "checkerboard"),
+        ("Digits and an RBM", suite_table, "digits_rbm"),
+    ):
+        path = RESULTS / (name if table is suite_table else f"{name}.jsonl")
+        if path.exists():  # a page of the documentation shows what is between the marks
+            start, end = (f"<!-- --8<-- [{mark}:{name}] -->" for mark in ("start", "end"))
+            found.append(f"## {title}\n\n{start}\n{table(path)}\n{end}\n")
     return "\n".join(found)
 
 

@@ -1,0 +1,254 @@
+"""Steps per second of every learner: a plain PyTorch loop, this library eager, this library compiled.
+
+    python -m benchmarks.learner_speed [--only NAME ...] [--quick]
+
+Before anything is timed, three steps with the same noise must give the plain loop and the compiled
+library the same parameters. Then the three take turns, and the rate is the median over the turns, in
+seconds of the processor, so that a busy machine slows all of them little and alike. The library's
+steps are those of `fit`: batches, noise, schedulers, the watch for NaN. Compiling is not in the rates
+but in the records. One thread, float32, batches of 100.
+
+Records go to `benchmarks/results/learner_speed.jsonl`, one line per learner;
+`python -m benchmarks.table` prints them.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks.peers import RESULTS, environment
+from benchmarks.plain_learners import (
+    Bilevel,
+    BilevelImplicit,
+    Contrastive,
+    Denoising,
+    Likelihood,
+    Machine,
+    Noise,
+    Persistent,
+    Plain,
+    Sliced,
+)
+from benchmarks.plain_samplers import Adversarial, Doubly, Variational
+from bilevel import Alternating, Batches, Cholesky, Implicit, Solver, Step, Unrolled, train
+from bilevel.methods import (
+    EBLVM,
+    RBM,
+    AdvIL,
+    BiSM,
+    ContrastiveDivergence,
+    GaussianRBM,
+    GeneralBiDVL,
+    MaximumLikelihood,
+    NoiseContrastive,
+    ScoreMatching,
+    Training,
+    VaGES,
+)
+from bilevel.methods.densities import density
+from bilevel.optimizers import listed
+
+ROWS = 100
+PATH = RESULTS.with_name("learner_speed.jsonl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A learner of this library and the same by hand."""
+
+    name: str
+    learner: Callable[[], EBLVM]
+    plain: Callable[[], Plain]
+    solver: Solver = Alternating()  # noqa: RUF009 - frozen
+    binary: bool = False
+
+    def data(self) -> Tensor:
+        """Training data; their values do not matter."""
+        generator = torch.Generator().manual_seed(0)
+        if self.binary:
+            return torch.rand(5000, 64, generator=generator).round()
+        return density("checkerboard").sample(5000, generator)
+
+
+def gaussian() -> GaussianRBM:
+    return GaussianRBM(2, 4)
+
+
+def by_hand() -> Machine:
+    return Machine(2, 4, gaussian=True)
+
+
+def binary() -> Machine:
+    return Machine(64, 15, gaussian=False)
+
+
+IMPLICIT = Implicit(Cholesky(damping=BilevelImplicit.damping))
+ENTRIES = (
+    Entry("DSM", lambda: ScoreMatching(gaussian()), lambda: Denoising(by_hand())),
+    Entry("SSM", lambda: ScoreMatching(gaussian(), objective="sliced"), lambda: Sliced(by_hand())),
+    Entry("CD-1", lambda: ContrastiveDivergence(gaussian()), lambda: Contrastive(by_hand())),
+    Entry(
+        "PCD-1",
+        lambda: ContrastiveDivergence(gaussian(), persistent=True),
+        lambda: Persistent(by_hand()),
+    ),
+    Entry("exact ML", lambda: MaximumLikelihood(gaussian()), lambda: Likelihood(by_hand())),
+    Entry("NCE", lambda: NoiseContrastive(gaussian()), lambda: Noise(by_hand())),
+    Entry("VaGES, K = 5, L = 2", lambda: VaGES(gaussian()), lambda: Variational(by_hand())),
+    Entry("BiSM, K = 5, N = 0", lambda: BiSM(gaussian()), lambda: Bilevel(by_hand())),
+    Entry(
+        "BiSM, K = 5, N = 5", lambda: BiSM(gaussian()), lambda: Bilevel(by_hand(), 5), Unrolled(5)
+    ),
+    Entry(
+        "BiSM, K = 5, Implicit",
+        lambda: BiSM(gaussian(), expectation="exact"),
+        lambda: BilevelImplicit(by_hand()),
+        IMPLICIT,
+    ),
+    Entry(
+        "BiDVL, KL, K = 5",
+        lambda: GeneralBiDVL.for_model(gaussian()),
+        lambda: Doubly(by_hand(), lower_steps=5),
+    ),
+    Entry(
+        "CD-1, RBM(64, 15)",
+        lambda: ContrastiveDivergence(RBM(64, 15)),
+        lambda: Contrastive(binary()),
+        binary=True,
+    ),
+    Entry(
+        "AdvIL, RBM(64, 15)",
+        lambda: AdvIL(RBM(64, 15)),
+        lambda: Adversarial(binary()),
+        binary=True,
+    ),
+)
+
+
+def loop(entry: Entry, learner: EBLVM, data: Tensor, *, compiled: bool) -> Iterator[Step]:
+    """The steps of `learner.fit`, as an iterator."""
+    settings = Training(**learner.training_defaults)
+    upper, lower = learner.optimizers(settings)
+    two_levels = bool(learner.variables("lower"))
+
+    def constant(optimizers: Any) -> list[LambdaLR]:
+        return [LambdaLR(optimizer, lambda _: 1.0) for optimizer in listed(optimizers)]
+
+    return train(
+        learner.train(),
+        Batches(data, ROWS),
+        upper_optimizer=upper,
+        lower_optimizer=lower if two_levels else None,
+        num_steps=10**9,
+        solver=entry.solver,
+        lower_steps=settings.lower_steps if two_levels else 0,
+        order=settings.order,
+        upper_scheduler=constant(upper),
+        lower_scheduler=constant(lower) if two_levels else (),
+        check_every=1,
+        throw=False,
+        compile=compiled,
+    )
+
+
+def processor() -> float:
+    """Seconds of the processor, those of the C++ compiler's processes included."""
+    return sum(os.times()[:4])
+
+
+def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> float:
+    """Largest difference of a parameter between the plain loop and the library, in three steps."""
+    for name, module in plain.modules().items():
+        module.load_state_dict(learner.get_submodule(name).state_dict())
+    upper: list[Any] = []
+    lower: list[Any] = []
+
+    def recorded(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            kept.append(function(*arguments))
+            return kept[-1]
+
+        return call
+
+    learner.draw_lower = recorded(learner.draw_lower, lower)
+    learner.draw = recorded(learner.draw, upper)  # the lower draws may call it: the turn's is first
+    k, n = plain.lower_steps, plain.unrolled
+    for _ in range(3):
+        upper.clear()
+        lower.clear()
+        next(running)
+        end = len(lower)  # the first turn begins with a rehearsal, which draws a batch too many
+        plain.step(upper[0], lower[end - k - n : end - n], lower[end - n :])
+    del learner.draw, learner.draw_lower
+    apart = [
+        (p - learner.get_submodule(name).state_dict()[key]).abs().max()
+        for name, module in plain.modules().items()
+        for key, p in module.state_dict().items()
+    ]
+    return float(torch.stack(apart).max())
+
+
+def rates(entry: Entry, rounds: int, seconds: float) -> dict[str, Any]:
+    """Median steps per second of the three, in turns; the difference; the cost of compiling."""
+    data, plain, learner = entry.data(), entry.plain(), entry.learner()
+    compiled = loop(entry, learner, data, compiled=True)
+    eager = loop(entry, entry.learner(), data, compiled=False)
+    start = processor()
+    difference = same(entry, plain, learner, compiled)
+    preparation = processor() - start
+    if not difference < 1e-5:
+        raise RuntimeError(f"{entry.name}: the plain loop computes something else: {difference}")
+    competitors: dict[str, Callable[[], object]] = {
+        "plain": lambda: plain.turn(data),
+        "eager": lambda: next(eager),
+        "compiled": lambda: next(compiled),
+    }
+    counts = {}
+    for name, step in competitors.items():
+        step()
+        start = time.process_time()
+        for _ in range(3):
+            step()
+        counts[name] = max(1, round(3 * seconds / (time.process_time() - start)))
+    taken: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name, step in competitors.items():
+            start = time.process_time()
+            for _ in range(counts[name]):
+                step()
+            taken[name].append(counts[name] / (time.process_time() - start))
+    found = {name: median(values) for name, values in taken.items()}
+    return {**found, "compile_seconds": preparation, "difference": difference}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", help="names of learners")
+    parser.add_argument("--quick", action="store_true", help="short turns, nothing written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True  # compiling costs what it costs
+    rounds, seconds = (3, 0.1) if options.quick else (9, 0.4)
+    for entry in ENTRIES:
+        if options.only and entry.name not in options.only:
+            continue
+        about = {"name": entry.name, "rounds": rounds, "load": os.getloadavg()[0]}
+        record = {**about, **rates(entry, rounds, seconds), **environment()}
+        print(record, flush=True)
+        if not options.quick:
+            with PATH.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
