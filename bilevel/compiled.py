@@ -56,6 +56,7 @@ class Compiled(Generic[P, R]):
         self._optimizers = [o for group in state.optimizers.values() for o in group]
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         self._rates = [(g, torch.tensor(g["lr"], dtype=torch.double)) for g in groups]
+        self._current = [group["lr"] for group in groups]
         self._parameters = list(state.problem.parameters())
         self._graphs: dict[Any, _Graph] = {}
         self._refused = False
@@ -74,13 +75,20 @@ class Compiled(Generic[P, R]):
                 self._refused = True
                 _warn(error)
                 return self._step(*args, **kwargs)
-        for group, rate in self._rates:
-            rate.fill_(group["lr"])
+        self._follow_rates()
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with torch.no_grad():
             new = iter(graph.run(*tensors, *graph.live))
         answer = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in graph.answer]
         return cast(R, optree.tree_unflatten(graph.structure, answer))
+
+    def _follow_rates(self) -> None:
+        """Give the graphs the learning rates of the schedules."""
+        rates = [group["lr"] for group, _ in self._rates]
+        if rates != self._current:
+            for (_, tensor), rate in zip(self._rates, rates, strict=True):
+                tensor.fill_(rate)
+            self._current = rates
 
     def _compile(self, leaves: list[Any], structure: Any) -> _Graph:
         for optimizer in self._optimizers:

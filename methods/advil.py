@@ -20,7 +20,7 @@ of the lower level $\partial_{(\phi,\psi)} L_2 = 0$, so dropping the best-respon
 does, costs nothing there; before it is reached, `Unrolled` and `Implicit` see what it costs.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -110,9 +110,7 @@ class AdvIL(ModelLearner):
     @property
     def sampler(self) -> VariationalJoint:
         """The sampler q(v, h)."""
-        sampler = self.lower.get_submodule("joint")
-        assert isinstance(sampler, VariationalJoint)
-        return sampler
+        return cast(VariationalJoint, self.lower._modules["joint"])
 
     # ------------------------------------------------------------------ the learning problem
 

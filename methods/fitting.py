@@ -181,7 +181,8 @@ def record(step: Step) -> dict[str, Any]:
 def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> list[LambdaLR]:
     """The learning rate of upper step t, as a factor of the initial one.
 
-    "exponential": decay^e in epoch e, set at the start of the epoch (the official code).
+    "exponential": decay^e in epoch e, set at the start of the epoch (the official code); with a decay of
+    1 there is nothing to schedule.
     "cosine": (1 + cos(pi t / T)) / 2.
     """
 
@@ -191,5 +192,7 @@ def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> l
     def cosine(step: int) -> float:
         return (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2
 
+    if training.schedule == "exponential" and training.decay == 1:
+        return []
     factor = exponential if training.schedule == "exponential" else cosine
     return [LambdaLR(optimizer, factor) for optimizer in listed(optimizers)]

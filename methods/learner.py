@@ -59,7 +59,7 @@ class ModelLearner(EBLVM):
     @property
     def model(self) -> LatentVariableModel:
         """The Boltzmann machine."""
-        return cast(LatentVariableModel, self.upper.get_submodule("model"))
+        return cast(LatentVariableModel, self.upper._modules["model"])
 
     @property
     def encoder(self) -> VariationalPosterior:
@@ -73,7 +73,7 @@ class ModelLearner(EBLVM):
                 f"`{type(self).__name__}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, "
                 "`BiSM` and `VaGES` learn one"
             )
-        return cast(VariationalPosterior, self.lower.get_submodule("posterior"))
+        return cast(VariationalPosterior, self.lower._modules["posterior"])
 
     # ------------------------------------------------------------------ the learning problem
 

@@ -108,7 +108,7 @@ class ScoreLearner(ModelLearner):
     @final
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
-        energies: Tensor = self.upper.get_submodule("model")(v, h)
+        energies: Tensor = cast(nn.Module, self.upper._modules["model"])(v, h)
         return energies
 
     @final
@@ -146,7 +146,7 @@ class ScoreLearner(ModelLearner):
         Raises:
             NotImplementedError: if the energy is another module.
         """
-        model = self.upper.get_submodule("model")
+        model = self.upper._modules["model"]
         if not isinstance(model, LatentVariableModel):
             raise NotImplementedError(
                 f"this needs a free energy and Gibbs sampling, but `{type(model).__name__}` is no "
