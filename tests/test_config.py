@@ -28,6 +28,7 @@ VALUES = {
     "clip_lower": st.none() | positive,
     "seed": st.integers(0, 2**31),
     "max_seconds": st.none() | positive,
+    "compile": st.booleans(),
     "log_every": st.integers(1, 1000),
     "checkpoint_every": st.integers(1, 1000),
 }
