@@ -237,17 +237,21 @@ class GeneralBiDVL(EBLVM):
     # ------------------------------------------------------------------ the learning problem
 
     def draw(self, data: Any, generator: torch.Generator) -> Batch:
-        n = len(data)
-        return Batch(
-            data,
-            self._posterior.noise(n, generator, data),
-            self._joint.noise(n, generator, data),
-        )
+        return self._noised(data, generator, self._propose(data, generator))
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
-        """New noise in every lower step and, for the reverse divergences, new samples."""
-        fresh = self.draw(batch.visible, generator)
-        return fresh._replace(proposals=self._propose(fresh.visible, generator))
+        """New noise in every lower step; the samples for the reverse divergences serve them all.
+
+        They are samples of the machine, which stands still meanwhile.
+        """
+        return self._noised(batch.visible, generator, batch.proposals)
+
+    def _noised(self, v: Tensor, generator: torch.Generator, proposals: Proposals | None) -> Batch:
+        n = len(v)
+        if proposals is not None:
+            proposals = proposals._replace(code_noise=self._joint.code_noise(n, generator, v))
+        posterior_noise = self._posterior.noise(n, generator, v)
+        return Batch(v, posterior_noise, self._joint.noise(n, generator, v), proposals)
 
     @torch.no_grad()
     def _propose(self, v: Tensor, generator: torch.Generator) -> Proposals | None:
@@ -264,8 +268,7 @@ class GeneralBiDVL(EBLVM):
         given_data = None
         if self._is_deep:
             given_data = self._machine.latent_gibbs(v, generator, steps=self.sweeps)
-        code_noise = joint.code_noise(len(v), generator, v)
-        return Proposals(visible, latent, log_density, code_noise, given_data)
+        return Proposals(visible, latent, log_density, visible.new_empty(0), given_data)
 
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 6."""
