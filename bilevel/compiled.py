@@ -13,18 +13,18 @@ neither parameter nor buffer.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
 
 import optree
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, Optimizer
 
 from bilevel.state import State
 from bilevel.tracing import traced
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,6 +117,9 @@ class Compiled(Generic[P, R]):
         self, flat: Callable[..., list[Tensor]], arguments: list[Tensor], live: list[Tensor]
     ) -> tuple[Callable[..., Any], list[Tensor]]:
         """`flat` traced and compiled, and the tensors it reads and writes beside its arguments."""
+        import torch._inductor  # four seconds that nobody waits for who does not compile
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         with _unchanged(live), traced(), self._rates_as_tensors():
             graph = make_fx(flat)(*arguments, *live)
         _refuse_random(graph)
@@ -193,7 +196,7 @@ def _unchanged(tensors: list[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def _refuse_random(graph: GraphModule) -> None:
+def _refuse_random(graph: "GraphModule") -> None:
     for node in graph.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:

@@ -74,6 +74,23 @@ class Problem(nn.Module, ABC):
         """
         return data
 
+    def share(self, batch: Any) -> Any:
+        """The batch together with what both losses compute alike; the default adds nothing.
+
+        Where a turn's upper loss and its first lower loss see the same batch at the same lower
+        variables, `train` calls this once: the lower loss receives the result with its graph, the
+        upper loss without. Everywhere else the losses receive batches that did not pass through
+        here, and must compute what is missing by themselves.
+
+        Args:
+            batch: what `draw` returned.
+
+        Returns:
+            A batch of the same kind. What was added may depend on the lower variables, not on the
+            upper ones.
+        """
+        return batch
+
     def draw_lower(self, batch: Any, generator: torch.Generator, step: int) -> Any:
         """The batch of one lower step, made from the turn's; the default is that batch itself.
 
@@ -103,6 +120,12 @@ class Problem(nn.Module, ABC):
     def draws_every_lower_step(self) -> bool:
         """Whether the lower steps of a turn see different batches."""
         return type(self).draw_lower is not Problem.draw_lower
+
+    @final
+    @property
+    def shares(self) -> bool:
+        """Whether the two losses have a computation in common."""
+        return type(self).share is not Problem.share
 
     def forward(self, level: Level, batch: Any) -> Loss:
         """The loss of one level; exists so that `torch.func.functional_call` can evaluate it."""

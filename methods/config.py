@@ -32,6 +32,12 @@ class Training(BaseModel):
     decay: float = Field(
         0.998, gt=0, le=1, description="learning-rate factor per epoch of the exponential schedule"
     )
+    final_lr: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the learning rates left at the end of the cosine schedule",
+    )
     clip_upper: float | None = Field(None, gt=0, description="largest norm of the hypergradient")
     clip_lower: float | None = Field(None, gt=0, description="largest norm of the lower gradient")
     seed: int = Field(0, ge=0, description="seed of everything random")
@@ -39,8 +45,21 @@ class Training(BaseModel):
     compile: bool = Field(
         False, description="compile the steps: needs a C++ compiler, pays on small models"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="arithmetic of the losses (bfloat16: mixed, for GPUs)"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, which becomes the model"
+    )
+    sync_batch_norm: bool = Field(
+        False, description="with several processes: batch norm over the whole batch"
+    )
+    evaluate_every: int | None = Field(
+        None, gt=0, description="steps between two evaluations of a copy; the best model is kept"
+    )
     log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints kept on disk")
 
 
 def validated(kind: type[Training], values: dict[str, Any]) -> Training:

@@ -183,14 +183,15 @@ def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> l
 
     "exponential": decay^e in epoch e, set at the start of the epoch (the official code); with a decay of
     1 there is nothing to schedule.
-    "cosine": (1 + cos(pi t / T)) / 2.
+    "cosine": f + (1 - f) (1 + cos(pi t / T)) / 2, f the share that is left at the end.
     """
 
     def exponential(step: int) -> float:
         return training.decay ** (step // per_epoch)
 
     def cosine(step: int) -> float:
-        return (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2
+        falling = (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2
+        return training.final_lr + (1 - training.final_lr) * falling
 
     if training.schedule == "exponential" and training.decay == 1:
         return []

@@ -24,13 +24,19 @@ VALUES = {
     "lower_weight_decay": st.floats(0, 1),
     "schedule": st.sampled_from(["exponential", "cosine"]),
     "decay": st.floats(0.1, 1),
+    "final_lr": st.floats(0, 1),
     "clip_upper": st.none() | positive,
     "clip_lower": st.none() | positive,
     "seed": st.integers(0, 2**31),
     "max_seconds": st.none() | positive,
     "compile": st.booleans(),
+    "precision": st.sampled_from(["float32", "bfloat16"]),
+    "ema": st.none() | st.floats(0.1, 0.999),
+    "sync_batch_norm": st.booleans(),
+    "evaluate_every": st.none() | st.integers(1, 1000),
     "log_every": st.integers(1, 1000),
     "checkpoint_every": st.integers(1, 1000),
+    "keep_checkpoints": st.integers(1, 100),
 }
 
 
