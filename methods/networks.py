@@ -9,6 +9,7 @@ code; the paper itself prints none.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrizations import spectral_norm
@@ -52,7 +53,7 @@ def scale_of(shape: tuple[int, int, int]) -> Scale:
 
 def _initialise(layer: nn.Module) -> None:
     """N(0, 0.02) convolution weights, torch's default biases (the official initialisation)."""
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.normal_(layer.weight, 0.0, 0.02)
 
 
@@ -96,26 +97,81 @@ class Energy(nn.Module):
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        halvings, base = scale_of(shape)
-        layers: list[nn.Module] = []
-        channels = shape[0]
-        for k in range(halvings):
-            wide = width * 2**k
-            layers += [_normed(nn.Conv2d(channels, wide, 3, 1, 1)), nn.LeakyReLU(0.1)]
-            layers += [_normed(nn.Conv2d(wide, wide, 4, 2, 1)), nn.LeakyReLU(0.1)]
-            channels = wide
-        wide = width * 2**halvings
-        layers += [_normed(nn.Conv2d(channels, wide, 3, 1, 1)), nn.LeakyReLU(0.1)]
-        layers += [_normed(_WholeConv2d(wide, wide, base))]
-        layers += [_normed(_WholeConv2d(wide, wide, 1)), nn.LeakyReLU(0.1)]
-        layers += [_normed(_WholeConv2d(wide, 1, 1))]
-        self.net = nn.Sequential(*layers)
+        trunk = _energy_trunk(shape, width)
+        wide = width * 2 ** scale_of(shape).halvings
+        layers = [*trunk, _normed(_WholeConv2d(wide, wide, 1)), nn.LeakyReLU(0.1)]
+        self.net = nn.Sequential(*layers, _normed(_WholeConv2d(wide, 1, 1)))
         self.head = head if head is not None else nn.Softplus()
 
     def forward(self, v: Tensor) -> Tensor:
         """Energies of images, shape (n,)."""
         energies: Tensor = self.head(self.net(v).flatten())
         return energies
+
+
+class JointEnergy(nn.Module):
+    """E(v, h) of an undecoupled model: the trunk of `Energy` beside dense layers of the latent: (n,).
+
+    The latent passes through two layers of each width of the image's trunk, neither with an
+    activation at its end; what both give is joined by one more layer. All layers are spectrally
+    normalised. The official code defines the 32 pixel network and trains nothing with it; its head is
+    taken to be that of `Energy`.
+
+    Args:
+        shape: (channels, side, side) of the images.
+        latent_dim: dimension d of the latent.
+        width: channels of the first layer (64 in the official code).
+        head: last non-linearity, softplus by default.
+
+    Example:
+        >>> energy = JointEnergy((3, 32, 32), latent_dim=100)
+        >>> parameter_count(energy)
+        8701633
+        >>> energy(torch.zeros(2, 3, 32, 32), torch.zeros(2, 100)).shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        latent_dim: int,
+        width: int = 64,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.visible = nn.Sequential(*_energy_trunk(shape, width))
+        layers: list[nn.Module] = []
+        inputs = latent_dim
+        for k in range(scale_of(shape).halvings + 1):
+            wide = width * 2**k
+            layers += [_normed(nn.Linear(inputs, wide)), nn.LeakyReLU(0.1)]
+            layers += [_normed(nn.Linear(wide, wide)), nn.LeakyReLU(0.1)]
+            inputs = wide
+        self.latent = nn.Sequential(*layers[:-1])
+        join = _normed(nn.Linear(2 * inputs, 2 * inputs))
+        self.join = nn.Sequential(join, nn.LeakyReLU(0.1), _normed(nn.Linear(2 * inputs, 1)))
+        self.head = head if head is not None else nn.Softplus()
+
+    def forward(self, v: Tensor, h: Tensor) -> Tensor:
+        """Energies of pairs of images and latents of shape (n, d): shape (n,)."""
+        both = torch.cat([self.visible(v).flatten(1), self.latent(h)], dim=1)
+        energies: Tensor = self.head(self.join(both).flatten())
+        return energies
+
+
+def _energy_trunk(shape: tuple[int, int, int], width: int) -> list[nn.Module]:
+    """Spectrally normalised layers from an image to width * 2**halvings features at one pixel."""
+    halvings, base = scale_of(shape)
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for k in range(halvings):
+        wide = width * 2**k
+        layers += [_normed(nn.Conv2d(channels, wide, 3, 1, 1)), nn.LeakyReLU(0.1)]
+        layers += [_normed(nn.Conv2d(wide, wide, 4, 2, 1)), nn.LeakyReLU(0.1)]
+        channels = wide
+    wide = width * 2**halvings
+    layers += [_normed(nn.Conv2d(channels, wide, 3, 1, 1)), nn.LeakyReLU(0.1)]
+    return [*layers, _normed(_WholeConv2d(wide, wide, base))]
 
 
 class Posterior(nn.Module):
