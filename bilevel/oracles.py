@@ -9,23 +9,27 @@ A solver touches nothing else. Whatever must be done alike by every solver is do
 - where second derivatives are taken, attention uses its differentiable kernel, cuDNN is off for
   recurrent layers, power iterations stand still, and layers whose second derivative torch gets
   silently wrong are refused;
+- with several ranks every derivative is averaged over them, so that all hold the same variables;
 - NaN is never replaced. A missing gradient (a variable the loss does not use) is a zero.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
+from bilevel.distributed import average, rank, world_size
 from bilevel.problem import Level, Problem
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.tree import Layout, Tree
 from bilevel.wiring import Wiring
+
+_SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,12 @@ class Hessian:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Product with a vector of shape (n,)."""
+        return self._layout.ravel(self.product(vector, self._leaves))
+
+    def product(self, vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
+        """The vector times the derivative of the gradient in other variables, too."""
         cotangents = self._layout.unravel(vector)
-        return self._layout.ravel(vector_jacobian_product(self._gradient, self._leaves, cotangents))
+        return average(vector_jacobian_product(self._gradient, wrt, cotangents))
 
     def matrix(self) -> Tensor:
         """The matrix, shape (n, n), its columns computed side by side.
@@ -99,7 +107,7 @@ class Hessian:
             y.new_zeros(n, y.numel()) if r is None else r.reshape(n, -1)
             for r, y in zip(rows, self._leaves, strict=True)
         ]
-        return torch.cat(filled, dim=1).mT
+        return average([torch.cat(filled, dim=1)])[0].mT
 
 
 class Oracles:
@@ -111,6 +119,8 @@ class Oracles:
         lower_batches: batches of the lower loss, in the order in which they are used.
         seed: seed of the random numbers drawn inside the losses.
         wiring: the problem's wiring, if the caller has it already.
+        precision: lower-precision dtype the losses are computed in where that is safe
+            (`torch.autocast`); variables, gradients and optimizers keep theirs.
 
     Attributes:
         names: names of the upper variables.
@@ -129,11 +139,13 @@ class Oracles:
         *,
         seed: int = 0,
         wiring: Wiring | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.problem = problem
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
         self.seed = seed
+        self.precision = precision
         self.wiring = Wiring(problem) if wiring is None else wiring
         self.names = list(self.wiring.variables("upper"))
         self._lower = self._variables("lower")
@@ -167,32 +179,61 @@ class Oracles:
         return {name: p.detach().requires_grad_() for name, p in self._lower.items()}
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
-        """The loss of one level at (upper, lower).
+        """The loss of one level at (upper, lower), on this rank's share of the batch.
 
         Raises:
             TypeError: if the loss is neither a scalar nor a pair of a scalar and a dict.
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
+        out, buffers = self._call(level, batch, upper, lower, index)
+        return Evaluation(*_scalar(out, level, self.problem), buffers)
+
+    def share(self, upper: Tree, lower: Tree) -> tuple[Any, Tree]:
+        """The upper batch with what both losses compute alike, and the buffers this left behind."""
+        return self._call("share", self.upper_batch, upper, lower, 0)
+
+    def _call(
+        self, what: Level | Literal["share"], batch: Any, upper: Tree, lower: Tree, index: int
+    ) -> tuple[Any, Tree]:
+        """What the problem answers at (upper, lower), and the buffers that this left behind."""
         values: dict[str, Tensor] = {}
         self.wiring.fill(values, self._upper, upper)
         self.wiring.fill(values, self._lower, lower)
         copies = {id(b): b.clone() for b in self._buffers.values()}  # tied buffers stay tied
         values.update({name: copies[id(b)] for name, b in self._buffers.items()})
+        seed = self.seed + index + rank() * _SEEDS_APART
         with (
-            _fixed_seed(self.seed + index, self._devices),
+            _fixed_seed(seed, self._devices),
             _flat_weights_kept(self.wiring.recurrent),
+            self._arithmetic(),
         ):
-            out = functional_call(self.problem, values, (level, batch), tie_weights=False)
-        loss, logs = _scalar(out, level, self.problem)
+            out = functional_call(self.problem, values, (what, batch), tie_weights=False)
         # `functional_call` wrote back what the forward pass assigned (`self.average = ...`)
-        return Evaluation(loss, logs, {name: values[name].detach() for name in self._buffers})
+        return out, {name: values[name].detach() for name in self._buffers}
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.problem.device.type, self.precision)
 
     def gradient(
         self, loss: Tensor, variables: Tree, *, create_graph: bool = False
     ) -> dict[str, Tensor | None]:
-        """The gradient of a loss, `None` for variables it does not use."""
+        """The gradient of a loss on this rank, `None` for variables it does not use."""
         grads = gradients(loss, list(variables.values()), create_graph=create_graph)
         return dict(zip(variables, grads, strict=True))
+
+    def averaged(
+        self, evaluation: Evaluation, grads: Sequence[Tensor | None]
+    ) -> tuple[Evaluation, list[Tensor | None]]:
+        """Loss, logs and gradients averaged over all ranks, in one exchange."""
+        if world_size() == 1:
+            return evaluation, list(grads)
+        logs, used = evaluation.logs, [g for g in grads if g is not None]
+        means = iter(average([evaluation.loss.detach(), *logs.values(), *used]))
+        loss, logs = next(means), {name: next(means) for name in logs}
+        mean_grads = [None if g is None else next(means) for g in grads]
+        return Evaluation(loss, logs, evaluation.buffers), mean_grads
 
     def lower_gradient(
         self, upper: Tree, lower: Tree, index: int = 0, *, create_graph: bool = False
@@ -202,6 +243,13 @@ class Oracles:
         Raises:
             ValueError: if the lower loss uses none of the lower variables.
         """
+        evaluation, own = self._own_lower_gradient(upper, lower, index, create_graph)
+        evaluation, grads = self.averaged(evaluation, list(own.values()))
+        return evaluation, dict(zip(own, grads, strict=True))
+
+    def _own_lower_gradient(
+        self, upper: Tree, lower: Tree, index: int, create_graph: bool
+    ) -> tuple[Evaluation, dict[str, Tensor | None]]:
         evaluation = self.evaluate("lower", upper, lower, index)
         grads = self.gradient(evaluation.loss, lower, create_graph=create_graph)
         if all(g is None for g in grads.values()):
@@ -214,18 +262,16 @@ class Oracles:
 
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
         """The lower gradient at (upper, lower) and products with its two derivatives."""
-        _, grads = self.lower_gradient(upper, lower, create_graph=True)
-        leaves = list(lower.values())
+        # this rank's own: products with its derivatives are averaged one by one
+        _, grads = self._own_lower_gradient(upper, lower, 0, create_graph=True)
+        leaves, sources = list(lower.values()), list(upper.values())
         layout = Layout(leaves)
         gradient = fill(list(grads.values()), leaves)
-
-        def product(vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
-            return vector_jacobian_product(gradient, wrt, layout.unravel(vector))
-
+        hessian = Hessian(gradient, leaves, layout)
         return Linearization(
-            gradient=layout.ravel(gradient).detach(),
-            hessian=Hessian(gradient, leaves, layout),
-            cross=lambda v: dict(zip(upper, product(v, list(upper.values())), strict=True)),
+            gradient=average([layout.ravel(gradient).detach()])[0],
+            hessian=hessian,
+            cross=lambda v: dict(zip(upper, hessian.product(v, sources), strict=True)),
             layout=layout,
         )
 

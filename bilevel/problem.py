@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, final
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -127,9 +128,44 @@ class Problem(nn.Module, ABC):
         """Whether the two losses have a computation in common."""
         return type(self).share is not Problem.share
 
-    def forward(self, level: Level, batch: Any) -> Loss:
+    def forward(self, what: Level | Literal["share"], batch: Any) -> Any:
         """The loss of one level; exists so that `torch.func.functional_call` can evaluate it."""
-        return self.upper_loss(batch) if level == "upper" else self.lower_loss(batch)
+        answers = {"upper": self.upper_loss, "lower": self.lower_loss, "share": self.share}
+        return answers[what](batch)
+
+    def shard(self, batch: Any, rank: int, ranks: int) -> Any:
+        """One rank's share of a batch, where several processes train together.
+
+        The default cuts the rows of every tensor into `ranks` equal parts; tensors without dimensions
+        go to every rank. A batch that holds tensors with another first dimension needs an override.
+
+        Args:
+            batch: what `draw` or `draw_lower` returned.
+            rank: number of the process.
+            ranks: number of processes.
+
+        Raises:
+            ValueError: if the tensors differ in their number of rows, or it is not a multiple of
+                `ranks`.
+        """
+        leaves: list[Any] = optree.tree_leaves(batch)
+        rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim} - {0}
+        if len(rows) > 1:
+            raise ValueError(
+                f"the tensors of a batch of `{type(self).__name__}` have {sorted(rows)} rows, so they "
+                "cannot be shared out among processes; override `shard`"
+            )
+        if rows and (n := rows.pop()) % ranks:
+            raise ValueError(
+                f"a batch of {n} rows cannot be shared out equally among {ranks} processes; use "
+                f"a batch size of {max(n // ranks, 1) * ranks}"
+            )
+
+        def share(leaf: Any) -> Any:
+            cut = isinstance(leaf, Tensor) and leaf.ndim and len(leaf)
+            return leaf.chunk(ranks)[rank] if cut else leaf
+
+        return optree.tree_map(share, batch)
 
     @final
     def variables(self, level: Level) -> Tree:

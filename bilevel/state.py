@@ -13,7 +13,9 @@ import numpy as np
 import optree
 import torch
 
+from bilevel.averaging import Average
 from bilevel.batches import Source
+from bilevel.distributed import agree, is_main
 from bilevel.errors import CheckpointError
 from bilevel.problem import Problem
 
@@ -48,6 +50,7 @@ class State:
         sources: Mapping[str, Source],
         generator: torch.Generator,
         configuration: dict[str, str],
+        ema: float | None = None,
     ) -> None:
         self.problem = problem
         self.optimizers = optimizers
@@ -57,6 +60,17 @@ class State:
         self.configuration = configuration
         self.solver_state: Any = None
         self.step = 0
+        self._average = Average(problem, ema) if ema is not None else None
+
+    @property
+    def average(self) -> Problem | None:
+        """A copy of the problem that holds the moving average of its weights, if there is one."""
+        return self._average.problem if self._average is not None else None
+
+    def follow(self) -> None:
+        """Take the weights as they are now into the moving average."""
+        if self._average is not None:
+            self._average.update()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with `weights_only=True`."""
@@ -70,6 +84,7 @@ class State:
             "sources": _plain({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
             "generator": self.generator.get_state(),
             "solver": _plain(self.solver_state, "solver"),
+            **({"average": self.average.state_dict()} if self.average is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,15 +115,23 @@ class State:
             source.load_state_dict(state["sources"][name])
         self.generator.set_state(state["generator"].cpu())
         self.solver_state = _on(self.problem.device, state["solver"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.step = state["step"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint atomically: after a crash the old file or the new one is there, whole.
 
+        With several ranks all must call this: they average their batch-norm statistics, and rank 0
+        writes.
+
         Raises:
             CheckpointError: if a variable is not finite, a buffer holds NaN or the state holds
                 something that could not be loaded again; an existing file is kept.
         """
+        agree(self.problem)
+        if not is_main():
+            return
         for name, p in self.problem.named_parameters():
             self._refuse_bad(name, p.isfinite().all())
         for name, b in self.problem.named_buffers():  # infinite ones are legitimate masks

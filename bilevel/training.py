@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import as_source
+from bilevel.distributed import agree
 from bilevel.errors import DivergenceError, HypergradientError
 from bilevel.linear.base import positive
 from bilevel.optimizers import Optimizers, listed
@@ -70,6 +71,8 @@ def train(
     check_every: int = 20,
     throw: bool = True,
     compile: bool = False,
+    precision: torch.dtype | None = None,
+    ema: float | None = None,
 ) -> Iterator[Step]:
     """Train a bilevel problem: lower steps, a hypergradient, an upper step, and again.
 
@@ -103,6 +106,12 @@ def train(
             models). The first step takes some seconds to a minute. Needs a C++ compiler and Adam,
             AdamW or SGD; whatever cannot be compiled runs as ever, with a warning. A linear solve is
             then not watched: `ConjugateGradient` takes all its `max_steps`.
+        precision: compute the losses in this dtype where that is safe (`torch.bfloat16`, by
+            `torch.autocast`); variables, gradients and optimizers keep theirs.
+        ema: keep an exponential moving average of the weights with this decay, `step.state.average`.
+
+    With several processes (`torch.distributed` is initialised) every rank calls `train` with the same
+    arguments and sees the same batches, of which it evaluates its own rows; see `Problem.shard`.
 
     Yields:
         A `Step` after every upper step. The clock stands still while the caller has control.
@@ -156,12 +165,24 @@ def train(
             "clipping": repr({"upper": clip_upper, "lower": clip_lower}),
             "seed": str(seed),
             **({"compile": "True"} if compile else {}),
+            **({"precision": str(precision)} if precision is not None else {}),
+            **({"ema": str(ema)} if ema is not None else {}),
         },
+        ema,
     )
+    agree(problem)
     if resume is not None:
         state.load(resume)
     turn = Turn(
-        state, solver, lower_steps, order == "upper_first", clip_upper, clip_lower, throw, compile
+        state,
+        solver,
+        lower_steps,
+        order == "upper_first",
+        clip_upper,
+        clip_lower,
+        throw,
+        compile,
+        precision,
     )
     return _loop(turn, num_steps, check_every, seed)
 

@@ -3,21 +3,31 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bilevel.compiled import Compiled
+from bilevel.distributed import rank, world_size
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
-from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
 from bilevel.tracing import tracing
 from bilevel.tree import Tree, norm
 from bilevel.twins import RunningTwin, clip
 from bilevel.wiring import Wiring
+
+
+class LowerOutcome(NamedTuple):
+    """What a lower step found: the loss before it, the norm of its gradient, what it logged."""
+
+    loss: Tensor
+    residual: Tensor | None
+    logs: dict[str, Tensor]
 
 
 @dataclass
@@ -38,32 +48,43 @@ class Turn:
     clip_lower: float | None
     throw: bool
     compile: bool = False
+    precision: torch.dtype | None = None
     lower_loss: Tensor | None = None
     lower_residual: Tensor | None = None
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._shared = "upper_data" not in self.state.sources
+        self._one_source = "upper_data" not in self.state.sources
         self._wiring = Wiring(self.state.problem)
         self._move_lower, self._move_upper = self._lower_step, self._upper_step
+        self._move_both = self._both_steps
         if self.compile:
             self._move_lower = Compiled(self._lower_step, self.state)
             self._move_upper = Compiled(self._upper_step, self.state)
+            self._move_both = Compiled(self._both_steps, self.state)
+
+    @property
+    def _sharing(self) -> bool:
+        """Whether the two losses can have computations in common in this turn."""
+        problem = self.state.problem
+        one_batch = self._one_source and not problem.draws_every_lower_step
+        first_order = isinstance(self.solver, Alternating) and self.upper_first
+        return problem.shares and one_batch and first_order and self.lower_steps > 0
 
     def begin(self, seed: int) -> None:
         """Draw this turn's upper batch and seeds."""
         self._seeds = itertools.count(seed, 2**10)
-        self._batch = self._draw("data" if self._shared else "upper_data")
+        self._batch = self._draw("data" if self._one_source else "upper_data")
         self._ahead: list[Any] = []
 
     def rehearse(self) -> None:
         """Evaluate both losses once, so that a bad one is refused before anything has moved."""
-        if not self._shared and (self.lower_steps or self.solver.num_lower_batches()):
+        if not self._one_source and (self.lower_steps or self.solver.num_lower_batches()):
             self._ahead.append(self._draw("data"))
-        lower_batch = self._batch if self._shared else (self._ahead or [None])[0]
+        lower_batch = self._batch if self._one_source else (self._ahead or [None])[0]
         generator = self.state.generator.clone_state()
-        lower_batch = self.state.problem.draw_lower(lower_batch, generator, 0)
-        oracles = Oracles(self.state.problem, self._batch, [lower_batch])
+        lower_batch = self._own(self.state.problem.draw_lower(lower_batch, generator, 0))
+        oracles = Oracles(self.state.problem, self._own(self._batch), [lower_batch])
         with torch.no_grad():
             oracles.evaluate("upper", oracles.upper, oracles.lower)
         if self.lower_steps:
@@ -72,7 +93,9 @@ class Turn:
 
     def run(self) -> Hypergradient:
         """Take the turn."""
-        if self.upper_first:
+        if self._sharing:
+            hypergradient = self._both()
+        elif self.upper_first:
             hypergradient = self._upper()
             self._lower()
         else:
@@ -81,6 +104,7 @@ class Turn:
         for schedulers in self.state.schedulers.values():
             for scheduler in schedulers:
                 scheduler.step()
+        self.state.follow()
         return hypergradient
 
     def terms(self, hypergradient: Hypergradient) -> list[tuple[str, Tensor]]:
@@ -104,40 +128,71 @@ class Turn:
         return self.state.problem.draw(batch, self.state.generator)
 
     def _lower_batch(self, step: int) -> Any:
-        batch = self._batch if self._shared else self._next_lower()
+        batch = self._batch if self._one_source else self._next_lower()
         return self.state.problem.draw_lower(batch, self.state.generator, step)
 
     def _next_lower(self) -> Any:
         return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _solver_batches(self) -> list[Any]:
-        one_for_all = self._shared and not self.state.problem.draws_every_lower_step
+        one_for_all = self._one_source and not self.state.problem.draws_every_lower_step
         count = 1 if one_for_all else self.solver.num_lower_batches()
         return [self._lower_batch(0) for _ in range(count)] or [None]
 
+    def _own(self, batch: Any) -> Any:
+        """This rank's share of a batch."""
+        count = world_size()
+        return batch if count == 1 else self.state.problem.shard(batch, rank(), count)
+
     # ------------------------------------------------------------------ steps
 
-    def _lower(self) -> None:
-        for step in range(self.lower_steps):
-            out = self._move_lower(self._lower_batch(step))
-            self.lower_loss, self.lower_residual, self.logs = out
+    def _lower(self, first: int = 0) -> None:
+        for step in range(first, self.lower_steps):
+            batch = self._own(self._lower_batch(step))
+            self._note(self._move_lower(batch, self._watched(step)))
+
+    def _watched(self, step: int) -> bool:
+        """Whether a lower step computes the residual; in a graph that is free."""
+        return self.compile or step == self.lower_steps - 1
+
+    def _note(self, out: LowerOutcome) -> None:
+        self.lower_loss, self.lower_residual, self.logs = out
 
     def _upper(self) -> Hypergradient:
-        state = self.state
-        hypergradient = self._move_upper(self._batch, self._solver_batches(), state.solver_state)
-        state.solver_state = hypergradient.state
+        batches = [self._own(batch) for batch in self._solver_batches()]
+        solver_state = self.state.solver_state
+        hypergradient = self._move_upper(self._own(self._batch), batches, solver_state)
+        self.state.solver_state = hypergradient.state
         return hypergradient
 
-    def _lower_step(self, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The lower loss before the step, the norm of its gradient and what it logged."""
+    def _both(self) -> Hypergradient:
+        hypergradient, out = self._move_both(self._own(self._batch), self._watched(0))
+        self._note(out)
+        self._lower(first=1)
+        return hypergradient
+
+    def _both_steps(self, batch: Any, watched: bool) -> tuple[Hypergradient, LowerOutcome]:
+        """The upper step and the first lower step; what both losses compute alike, once."""
+        oracles = self._oracles(batch, [])
+        lower = oracles.lower
+        with torch.enable_grad():
+            common, buffers = oracles.share(oracles.upper, lower)
+        self._wiring.commit(buffers)
+        constant = optree.tree_map(_detached, common)
+        hypergradient = self._upper_step(constant, [None], None)
+        return hypergradient, self._lower_step(common, watched, lower)
+
+    def _lower_step(self, batch: Any, watched: bool, lower: Tree | None = None) -> LowerOutcome:
+        """A step from `lower`, leaves that the batch may depend on (the current ones by default)."""
         oracles = self._oracles(None, [batch])
+        lower = oracles.lower if lower is None else lower
         constants = {name: x.detach() for name, x in oracles.upper.items()}
         with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
-            evaluation, grads = oracles.lower_gradient(constants, oracles.lower)
-        residual = norm([g for g in grads.values() if g is not None])
+            evaluation, grads = oracles.lower_gradient(constants, lower)
+        residual = norm([g for g in grads.values() if g is not None]) if watched else None
         self._apply("lower", grads, self.clip_lower)
         self._wiring.commit(evaluation.buffers)
-        return evaluation.loss.detach(), residual, evaluation.logs
+        return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
 
     def _upper_step(self, batch: Any, lower_batches: list[Any], solver_state: Any) -> Hypergradient:
         hypergradient = self.solver.solve(
@@ -154,8 +209,14 @@ class Turn:
 
     def _oracles(self, upper_batch: Any, lower_batches: list[Any]) -> Oracles:
         seed = 0 if tracing() else next(self._seeds)  # a graph holds no random numbers
-        wiring = self._wiring
-        return Oracles(self.state.problem, upper_batch, lower_batches, seed=seed, wiring=wiring)
+        return Oracles(
+            self.state.problem,
+            upper_batch,
+            lower_batches,
+            seed=seed,
+            wiring=self._wiring,
+            precision=self.precision,
+        )
 
     def _apply(self, level: Level, grads: Mapping[str, Tensor | None], most: float | None) -> None:
         parameters = self._wiring.variables(level)
@@ -170,6 +231,10 @@ class Turn:
             optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:

@@ -211,7 +211,8 @@ class Solver(ABC):
         evaluation = oracles.evaluate("upper", upper, lower)
         wanted = {name: y for name, y in lower.items() if y.requires_grad}
         leaves = [*upper.values(), *wanted.values()]
-        grads = fill(gradients(evaluation.loss, leaves), leaves)
+        evaluation, found = oracles.averaged(evaluation, gradients(evaluation.loss, leaves))
+        grads = fill(found, leaves)
         by_upper = dict(zip(upper, grads[: len(upper)], strict=True))
         by_lower = dict(zip(wanted, grads[len(upper) :], strict=True))
         direct = {

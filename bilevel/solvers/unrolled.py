@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
+from bilevel.distributed import average
 from bilevel.linear.base import positive
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
@@ -283,6 +284,8 @@ class _Unroll:
 
     def _product(self, product: list[Tensor]) -> ResponseProduct:
         steps = self.settings.truncate or self.settings.num_steps
+        # the cotangents that the ranks sent back differ, their average is the adjoint
+        product = average(product)
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
 
 

@@ -1,0 +1,170 @@
+r"""More than one process: averages over ranks, and who speaks for all of them.
+
+With R ranks, rank r evaluates both losses on its share of every batch. All shares are equally large, so
+$F = \frac{1}{R} \sum_r F_r$ and $G = \frac{1}{R} \sum_r G_r$, and every derivative of a loss is the
+average of the ranks' own. What is not linear in the losses needs care:
+
+- a step of an optimizer takes the average of the lower gradients; where it is differentiated
+  (`Unrolled`), so is the average, whose transpose is the average of the cotangents;
+- a linear solve (`Implicit`) takes averaged products with the Hessian, so that all ranks solve the same
+  system.
+
+A wrapper that hooks `.backward()` sees none of these gradients: they come from `torch.autograd.grad`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_PATIENCE = timedelta(minutes=30)  # a rank may evaluate for long; one that dies is noticed at once
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run ended, or cannot be reached any more."""
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without `torch.distributed`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and speaks to the user."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def processes(device: str | None = None) -> Iterator[str | None]:
+    """Join the processes that `torchrun` started, for as long as the context lasts.
+
+    Args:
+        device: "cpu" or "cuda"; by default CUDA where every process of this machine can have a device
+            of its own.
+
+    Yields:
+        The device of this process ("cuda:1"), or `device` if there is only one process.
+
+    Raises:
+        ValueError: if "cuda" is asked for and there are fewer devices than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world_size() > 1:
+        yield device
+        return
+    here, own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
+    if device == "cuda" and count < here:
+        raise ValueError(
+            f"{here} processes share this machine, but it has {count} CUDA devices; start one for each "
+            "device (`torchrun --nproc-per-node`), or use `--device cpu`"
+        )
+    if device is None:
+        device = "cuda" if 0 < here <= count else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(own)
+        device = f"cuda:{own}"
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def average(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The averages over all ranks, differentiable; the tensors themselves if there is one rank.
+
+    One exchange for each dtype among the tensors. All ranks must call this with tensors of the same
+    shapes.
+
+    Raises:
+        LostRankError: if another rank is gone.
+    """
+    if world_size() == 1:
+        return list(tensors)
+    averaged: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = torch.cat([tensors[i].reshape(-1) for i in places])
+        parts = _average(flat).split([tensors[i].numel() for i in places])
+        averaged |= {i: p.view(tensors[i].shape) for i, p in zip(places, parts, strict=True)}
+    return [averaged[i] for i in range(len(tensors))]
+
+
+class _Average(torch.autograd.Function):
+    """The average of a vector over the ranks; linear and symmetric, so its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        with _watched():
+            dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _average(grads[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _average(tangents[0])
+
+
+def _average(x: Tensor) -> Tensor:
+    mean: Tensor = _Average.apply(x)  # type: ignore[no-untyped-call]
+    return mean
+
+
+@torch.no_grad()
+def agree(module: nn.Module) -> None:
+    """Give every rank the weights of rank 0 and the average of the ranks' floating-point buffers."""
+    if world_size() == 1:
+        return
+    with _watched():
+        for parameter in module.parameters():
+            dist.broadcast(parameter.detach(), src=0)
+    buffers = [b for b in module.buffers() if b.is_floating_point()]
+    for buffer, value in zip(buffers, average(buffers), strict=True):
+        buffer.copy_(value)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank; the same answer everywhere."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    raised = torch.tensor(float(flag), device=device)
+    with _watched():
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised)
+
+
+def from_main(value: Any) -> Any:
+    """The value that rank 0 has."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    with _watched():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"process {rank()} of {world_size()} lost contact with another one, which ended or was "
+            "killed; start the run again with `--resume` (the number of processes may differ): "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
