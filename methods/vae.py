@@ -16,28 +16,29 @@ $w_k = p(v, h_k) / q(h_k|v)$, $h_k \sim q(h|v)$.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 
 from bilevel.methods.config import Training, one_of
-from bilevel.methods.eblvm import EBLVM, attempt, chunked
+from bilevel.methods.eblvm import EBLVM, Statistics, attempt, chunked
 from bilevel.methods.models.base import check_dim
+from bilevel.methods.networks import Generator, Posterior
+from bilevel.methods.vae_networks import FixedVariance, LearnedVariance, Moments, perceptron
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
-from bilevel.methods.variational.bernoulli import bernoulli_log_prob, xavier
+from bilevel.methods.variational.bernoulli import bernoulli_log_prob
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 Visible = Literal["bernoulli", "gaussian"]
 
-ENERGY_SAMPLES = 100
-"""Draws of the importance-weighted bound that `VAE.energy` is."""
+ENERGY_SAMPLES, IMAGE_ENERGY_SAMPLES = 100, 10
+"""Draws of the importance-weighted bound that `VAE.energy` is, of rows and of images."""
 
-_ROWS = 10_000  # pairs (v, h) evaluated at a time
+_ROWS, _IMAGES = 10_000, 500  # pairs (v, h) evaluated at a time
 
 
 class Batch(NamedTuple):
@@ -59,6 +60,9 @@ class VAE(EBLVM):
         visible: p(v|h).
         grey: take data anywhere in [0, 1] for Bernoulli visibles (grey values stand for probabilities
             of a 1). The model's distribution stays one on {0, 1}.
+        noisy: whether samples are draws from p(v|h), or its means, as is usual for images.
+        statistics: batch-norm statistics of samples and reconstructions. Energies and likelihoods
+            always use running ones.
 
     Raises:
         TypeError: if `latent_dim` is not an integer.
@@ -74,8 +78,10 @@ class VAE(EBLVM):
         Auto-Encoding Variational Bayes (Kingma and Welling, 2014), https://arxiv.org/abs/1312.6114
         Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016),
         https://arxiv.org/abs/1509.00519: the bound of `energy` and `log_likelihood`.
-        Differs from the paper in: the Gaussian decoder of `for_table` has a learned variance per
-        visible that does not depend on h. One that does has an unbounded likelihood.
+        Bi-level Doubly Variational Learning for Energy-based Latent Variable Models (Kan et al., CVPR
+        2022), https://arxiv.org/abs/2203.14702: the networks of `for_images`, and the baseline there.
+        Differs from the paper in: a Gaussian decoder's variance is learned per visible (`for_table`) or
+        fixed (`for_images`) and does not depend on h. One that does has an unbounded likelihood.
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {
@@ -92,9 +98,12 @@ class VAE(EBLVM):
         *,
         visible: Visible = "bernoulli",
         grey: bool = False,
+        noisy: bool = True,
+        statistics: Statistics = "running",
     ) -> None:
         super().__init__()
         one_of("visible", visible, ("bernoulli", "gaussian"))
+        one_of("statistics", statistics, ("running", "batch"))
         if grey and visible == "gaussian":
             raise ValueError("`grey` is for Bernoulli visibles; Gaussian ones take any value")
         posterior = GaussianPosterior(encoder, check_dim("latent_dim", latent_dim))
@@ -103,6 +112,8 @@ class VAE(EBLVM):
         self.visible = visible
         self.visible_range = (0.0, 1.0) if visible == "bernoulli" else None
         self.binary = visible == "bernoulli" and not grey
+        self.noisy = noisy
+        self.statistics = statistics
 
     @classmethod
     def for_table(
@@ -134,10 +145,10 @@ class VAE(EBLVM):
         check_dim("latent_dim", latent_dim)
         widths = [check_dim(f"hidden[{i}]", width) for i, width in enumerate(hidden)]
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        encoder = _Moments(_perceptron([visible_dim, *widths, latent_dim], 2, generator))
-        decoder: nn.Module = _perceptron([latent_dim, *widths[::-1], visible_dim], 1, generator)
+        encoder = Moments(perceptron([visible_dim, *widths, latent_dim], 2, generator))
+        decoder: nn.Module = perceptron([latent_dim, *widths[::-1], visible_dim], 1, generator)
         if visible == "gaussian":
-            decoder = _WithVariance(decoder, visible_dim)
+            decoder = LearnedVariance(decoder, visible_dim)
         model = cls(encoder, decoder, latent_dim, visible=visible, grey=grey)
         model.visible_shape = (visible_dim,)
         model.recipe = {
@@ -148,6 +159,54 @@ class VAE(EBLVM):
             "grey": grey,
         }
         return model
+
+    @classmethod
+    def for_images(
+        cls,
+        shape: tuple[int, int, int],
+        *,
+        latent_dim: int = 100,
+        width: float = 64,
+        seed: int = 0,
+        statistics: Statistics = "running",
+    ) -> Self:
+        r"""A VAE of BiDVL's posterior and generator, for square images in [-1, 1].
+
+        $p(v|h) = N(v; G(h), \frac12 I)$: squared error with weight one, as in BiDVL's lower loss.
+        Samples are the means G(h).
+
+        Args:
+            shape: (channels, side, side).
+            latent_dim: dimension of the latent; 100 in the BiDVL paper.
+            width: as in `BiDVL.for_images`, whose two networks of the same width these are.
+            seed: seed of the initial weights; torch's global generator is left as it was.
+            statistics: batch-norm statistics of samples and reconstructions.
+
+        Raises:
+            ValueError: if the shape cannot be halved down to 4-8 pixels, and as the constructor.
+        """
+        narrow = max(1, round(width * 3 / 4))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder = Posterior(shape, latent_dim, narrow)
+            decoder = FixedVariance(Generator(shape, latent_dim, narrow), 0.5)
+        model = cls(
+            encoder, decoder, latent_dim, visible="gaussian", noisy=False, statistics=statistics
+        )
+        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        model.visible_shape, model.visible_range = shape, (-1.0, 1.0)
+        sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "seed": seed}
+        model.recipe = {**sizes, "statistics": statistics}
+        return model
+
+    def network(self, name: Literal["encoder", "decoder"]) -> nn.Module:
+        """One of the two networks."""
+        return self._posterior.network if name == "encoder" else self.upper.get_submodule("decoder")
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of the latent."""
+        return self._posterior.latent_dim
 
     @property
     def _posterior(self) -> GaussianPosterior:
@@ -161,7 +220,7 @@ class VAE(EBLVM):
 
     def _cost(self, v: Tensor, h: Tensor) -> Tensor:
         """-log p(v|h), shape (n,)."""
-        output = self.upper.get_submodule("decoder")(h)
+        output = self.network("decoder")(h)
         if self.visible == "bernoulli":
             return -bernoulli_log_prob(output.flatten(1), v.flatten(1))
         mean, log_variance = output
@@ -201,19 +260,25 @@ class VAE(EBLVM):
     def energy(self, v: Tensor) -> Tensor:
         """The importance-weighted bound on the free energy from `ENERGY_SAMPLES` draws.
 
-        The noise is the same for every row and in every call: a function of v.
+        Of images it takes `IMAGE_ENERGY_SAMPLES`. The noise is the same for every row and in every
+        call: a function of v.
         """
         v = self.check(v)
         generator = torch.Generator(v.device).manual_seed(0)
-        noise = normal_noise(ENERGY_SAMPLES, self._posterior.latent_dim, generator, v)
+        draws = ENERGY_SAMPLES if v.ndim == 2 else IMAGE_ENERGY_SAMPLES
+        noise = normal_noise(draws, self.latent_dim, generator, v)
 
         def bound(rows: Tensor) -> Tensor:
-            parts = iter(noise.split(max(1, _ROWS // len(rows))))
-            return self._log_mean_weight(
-                rows, ENERGY_SAMPLES, lambda count: next(parts)[:, None].expand(-1, len(rows), -1)
-            )
+            left = noise
 
-        with self.evaluating():
+            def following(count: int) -> Tensor:
+                nonlocal left
+                now, left = left[:count], left[count:]
+                return now[:, None].expand(-1, len(rows), -1)
+
+            return self._log_mean_weight(rows, draws, following)
+
+        with self.evaluating("running"):
             return -chunked(bound, v)
 
     def log_likelihood(
@@ -233,58 +298,74 @@ class VAE(EBLVM):
             ValueError: if it is not positive.
         """
         check_dim("num_samples", num_samples)
-        width = self._posterior.latent_dim
 
         def bound(rows: Tensor) -> Tensor:
             def noise(count: int) -> Tensor:
-                size = (count, len(rows), width)
+                size = (count, len(rows), self.latent_dim)
                 return torch.randn(size, generator=generator, dtype=rows.dtype, device=rows.device)
 
             return self._log_mean_weight(rows, num_samples, noise)
 
-        with self.evaluating():
+        with self.evaluating("running"):
             return chunked(bound, self.check(v))
 
     def _log_mean_weight(
         self, v: Tensor, num_samples: int, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """Log of the mean of w_k, shape (n,); `noise(count)` has shape (count, n, latent_dim)."""
+        mean, log_variance = self._posterior.moments(v)
         total = v.new_full((len(v),), -math.inf)
-        for start in range(0, num_samples, size := max(1, _ROWS // len(v))):
+        size = max(1, (_ROWS if v.ndim == 2 else _IMAGES) // len(v))
+        for start in range(0, num_samples, size):
             count = min(size, num_samples - start)
+            z = noise(count)
+            h = mean + (log_variance / 2).exp() * z
+            log_posterior = normal_log_prob(z).sum(2) - 0.5 * log_variance.sum(1)
             rows = v.expand(count, *v.shape).flatten(0, 1)
-            draws = self._posterior.draws(rows, noise(count).flatten(0, 1))
-            log_weight = -self.joint_energy(draws.visible, draws.latent) - draws.log_prob
-            total = torch.logaddexp(total, log_weight.view(count, len(v)).logsumexp(0))
+            energy = self.joint_energy(rows, h.flatten(0, 1)).view(count, len(v))
+            total = torch.logaddexp(total, (-energy - log_posterior).logsumexp(0))
         return total - math.log(num_samples)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N draws of v from p(v|h), h from p(h)."""
+        """N visibles of p(v|h), h from p(h): draws if `noisy`, means if not."""
         like = next(self.parameters())
-        size = (n, self._posterior.latent_dim)
+        size = (n, self.latent_dim)
         h = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
-        with self.evaluating():
-            output = self.upper.get_submodule("decoder")(h)
+
+        def visibles(h: Tensor) -> Tensor:
+            if not self.noisy:
+                return self._mean(h)
+            output = self.network("decoder")(h)
             if self.visible == "bernoulli":
                 return torch.bernoulli(output.sigmoid(), generator=generator)
             mean, log_variance = output
             noise = torch.empty_like(mean).normal_(generator=generator)
             return cast(Tensor, mean + (log_variance / 2).exp() * noise)
 
+        with self.evaluating():
+            return chunked(visibles, h)
+
     def posterior(self, v: Tensor) -> Distribution:
         """q(h|v)."""
         with self.evaluating():
-            return self._posterior.distribution(self.check(v))
+            both = chunked(
+                lambda part: torch.stack(self._posterior.moments(part), 1), self.check(v)
+            )
+        mean, log_variance = both.unbind(1)
+        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The mean of p(v|h) at the posterior mean of h."""
-        mean = self.posterior(v).mean
         with self.evaluating():
-            output = self.upper.get_submodule("decoder")(mean)
-            return cast(Tensor, output.sigmoid() if self.visible == "bernoulli" else output[0])
+            return chunked(lambda part: self._mean(self._posterior.moments(part)[0]), self.check(v))
+
+    def _mean(self, h: Tensor) -> Tensor:
+        """The mean of p(v|h)."""
+        output = self.network("decoder")(h)
+        return cast(Tensor, output.sigmoid() if self.visible == "bernoulli" else output[0])
 
     def probe(self, v: Tensor) -> None:
-        width = self._posterior.latent_dim
+        width = self.latent_dim
         with self.evaluating():
             moments = attempt("encoder", self._posterior.network, v)
             shapes = [tuple(part.shape) for part in moments]
@@ -293,7 +374,7 @@ class VAE(EBLVM):
                     "the encoder must give mean and log-variance of the latent, each of shape "
                     f"(n, {width}); got {shapes} for {len(v)} visibles"
                 )
-            output = attempt("decoder", self.upper.get_submodule("decoder"), moments[0])
+            output = attempt("decoder", self.network("decoder"), moments[0])
             mean = output if self.visible == "bernoulli" else output[0]
             if mean.shape != v.shape:
                 raise ValueError(
@@ -303,41 +384,6 @@ class VAE(EBLVM):
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        if "shape" in recipe:
+            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
         return cls.for_table(**recipe)
-
-
-@final
-class _Moments(nn.Module):
-    """A network's output as mean and log-variance, side by side in it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.network(v).chunk(2, dim=1)
-        return mean, log_variance
-
-
-@final
-class _WithVariance(nn.Module):
-    """A network for the mean, and a log-variance per output."""
-
-    def __init__(self, network: nn.Module, width: int) -> None:
-        super().__init__()
-        self.network = network
-        self.log_variance = nn.Parameter(torch.zeros(width))
-
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network(h), self.log_variance
-
-
-def _perceptron(widths: Sequence[int], heads: int, generator: torch.Generator) -> nn.Sequential:
-    """Linear layers with ReLU between them; the last has `heads` outputs of its width."""
-    layers: list[nn.Module] = []
-    for number, (below, above) in enumerate(pairwise(widths), start=2):
-        if number < len(widths):
-            layers += [xavier(below, above, generator), nn.ReLU()]
-        else:
-            layers.append(xavier(below, above, generator, heads=heads))
-    return nn.Sequential(*layers)

@@ -137,7 +137,7 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
         ("trian", "did you mean `train`?"),
         ("train bidv --data few.npz", "did you mean `bidvl`?"),
         ("train bidvl", "--data NAME|PATH is missing"),
-        ("train --data few.npz", "METHOD (bidvl"),
+        ("train --data few.npz", "METHOD ("),
         ("train bidvl --dta few.npz", "did you mean `--data`?"),
         ("train bidvl --data few.npz extra", "`extra` is one argument too many"),
         ("train bidvl --data fewer.npz", "did you mean `few.npz`?"),

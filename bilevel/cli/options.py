@@ -177,7 +177,10 @@ def check_training(values: dict[str, Any]) -> None:
 
 
 def model_settings(method: type[EBLVM]) -> list[Setting]:
-    """The options of a method's `for_images` and constructor, without what is given otherwise."""
+    """The options of a method's `for_images`, and of its constructor if they are passed on to that.
+
+    What is given otherwise, such as the shape and the seed, is left out.
+    """
     settings: dict[str, Setting] = {}
     taken = {
         "self",
@@ -188,7 +191,10 @@ def model_settings(method: type[EBLVM]) -> list[Setting]:
         "visible_range",
         *Training.model_fields,
     }
-    for function in (getattr(method, "for_images"), method.__init__):  # noqa: B009
+    for_images: Callable[..., EBLVM] = getattr(method, "for_images")  # noqa: B009
+    kinds = {parameter.kind for parameter in inspect.signature(for_images).parameters.values()}
+    passes_on = inspect.Parameter.VAR_KEYWORD in kinds
+    for function in (for_images, method.__init__) if passes_on else (for_images,):
         hints = get_type_hints(function)
         texts = _documented(inspect.getdoc(function) or "") | _documented(method.__doc__ or "")
         for name, parameter in inspect.signature(function).parameters.items():
