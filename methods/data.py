@@ -105,6 +105,16 @@ def load_images(source: str | os.PathLike[str]) -> Images:
     raise unknown_source(text, path, NAMES, "of an `.npz` file or of a folder of images")
 
 
+def scaled(images: Tensor) -> Tensor:
+    """Images in [-1, 1]: bytes b become b / 127.5 - 1, float32; others are returned as they are.
+
+    Example:
+        >>> scaled(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([-1.0000, -0.6000,  1.0000])
+    """
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
 def unknown_source(text: str, path: Path, names: Sequence[str], elsewhere: str) -> Exception:
     """What to raise for data that are not there, naming the nearest that are.
 
@@ -130,6 +140,7 @@ def unknown_source(text: str, path: Path, names: Sequence[str], elsewhere: str) 
 def shuffled_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image with its pixels in a random order of its own: same values, no structure."""
     n, channels = images.shape[:2]
+    images = scaled(images)
     flat = images.flatten(2)
     order = torch.rand(n, 1, flat.shape[2], generator=generator).argsort(dim=2)
     return flat.gather(2, order.to(images.device).expand(-1, channels, -1)).view_as(images)
@@ -137,12 +148,18 @@ def shuffled_pixels(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def inverted(images: Tensor) -> Tensor:
     """The negatives: same structure, values of the opposite sign."""
-    return -images
+    return -scaled(images)
 
 
 def uniform_noise(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pixels drawn from U[-1, 1], in the shape of `images`."""
-    return torch.rand(images.shape, generator=generator).to(images) * 2 - 1
+    return torch.rand(images.shape, generator=generator).to(scaled(images[:1])) * 2 - 1
+
+
+def constant_images(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images of one colour each, drawn from U[-1, 1] by channel, in the shape of `images`."""
+    colours = torch.rand(*images.shape[:2], 1, 1, generator=generator).to(scaled(images[:1]))
+    return (colours * 2 - 1).expand(images.shape).contiguous()
 
 
 def _digits() -> Images:

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from bilevel import Problem, Solver, Step
 from bilevel.batches import not_finite
 from bilevel.methods.config import Training, one_of, validated
+from bilevel.methods.data import scaled
 from bilevel.methods.fitting import History, fit
 from bilevel.methods.run import write_text
 from bilevel.optimizers import Optimizers
@@ -93,7 +94,8 @@ class EBLVM(Problem):
         """Train the model in place.
 
         Args:
-            data: visibles, shape (n, *visible_shape), floating point, within `visible_range`.
+            data: visibles, shape (n, *visible_shape), floating point, within `visible_range`; images
+                may be bytes, which stay bytes on the model's device until a batch is drawn.
             solver: how the hypergradient is computed; `Alternating()` by default.
             callbacks: called with every `Step`; one that returns `True` ends the training.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
@@ -114,7 +116,7 @@ class EBLVM(Problem):
         training = validated(Training, {**self.training_defaults, **settings})
         return fit(
             self,
-            self.check(data),
+            self.admit(data),
             training,
             solver=solver,
             callbacks=callbacks,
@@ -129,29 +131,60 @@ class EBLVM(Problem):
     def check(self, v: Tensor) -> Tensor:
         """Refuse visibles this model cannot take; return them in the model's dtype and device.
 
+        Images may be bytes: they are scaled to [-1, 1], by a model whose visibles lie there.
+
         Raises:
             TypeError: if they are not a tensor, or integers.
             ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
         """
-        if not isinstance(v, Tensor):
+        return self.as_visibles(self.admit(v))
+
+    @final
+    def admit(self, data: Tensor) -> Tensor:
+        """Refuse what `check` refuses; return the rest on the model's device, bytes as bytes.
+
+        Raises:
+            TypeError: as `check`.
+            ValueError: as `check`.
+        """
+        if not isinstance(data, Tensor):
             raise TypeError(
-                f"visibles must be a tensor, got {type(v).__name__}; use `torch.as_tensor`"
+                f"visibles must be a tensor, got {type(data).__name__}; use `torch.as_tensor`"
             )
-        if not v.is_floating_point():
+        if data.dtype == torch.uint8 and self._takes_bytes(data):
+            self._refuse_shape(data)
+            return data.to(next(self.parameters()).device)
+        if not data.is_floating_point():
             raise TypeError(
-                f"visibles must be floating point, got {v.dtype}; scale integer images first, for "
+                f"visibles must be floating point, got {data.dtype}; scale integer images first, for "
                 "bytes to [-1, 1] by `images / 127.5 - 1`"
             )
+        self._refuse_shape(data)
+        count, which = not_finite(data)
+        if count:
+            raise ValueError(f"{count} of {len(data)} visibles hold NaN or infinity ({which})")
+        self._refuse_values(data)
+        parameter = next(self.parameters())
+        return data.to(device=parameter.device, dtype=parameter.dtype)
+
+    @final
+    def as_visibles(self, rows: Tensor) -> Tensor:
+        """Rows of admitted data as the networks take them: bytes scaled, in the model's dtype."""
+        return scaled(rows).to(next(self.parameters()).dtype)
+
+    def _takes_bytes(self, v: Tensor) -> bool:
+        return self.visible_range == (-1, 1) or (self.visible_range is None and v.ndim == 4)
+
+    def _refuse_shape(self, v: Tensor) -> None:
         if v.ndim == 0 or len(v) == 0:
             raise ValueError("there are no visibles: the first dimension is 0")
         if self.visible_shape is not None and tuple(v.shape[1:]) != self.visible_shape:
             raise ValueError(
                 f"this model takes visibles of shape (n, {_join(self.visible_shape)}), "
-                f"got {tuple(v.shape)}"
+                f"got {tuple(v.shape)}{_remedy(tuple(v.shape[1:]), self.visible_shape)}"
             )
-        count, which = not_finite(v)
-        if count:
-            raise ValueError(f"{count} of {len(v)} visibles hold NaN or infinity ({which})")
+
+    def _refuse_values(self, v: Tensor) -> None:
         if self.visible_range is not None:
             low, high = self.visible_range
             least, most = float(v.min()), float(v.max())
@@ -166,8 +199,6 @@ class EBLVM(Problem):
                 "are not; binarise them, or make the model with `grey=True`, which takes greys for "
                 "probabilities as AdvIL does"
             )
-        parameter = next(self.parameters())
-        return v.to(device=parameter.device, dtype=parameter.dtype)
 
     @final
     @contextmanager
@@ -252,6 +283,15 @@ def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
     except (RuntimeError, ValueError) as error:
         shape = tuple(v.shape)
         raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
+
+
+def _remedy(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """How images of one shape are made those of another, if that is what they are."""
+    if len(shape) != 3 or len(wanted) != 3:
+        return ""
+    options = [f"channels={wanted[0]}"] if shape[0] != wanted[0] else []
+    options += [f"side={wanted[2]}"] if shape[1:] != wanted[1:] else []
+    return f"; load the images with `{', '.join(options)}`"
 
 
 def _join(shape: tuple[int, ...]) -> str:

@@ -72,9 +72,9 @@ def fit(
     folder = Run(run) if run is not None else None
     if folder is not None:
         folder.claim(resume=resume, overwrite=overwrite)
-    model.probe(data[:2])
+    model.probe(model.as_visibles(data[:2]))
     upper, lower = optimizers if optimizers is not None else model.optimizers(training)
-    batches = Batches(data, training.batch_size, seed=training.seed)
+    batches = Batches(data, training.batch_size, seed=training.seed, convert=model.as_visibles)
     per_epoch = len(data) // training.batch_size
     model.train()
     two_levels = bool(model.variables("lower"))
