@@ -92,7 +92,7 @@ def test_batch_norm_policy_is_explicit_and_leaves_no_trace():
     [
         (torch.zeros(10, 1, 9, 8), ValueError, r"shape \(n, 1, 8, 8\), got \(10, 1, 9, 8\)"),
         (torch.zeros(0, 1, 8, 8), ValueError, "there are no visibles"),
-        (torch.zeros(10, 1, 8, 8, dtype=torch.uint8), TypeError, "127.5"),
+        (torch.zeros(10, 1, 8, 8, dtype=torch.int32), TypeError, "127.5"),
         (torch.full((10, 1, 8, 8), 2.0), ValueError, r"\[-1, 1\], got values from 2 to 2"),
         (
             torch.tensor(float("nan")).expand(10, 1, 8, 8),
