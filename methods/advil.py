@@ -18,22 +18,36 @@ $$ G = E_{p_d Q}[E + \log Q] + E_q[E + \log q] . $$
 $L_2 - NLL = E_{p_d} KL(Q \| p(h|v)) - KL(q \| p)$: neither an upper nor a lower bound. At a solution
 of the lower level $\partial_{(\phi,\psi)} L_2 = 0$, so dropping the best-response term, as the paper
 does, costs nothing there; before it is reached, `Unrolled` and `Implicit` see what it costs.
+
+For images, $Q(h|v)$ is a diagonal Gaussian and $q(v, h) = N(h; 0, I)\, N(v; G(h), \sigma^2 I)$. The
+entropy of this q is that of its noise, whatever G is: with $\sigma$ fixed, $E_q[\log q]$ is a constant,
+no auxiliary is needed, and all that G descends is $E_q[E]$.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, cast, final
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.models import LatentVariableModel
+from bilevel.methods.config import one_of
+from bilevel.methods.eblvm import Statistics, chunked
+from bilevel.methods.learner import ModelLearner
+from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.networks import Generator, JointEnergy, Posterior
 from bilevel.methods.variational import (
     BernoulliPosterior,
+    Draws,
+    GaussianJoint,
+    GaussianPosterior,
     HierarchicalJoint,
     VariationalJoint,
     VariationalPosterior,
 )
 from bilevel.problem import Loss
+
+ENERGY_SAMPLES = 10
+"""Draws of the bound that `AdvIL.energy` is where there is no free energy."""
 
 
 class Batch(NamedTuple):
@@ -46,17 +60,20 @@ class Batch(NamedTuple):
 
 @final
 class AdvIL(ModelLearner):
-    r"""Adversarial variational inference and learning of a Boltzmann machine.
+    r"""Adversarial variational inference and learning of a Boltzmann machine or another energy.
 
-    One upper step moves the machine; of the `lower_steps` that follow, all move the sampler and the
+    One upper step moves the energy; of the `lower_steps` that follow, all move the sampler and the
     first moves the encoder, too (the paper's 1 : 100 : 1).
 
     Args:
-        model: the machine: `RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`.
-        posterior: the encoder Q; the published linear-logit one by default.
-        joint: the sampler q with its auxiliary r; the published one by default.
+        model: a machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`), or any module (v, h) -> (n,).
+        posterior: the encoder Q; for a machine the published linear-logit one by default.
+        joint: the sampler q with its auxiliary r; for a machine the published one by default.
         prior: "gaussian" or "bernoulli": q(z) of the default sampler.
         temperature: of the relaxed Bernoulli variables of the default encoder and sampler.
+
+    Raises:
+        ValueError: for an energy that is no machine without an encoder and a sampler.
 
     Example:
         >>> from bilevel.methods import RBM
@@ -72,7 +89,10 @@ class AdvIL(ModelLearner):
         - the encoder's step sees the minibatch of the upper step with new noise, not a new minibatch;
         - it is taken together with the first of the sampler's steps, not after the last;
         - probabilities are not clipped: logits are used throughout;
-        - the sampler's noise in the upper step does not serve a second time in the lower one.
+        - the sampler's noise in the upper step does not serve a second time in the lower one;
+        - `for_images` is not in it: the BiDVL paper (https://arxiv.org/abs/2203.14702, Sec. 4) calls
+          this model, its own without the decoupling and with KL as the divergence, approximately AdvIL,
+          and unstable on CIFAR-10.
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {
@@ -87,10 +107,11 @@ class AdvIL(ModelLearner):
         "log_every": 100,
         "checkpoint_every": 1000,
     }
+    latent_dim: int  # of images
 
     def __init__(
         self,
-        model: LatentVariableModel,
+        model: nn.Module,
         posterior: VariationalPosterior | None = None,
         joint: VariationalJoint | None = None,
         *,
@@ -98,7 +119,16 @@ class AdvIL(ModelLearner):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
-        check_machine(model, "AdvIL")
+        if not isinstance(model, LatentVariableModel):
+            if posterior is None or joint is None:
+                raise ValueError(
+                    f"`AdvIL` has no default encoder and sampler for a `{type(model).__name__}`; give "
+                    "both, such as `GaussianPosterior(network, latent_dim)` and `GaussianJoint(...)`, "
+                    "or a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`)"
+                )
+            self.upper = nn.ModuleDict({"model": model})
+            self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
+            return
         own = posterior is not None or joint is not None
         if posterior is None:
             posterior = BernoulliPosterior.for_model(model, temperature=temperature)
@@ -106,6 +136,56 @@ class AdvIL(ModelLearner):
             joint = HierarchicalJoint.for_model(model, prior=prior, temperature=temperature)
         options = None if own else {"prior": prior, "temperature": temperature}
         self.hold(model, {"posterior": posterior, "joint": joint}, options)
+
+    @classmethod
+    def for_images(
+        cls,
+        shape: tuple[int, int, int],
+        *,
+        latent_dim: int = 100,
+        width: float = 64,
+        sigma: float = 0.01,
+        seed: int = 0,
+        statistics: Statistics = "running",
+    ) -> Self:
+        r"""AdvIL of an undecoupled energy E(v, h), with BiDVL's networks: the paper's unstable rival.
+
+        Nothing keeps it in place: $KL(Q \| p(h|v))$ rewards a wide Q, and spectral normalisation lets
+        the energy grow at most linearly in h, so the posterior's variance may run away. Watch
+        `energy_data` and `energy_samples`.
+
+        Args:
+            shape: (channels, side, side) of images in [-1, 1].
+            latent_dim: dimension of the latent; 100 in the BiDVL paper.
+            width: first channels of the energy, as in `BiDVL.for_images`.
+            sigma: standard deviation of the sampler's pixels; 0.01 is about one grey level of 256.
+            seed: seed of the initial weights; torch's global generator is left as it was.
+            statistics: batch-norm statistics of samples and reconstructions.
+
+        Raises:
+            ValueError: if the shape cannot be halved down to 4-8 pixels, or `sigma` is not positive.
+        """
+        one_of("statistics", statistics, ("running", "batch"))
+        narrow = max(1, round(width * 3 / 4))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            energy = JointEnergy(shape, latent_dim, round(width))
+            posterior = GaussianPosterior(Posterior(shape, latent_dim, narrow), latent_dim)
+            generator = Generator(shape, latent_dim, narrow)
+        model = cls(energy, posterior, GaussianJoint(generator, latent_dim, shape, sigma))
+        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        model.visible_shape, model.visible_range = shape, (-1.0, 1.0)
+        model.statistics, model.latent_dim = statistics, latent_dim
+        sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "sigma": sigma}
+        model.recipe = {**sizes, "seed": seed, "statistics": statistics}
+        return model
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        if "shape" in recipe:
+            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
+        options = {name: value for name, value in recipe.items() if name != "model"}
+        return cls(from_recipe(recipe["model"]), **options)
 
     @property
     def sampler(self) -> VariationalJoint:
@@ -149,16 +229,114 @@ class AdvIL(ModelLearner):
         assert batch.visible is not None
         assert batch.posterior_noise is not None
         draws = self.encoder.draws(batch.visible, batch.posterior_noise)
-        return draws.mean(self.model(draws.visible, draws.latent)), draws.mean(draws.log_prob)
+        return draws.mean(self._energies(draws)), draws.mean(draws.log_prob)
 
     def _generated(self, batch: Batch) -> tuple[Tensor, Tensor]:
         r"""$E_q[E]$ and $E_q[\log q]$, the latter with the auxiliary's bound on the entropy."""
         draws = self.sampler.draws(batch.joint_noise)
-        return draws.mean(self.model(draws.visible, draws.latent)), draws.mean(draws.log_prob)
+        return draws.mean(self._energies(draws)), draws.mean(draws.log_prob)
 
     # ------------------------------------------------------------------ the trained model
 
+    @property
+    def model(self) -> LatentVariableModel:
+        """The Boltzmann machine.
+
+        Raises:
+            NotImplementedError: if the energy is another module.
+        """
+        if not self._is_machine:
+            raise NotImplementedError(
+                f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.models`; "
+                "use `joint_energy(v, h)` and `posterior(v)`"
+            )
+        return cast(LatentVariableModel, self._network)
+
+    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v, h), differentiable, shape (n,)."""
+        energies: Tensor = self._network(v, h)
+        return energies
+
+    def energy(self, v: Tensor) -> Tensor:
+        r"""The free energy of a machine, exact; of another energy the encoder's bound on it.
+
+        $F(v) \le E_Q[E(v, h) + \log Q(h|v)]$, the term that the encoder descends, from
+        `ENERGY_SAMPLES` draws whose noise is the same for every row and in every call: a function of v.
+        """
+        if self._is_machine:
+            return ModelLearner.energy(self, v)
+        v = self.check(v)
+        generator = torch.Generator(v.device).manual_seed(0)
+        noise = self.encoder.noise(ENERGY_SAMPLES, generator, v)
+
+        def bound(rows: Tensor) -> Tensor:
+            terms = [self.encoder.draws(rows, z.expand(len(rows), *z.shape)) for z in noise]
+            return torch.stack([self._energies(draws) + draws.log_prob for draws in terms]).mean(0)
+
+        with self.evaluating("running"):
+            return chunked(bound, v)
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles of the sampler q, by ancestral sampling."""
+        """N visibles of the sampler q: by ancestral sampling, of a Gaussian one the means."""
         with self.evaluating():
-            return self.sampler.sample(n, generator)
+            if self._is_machine:
+                return self.sampler.sample(n, generator)
+            sizes = [len(part) for part in torch.empty(n).split(500)]  # bounded memory
+            return torch.cat([self.sampler.sample(size, generator) for size in sizes])
+
+    def posterior(self, v: Tensor) -> Distribution:
+        """The posterior of a machine (its mean field with two hidden layers), else Q(h|v)."""
+        if self._is_machine:
+            return ModelLearner.posterior(self, v)
+        with self.evaluating():
+            return self.encoder.distribution(self.check(v))
+
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """The visibles' mean given the posterior mean of the latents: the machine's, or the sampler's.
+
+        Raises:
+            NotImplementedError: for a sampler without a generator, if the energy is no machine.
+        """
+        if self._is_machine:
+            return ModelLearner.reconstruct(self, v)
+        sampler = self.sampler
+        if not isinstance(sampler, GaussianJoint):
+            raise NotImplementedError(
+                f"`{type(sampler).__name__}` gives no visibles for latents; use a `GaussianJoint`"
+            )
+        with self.evaluating():
+            return chunked(
+                lambda part: sampler.generator(self.encoder.distribution(part).mean), self.check(v)
+            )
+
+    def probe(self, v: Tensor) -> None:
+        if self._is_machine:
+            return ModelLearner.probe(self, v)
+        generator = torch.Generator(v.device).manual_seed(0)
+        with self.evaluating():
+            noise = self.encoder.noise(len(v), generator, v)
+            below = self.encoder.draws(v, noise)
+            above = self.sampler.draws(self.sampler.noise(len(v), generator, v))
+            if above.visible.shape != v.shape or above.latent.shape != below.latent.shape:
+                raise ValueError(
+                    f"the joint draws visibles of shape {tuple(above.visible.shape[1:])} and latents of "
+                    f"shape {tuple(above.latent.shape[1:])}, but the data have {tuple(v.shape[1:])} and "
+                    f"the posterior {tuple(below.latent.shape[1:])}"
+                )
+            energies = self._energies(below)
+        if energies.shape != below.log_prob.shape:
+            raise ValueError(
+                f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
+                f"for {len(v)} pairs"
+            )
+
+    @property
+    def _network(self) -> nn.Module:
+        return self.upper.get_submodule("model")
+
+    @property
+    def _is_machine(self) -> bool:
+        return isinstance(self._network, LatentVariableModel)
+
+    def _energies(self, draws: Draws) -> Tensor:
+        return self.joint_energy(draws.visible, draws.latent)
