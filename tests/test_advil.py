@@ -5,15 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 
 from bilevel import Alternating, Implicit, Unrolled, check_hypergradient
 from bilevel.methods import Training
 from bilevel.methods.advil import AdvIL
 from bilevel.methods.likelihood import chi_square_upper_bound
 from bilevel.methods.models import DBM, RBM, GaussianRBM
-from bilevel.methods.variational import BernoulliPosterior, HierarchicalJoint
+from bilevel.methods.networks import JointEnergy, parameter_count
+from bilevel.methods.variational import (
+    BernoulliPosterior,
+    GaussianJoint,
+    GaussianPosterior,
+    HierarchicalJoint,
+)
+from bilevel.methods.variational.base import normal_log_prob
 from tests.machines import NV, ExactJoint, ExactPosterior, machine, moments, rng
+from tests.problems import normal
 
 
 def binary(n: int, seed: int = 1) -> Tensor:
@@ -206,3 +215,145 @@ def test_traced_steps_equal_eager_ones() -> None:
     for advil, compiled in zip(made, (False, True), strict=True):
         advil.fit(binary(40), num_steps=3, lower_steps=3, batch_size=10, compile=compiled)
     torch.testing.assert_close(made[1].state_dict(), made[0].state_dict(), rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- other energies; images
+
+
+class LinearGaussian(nn.Module):
+    """E(v, h) = -log N(h; 0, I) N(v; A h + b, s^2 I), A with orthogonal columns: Z = 1."""
+
+    def __init__(self, sigma: float = 0.6) -> None:
+        super().__init__()
+        basis = torch.linalg.qr(normal(3, 2))[0]
+        self.matrix = nn.Parameter(basis * torch.tensor([1.5, 0.7]))
+        self.bias = nn.Parameter(normal(3, seed=1))
+        self.sigma = sigma
+
+    def forward(self, v: Tensor, h: Tensor) -> Tensor:
+        z = (v - h @ self.matrix.mT - self.bias) / self.sigma
+        scale = v.shape[1] * torch.tensor(self.sigma).log()
+        return scale - normal_log_prob(z).sum(1) - normal_log_prob(h).sum(1)
+
+    def generate(self, h: Tensor) -> Tensor:
+        return h @ self.matrix.detach().mT + self.bias.detach()
+
+    def moments(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        a, s2 = self.matrix.detach(), self.sigma**2
+        precision = 1 + (a * a).sum(0) / s2
+        mean = (v - self.bias.detach()) @ a / s2 / precision
+        return mean, (-precision.log()).expand_as(mean)
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        covariance = self.matrix @ self.matrix.mT + torch.eye(3).double() * self.sigma**2
+        return -MultivariateNormal(self.bias, covariance).log_prob(v)
+
+
+class Calls(nn.Module):
+    """A function as a module, with a weight that does nothing."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.shift = nn.Parameter(torch.zeros(()).double())
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def linear_gaussian() -> tuple[AdvIL, LinearGaussian]:
+    """AdvIL of an energy whose posterior and joint the families contain, at both."""
+    energy = LinearGaussian()
+    posterior = GaussianPosterior(Calls(energy.moments), 2)
+    joint = GaussianJoint(Calls(energy.generate), 2, (3,), energy.sigma)
+    return AdvIL(energy, posterior, joint).double(), energy
+
+
+def test_2_exact_gaussians_give_the_likelihood_at_every_draw() -> None:
+    """E + log Q is F(v) and E + log q is -log Z = 0, whatever is drawn."""
+    advil, energy = linear_gaussian()
+    v = normal(5, 3, seed=4)
+    loss, logs = advil.upper_loss(advil.draw(v, rng()))
+    exact = energy.free_energy(v)
+    torch.testing.assert_close(loss, exact.mean(), rtol=1e-12, atol=1e-12)
+    assert abs(logs["log_partition_bound"].item()) < 1e-12
+    torch.testing.assert_close(advil.energy(v), exact.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_6_the_gradient_of_a_gaussian_energy_is_that_of_its_likelihood() -> None:
+    """On average over the draws: 4.5 standard errors of 400 batches."""
+    advil, energy = linear_gaussian()
+    v = normal(500, 3, seed=4)
+    (exact,) = torch.autograd.grad(energy.free_energy(v).mean(), [energy.matrix])
+    losses = (advil.upper_loss(advil.draw(v, rng(seed)))[0] for seed in range(400))
+    found = torch.stack([torch.autograd.grad(loss, [energy.matrix])[0] for loss in losses])
+    error = found.std(0) / 20
+    assert bool(((found.mean(0) - exact).abs() < 4.5 * error).all())
+    assert float(exact.abs().max()) > 20 * float(error.max())  # it could have been wrong
+
+
+def small(**options: Any) -> AdvIL:
+    return AdvIL.for_images((1, 8, 8), **{"latent_dim": 3, "width": 4, **options})
+
+
+def images(n: int = 40) -> Tensor:
+    return torch.rand(n, 1, 8, 8, generator=rng(2)) * 2 - 1
+
+
+def test_images_have_the_undecoupled_published_networks() -> None:
+    with torch.device("meta"):
+        advil = AdvIL.for_images((3, 32, 32))
+    assert isinstance(advil.upper.get_submodule("model"), JointEnergy)
+    assert parameter_count(advil.upper) == 8_701_633
+    assert parameter_count(advil.lower) == 2_780_024 + 4_452_963
+
+
+def test_the_entropy_of_the_image_sampler_is_constant() -> None:
+    """The lower gradient of the generator is that of the mean energy alone."""
+    advil = small().double().eval()  # spectral norm stands still
+    batch = advil.draw(images(6).double(), rng())
+    generator = list(advil.sampler.parameters())
+    loss = advil.lower_loss(batch._replace(visible=None))
+    found = torch.autograd.grad(loss, generator)
+    draws = advil.sampler.draws(batch.joint_noise)
+    energy = advil.joint_energy(draws.visible, draws.latent).mean()
+    for ours, wanted in zip(found, torch.autograd.grad(energy, generator), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+    assert any(float(g.abs().max()) > 0 for g in found)
+
+
+def test_images_are_trained_saved_and_loaded(tmp_path: Path) -> None:
+    advil, before = small(statistics="batch"), small().state_dict()
+    history = advil.fit(images(), num_steps=2, batch_size=20, lower_steps=1, log_every=1)
+    assert {"energy_data", "energy_samples"} <= history.records[-1].keys()
+    # a bias in front of a batch norm does nothing; every other parameter moves
+    after = advil.state_dict()
+    still = [k for k, p in advil.named_parameters() if after[k].equal(before[k])]
+    assert still == []
+    assert advil.latent_dim == 3
+    advil.save(tmp_path)
+    again = AdvIL.load(tmp_path)
+    assert again.statistics == "batch"
+    v = images(5)
+    torch.testing.assert_close(again.energy(v), advil.energy(v), rtol=0, atol=0)
+    assert advil.sample(3, rng()).shape == advil.reconstruct(v[:3]).shape == (3, 1, 8, 8)
+    assert advil.posterior(v).sample().shape == (5, 3)
+    alone = torch.cat([advil.energy(row[None]) for row in v])
+    torch.testing.assert_close(alone, advil.energy(v), rtol=1e-5, atol=1e-5)
+
+
+def test_energies_that_are_no_machines_are_refused_what_they_cannot() -> None:
+    with pytest.raises(
+        ValueError, match=r"no default encoder and sampler for a `Linear`; give both"
+    ):
+        AdvIL(nn.Linear(3, 1))
+    with pytest.raises(NotImplementedError, match=r"`JointEnergy` is no Boltzmann machine"):
+        _ = small().model
+    with pytest.raises(ValueError, match="did you mean `running`"):
+        small(statistics="runing")
+    with pytest.raises(ValueError, match="`sigma` must be positive"):
+        small(sigma=0)
+    advil, energy = linear_gaussian()
+    wrong = AdvIL(energy, advil.encoder, GaussianJoint(nn.Linear(2, 4), 2, (4,), 0.5)).double()
+    with pytest.raises(ValueError, match=r"visibles of shape \(4,\).*but the data have \(3,\)"):
+        wrong.fit(normal(20, 3), num_steps=1, batch_size=10)

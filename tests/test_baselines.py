@@ -15,6 +15,7 @@ from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
 from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
 from bilevel.methods.models.enumeration import states
+from bilevel.methods.networks import parameter_count
 from bilevel.methods.noise_contrastive import Batch as NoiseBatch
 from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.vae import VAE
@@ -541,6 +542,73 @@ def test_vae_samples_follow_its_energy() -> None:
     torch.testing.assert_close(estimate.exp(), p, rtol=3e-2, atol=0)
 
 
+# ---------------------------------------------------------------------- VAE of images
+
+
+def images(n: int = 40) -> Tensor:
+    return torch.rand(n, 1, 8, 8, generator=generator(3)) * 2 - 1
+
+
+def small_vae(**options: object) -> VAE:
+    return VAE.for_images((1, 8, 8), latent_dim=3, width=4, **options)
+
+
+def test_vae_of_images_shares_bidvls_networks() -> None:
+    with torch.device("meta"):
+        model = VAE.for_images((3, 32, 32))
+    sizes = {
+        name: sum(p.numel() for p in model.network(name).parameters())
+        for name in ("encoder", "decoder")
+    }
+    assert sizes == {"encoder": 2_780_024, "decoder": 4_452_963}
+
+
+def test_loss_of_images_is_squared_error_and_kl() -> None:
+    """Variance 1/2: squared error with weight one, and the constant (d/2) log pi."""
+    model = small_vae().double()
+    batch = model.draw(images(6).double(), generator())
+    mean, log_variance = model.network("encoder")(batch.visible)
+    h = mean + (log_variance / 2).exp() * batch.noise
+    error = (model.network("decoder")(h)[0] - batch.visible).square().flatten(1).sum(1)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (log_variance / 2).exp()),
+        torch.distributions.Normal(0.0, torch.tensor(1.0).double()),
+    ).sum(1)
+    wanted = (error + kl).mean() + 32 * math.log(math.pi)
+    torch.testing.assert_close(loss_of(model, batch), wanted, **EXACT)
+
+
+def test_vae_of_images_trains_saves_and_loads(tmp_path) -> None:
+    model = small_vae(statistics="batch")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.fit(images(), num_steps=2, batch_size=20)
+    after = model.state_dict()
+    assert not [key for key, _ in model.named_parameters() if after[key].equal(before[key])]
+    model.save(tmp_path)
+    again, v = VAE.load(tmp_path), images(5)
+    assert again.statistics == "batch"
+    assert again.energy(v).equal(model.energy(v))
+    assert again.sample(3, generator()).equal(model.sample(3, generator()))
+    assert model.latent_dim == 3
+
+
+def test_samples_of_images_are_means_and_batch_norm_is_as_asked() -> None:
+    model = small_vae()
+    model.fit(images(), num_steps=2, batch_size=20)
+    h = torch.randn(4, 3, generator=generator(1))
+    with model.evaluating("running"):
+        means = model.network("decoder")(h)[0]
+    assert model.sample(4, generator(1)).equal(means)
+    assert not means.requires_grad
+    v = images(6)
+    running, energies = model.reconstruct(v), model.energy(v)
+    model.statistics = "batch"
+    assert not model.reconstruct(v).allclose(running)
+    assert model.energy(v).equal(energies)  # always a function of each image
+    alone = torch.cat([model.energy(row[None]) for row in v])
+    torch.testing.assert_close(alone, energies, rtol=1e-5, atol=1e-4)
+
+
 # ---------------------------------------------------------------------- use
 
 
@@ -673,6 +741,8 @@ def test_load_asks_for_the_modules_of_a_vae_made_of_your_own(tmp_path) -> None:
             ValueError,
             "`grey` is for Bernoulli visibles",
         ),
+        (lambda: small_vae(statistics="bach"), ValueError, "did you mean `batch`"),
+        (lambda: VAE.for_images((1, 8, 6)), ValueError, "square images"),
         (
             lambda: VAE.for_table(4, 2).log_likelihood(torch.ones(3, 4), num_samples=0),
             ValueError,
