@@ -1,5 +1,6 @@
 """AdvIL: its objective, its gradients and its blocks of steps; numbers are the paper's assertions."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class LinearGaussian(nn.Module):
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         z = (v - h @ self.matrix.mT - self.bias) / self.sigma
-        scale = v.shape[1] * torch.tensor(self.sigma).log()
+        scale = v.shape[1] * math.log(self.sigma)
         return scale - normal_log_prob(z).sum(1) - normal_log_prob(h).sum(1)
 
     def generate(self, h: Tensor) -> Tensor:
