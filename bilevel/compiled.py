@@ -2,7 +2,8 @@
 
 A step of a small model is a hundred kernels of microseconds, each behind tens of microseconds of
 Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second derivatives included,
-down to the kernels) and compiled, the step is a handful of fused loops.
+down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is recorded as a
+CUDA graph besides.
 
 The graph reads and writes in place what the step reads and writes: variables, buffers and the
 optimizers' state. What is decided in Python while tracing is decided for good: the optimizers'
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from bilevel.recorded import Recorded
 from bilevel.state import State
 from bilevel.tracing import traced
 
@@ -55,7 +57,10 @@ class Compiled(Generic[P, R]):
         self._state = state
         self._optimizers = [o for group in state.optimizers.values() for o in group]
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._rates = [(g, torch.tensor(g["lr"], dtype=torch.double)) for g in groups]
+        device = state.problem.device  # a CUDA graph would freeze a number that lies elsewhere
+        self._rates = [
+            (g, torch.tensor(g["lr"], dtype=torch.double, device=device)) for g in groups
+        ]
         self._current = [group["lr"] for group in groups]
         self._parameters = list(state.problem.parameters())
         self._graphs: dict[Any, _Graph] = {}
@@ -129,6 +134,8 @@ class Compiled(Generic[P, R]):
             options = {"size_asserts": False}
             run = torch._inductor.compile(graph, [*arguments, *aliases], options)
             run(*arguments, *aliases)
+            if self._state.problem.device.type == "cuda":
+                run = Recorded(run, arguments, aliases)
         return run, aliases
 
     @contextlib.contextmanager
@@ -172,9 +179,8 @@ def _begin(optimizer: Optimizer) -> None:
                     state["momentum_buffer"] = torch.zeros_like(p)
             elif isinstance(optimizer, Adam):  # `AdamW` is one
                 names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
-                on_device = group["capturable"] or group["fused"]
-                step = torch.zeros((), device=p.device if on_device else None)
-                state.setdefault("step", step)
+                count = state.setdefault("step", torch.zeros((), device=p.device))
+                state["step"] = count.to(p.device)  # a CUDA graph counts on the device
                 for name in names:
                     state.setdefault(name, torch.zeros_like(p))
             else:

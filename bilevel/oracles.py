@@ -335,4 +335,5 @@ def _scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str,
             f"tensor and a dict of tensors to log; got {got}. Average it over the batch, for "
             "example with `.mean()`"
         )
-    return loss.reshape(()), {name: torch.as_tensor(v).detach() for name, v in logs.items()}
+    loss = loss.reshape(()) if loss.dtype.itemsize > 2 else loss.reshape(()).float()
+    return loss, {name: torch.as_tensor(v).detach() for name, v in logs.items()}

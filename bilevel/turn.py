@@ -84,7 +84,8 @@ class Turn:
         lower_batch = self._batch if self._one_source else (self._ahead or [None])[0]
         generator = self.state.generator.clone_state()
         lower_batch = self._own(self.state.problem.draw_lower(lower_batch, generator, 0))
-        oracles = Oracles(self.state.problem, self._own(self._batch), [lower_batch])
+        upper_batch, problem = self._own(self._batch), self.state.problem
+        oracles = Oracles(problem, upper_batch, [lower_batch], precision=self.precision)
         with torch.no_grad():
             oracles.evaluate("upper", oracles.upper, oracles.lower)
         if self.lower_steps:
