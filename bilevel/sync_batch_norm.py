@@ -44,7 +44,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"batch norm takes inputs of shape (n, channels, ...), got {input.shape}")
+            raise ValueError(
+                f"batch norm takes inputs of shape (n, channels, ...), got {input.shape}"
+            )
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:
