@@ -21,11 +21,16 @@ class PlainBiDVL:
     lower_optimizer: torch.optim.Optimizer
     ratio: float
     latent_weight: float
+    one_pass: bool = False  # the energy of data and samples together: one power iteration, not two
 
     def step(self, v: Tensor, latent: Tensor, noise: Tensor) -> None:
         """One upper step, then one lower step on the same batch and latent."""
         generated = self.generator(latent).detach()
-        loss = self.energy(v).mean() - self.energy(generated).mean()
+        if self.one_pass:
+            real, fake = self.energy(torch.cat([v, generated])).chunk(2)
+        else:
+            real, fake = self.energy(v), self.energy(generated)
+        loss = real.mean() - fake.mean()
         self.upper_optimizer.zero_grad()
         loss.backward()
         self.upper_optimizer.step()
