@@ -1,0 +1,79 @@
+"""What a preset is: one experiment as a typed configuration that says where it is from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, final
+
+from bilevel.methods.advil import AdvIL
+from bilevel.methods.bidvl import BiDVL
+from bilevel.methods.bism import BiSM
+from bilevel.methods.config import Training, validated
+from bilevel.methods.vae import VAE
+from bilevel.methods.vages import VaGES
+
+Method: TypeAlias = type[BiDVL] | type[AdvIL] | type[BiSM] | type[VaGES] | type[VAE]
+
+
+@final
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together.
+
+    Attributes:
+        name: by which it is chosen.
+        about: what it is, in a few words.
+        method: the class of the model.
+        data: the source of the images it was made for, as `load_images` takes it.
+        shape: (channels, side, side) of the images.
+        source: where the settings are from.
+        model: options of the method's `for_images`.
+        training: fields of `Training`.
+        loading: options of `load_images`.
+        note: what is ours, and what was published.
+
+    Example:
+        >>> from bilevel.methods.presets import PRESETS
+        >>> preset = PRESETS["cifar10-r0.1"]
+        >>> preset.method.__name__, preset.model["ratio"], preset.settings().num_steps
+        ('BiDVL', 0.1, 300000)
+    """
+
+    name: str
+    about: str
+    method: Method
+    data: str
+    shape: tuple[int, int, int]
+    source: str
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    def build(self, **options: Any) -> BiDVL | AdvIL | BiSM | VaGES | VAE:
+        """The untrained model.
+
+        Args:
+            **options: of the method's `for_images`, instead of the preset's or beside them.
+        """
+        return self.method.for_images(self.shape, **{**self.model, **options})
+
+    def settings(self, **options: Any) -> Training:
+        """The training settings, all of them.
+
+        Args:
+            **options: fields of `Training`, instead of the preset's or beside them.
+
+        Raises:
+            ValueError: for a bad setting.
+        """
+        return validated(Training, {**self.method.training_defaults, **self.training, **options})
+
+
+def steps(epochs: int, images: int, batch_size: int) -> int:
+    """Steps of so many passes over so many images; what is left of a pass is dropped."""
+    return epochs * (images // batch_size)
+
+
+RGB32, RGB64, RGB128, GREY32 = (3, 32, 32), (3, 64, 64), (3, 128, 128), (1, 32, 32)
+OFTEN: Mapping[str, Any] = {"log_every": 500, "checkpoint_every": 5000}
+"""What a run of days writes down; ours, the codes save every 25 or 50 epochs."""
