@@ -1,39 +1,56 @@
 r"""What a trained model is worth, in numbers: samples, reconstructions, out-of-distribution scores.
 
-The Fréchet distance of two sets of features is that of the Gaussians with their moments,
+Samples are judged by features (`bilevel.methods.features`, `bilevel.methods.fidelity`). Reconstructions
+by the root of the mean squared error, pooled over all images and pixels,
 
-$$ d^2 = \lVert \mu_a - \mu_b \rVert^2
-   + \mathrm{tr}\big(C_a + C_b - 2 (C_a^{1/2} C_b\, C_a^{1/2})^{1/2}\big). $$
+$$ \mathrm{RMSE} = \sqrt{\frac{1}{N C H W} \sum_n \lVert v_n - G(\mu(v_n)) \rVert^2} , $$
 
-On Inception features it is the FID; here the features are those of a small classifier trained on the
-images themselves (principal components where there are no labels), so it compares models on one
-data set and never with published FIDs.
+on the scale of the images, [-1, 1]. Energies by the chance that an image of the data has a lower one
+than an image of another kind, the area under the ROC curve of -energy.
+
+Batch norm has two policies. With "running" averages an output depends on its own input only; with those
+of the "batch", 100 images at a time, samples and reconstructions are what the BiDVL paper measures.
+Energies are always taken with running averages: the score of an image must not depend on its company.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel.methods.data import Images, inverted, shuffled_pixels, uniform_noise
-from bilevel.methods.eblvm import EBLVM, Statistics
+from bilevel.methods.data import (
+    Images,
+    constant_images,
+    inverted,
+    scaled,
+    shuffled_pixels,
+    uniform_noise,
+)
+from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics
+from bilevel.methods.features import FeatureNetwork, judge, some
+from bilevel.methods.fidelity import FEWEST, fid, frechet_distance, kid, neighbourhoods
 
 Array: TypeAlias = NDArray[np.float64]
 
-_MOST = 10_000  # images used to fit a classifier or principal components, and samples drawn
-_COMPONENTS = 20
-_HIDDEN = 64
+_MOST = 10_000  # images of a set that are looked at, and samples drawn, if nothing else is asked
+_NEIGHBOURS = 5_000  # of these: distances of all pairs are taken
+_BATCH = 100  # images that share batch-norm statistics: the paper's batch on CIFAR-10
+_AT_ONCE = 500
 
 
 def reconstruction_rmse(model: EBLVM, v: Tensor) -> float:
     """Root of the mean squared error of `reconstruct`, over all images and pixels."""
-    return float((model.reconstruct(v) - model.check(v)).square().mean().sqrt())
+    total = 0.0
+    for part in v.split(_at_once(model)):
+        error = model.reconstruct(part) - model.check(part)
+        total += float(error.double().square().sum())
+    return float((total / v.numel()) ** 0.5)
 
 
 def ood_auroc(model: EBLVM, inside: Tensor, outside: Tensor) -> float:
@@ -42,94 +59,7 @@ def ood_auroc(model: EBLVM, inside: Tensor, outside: Tensor) -> float:
     The probability that an image of `inside` has lower energy than one of `outside` (area under the
     ROC curve of -energy).
     """
-    from sklearn.metrics import roc_auc_score
-
-    energies = [model.energy(v).double().cpu().numpy() for v in (inside, outside)]
-    truth = np.repeat([1, 0], [len(inside), len(outside)])
-    return float(roc_auc_score(truth, -np.concatenate(energies)))
-
-
-def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
-    """Squared Fréchet distance of two sets of features, each (n, k), as the FID takes it.
-
-    Raises:
-        ValueError: if a set has fewer than two rows or the sets differ in their number of features.
-
-    Example:
-        >>> square = [[0.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 2.0]]
-        >>> frechet_distance(square, [[x + 3, y] for x, y in square])
-        9.0
-    """
-    x, y = (np.asarray(part, dtype=np.float64) for part in (a, b))
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(
-            "`frechet_distance` takes two arrays of shape (n, k) with the same k and n of at least 2, "
-            f"got {x.shape} and {y.shape}"
-        )
-    shift = np.square(x.mean(axis=0) - y.mean(axis=0)).sum()
-    cov_x, cov_y = (np.atleast_2d(np.cov(part, rowvar=False)) for part in (x, y))
-    values, vectors = np.linalg.eigh(cov_x)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(min=0)).sum()
-    return max(0.0, float(shift + np.trace(cov_x) + np.trace(cov_y) - 2 * cross))
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What samples are looked at with, fitted to the real training images.
-
-    Attributes:
-        name: the feature space, in words.
-        features: images to features, (n, k).
-        classify: images to classes 0, 1, ..., or `None` without labels.
-        classes: number of classes.
-        accuracy: of the classifier, on the test images.
-    """
-
-    name: str
-    features: Callable[[Tensor], Array]
-    classify: Callable[[Tensor], NDArray[np.int64]] | None = None
-    classes: int = 0
-    accuracy: float = float("nan")
-
-    def smallest_share(self, images: Tensor) -> float:
-        """Share of the class that the fewest images are judged to be of."""
-        assert self.classify is not None
-        counts = np.bincount(self.classify(images), minlength=self.classes)
-        return float(counts.min() / len(images))
-
-
-def judge(images: Images, seed: int = 0) -> Judge:
-    """A classifier with one hidden layer, or principal components if there are no labels."""
-    if images.train_labels is None or images.test_labels is None:
-        pca = _components(images.train, _COMPONENTS, seed)
-        name = f"the first {pca.n_components_} principal components of the training images"
-        return Judge(name, lambda v: np.asarray(pca.transform(_rows(v))))
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    labels, truth = images.train_labels.numpy()[:_MOST], images.test_labels.numpy()
-    network = MLPClassifier(
-        (_HIDDEN,), alpha=1e-2, learning_rate_init=3e-3, max_iter=30, random_state=seed
-    )
-    # on one thread: the products are too small to share, and on a busy machine sharing takes 50 times
-    # as long
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 30 passes are enough to judge with
-        network.fit(_rows(images.train[:_MOST]), labels)
-
-    def features(v: Tensor) -> Array:
-        hidden: Array = _rows(v) @ network.coefs_[0] + network.intercepts_[0]
-        return hidden.clip(min=0)
-
-    def classify(v: Tensor) -> NDArray[np.int64]:
-        return np.asarray(network.predict(_rows(v)))
-
-    accuracy = float((classify(images.test) == truth).mean())
-    classes = int(max(images.train_labels.max(), images.test_labels.max())) + 1
-    name = f"the {_HIDDEN} hidden units of a classifier of the training images"
-    return Judge(name, features, classify, classes, accuracy)
+    return _auroc(_energies(model, inside), _energies(model, outside))
 
 
 def evaluate(
@@ -138,77 +68,185 @@ def evaluate(
     seed: int = 0,
     *,
     statistics: Statistics | None = None,
+    features: FeatureNetwork | None = None,
+    samples: int | None = None,
+    outside: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Everything a report shows of a model.
+    """Everything a report shows of a model. What a model cannot do is left out.
 
     Args:
         model: a trained model.
         images: what it was trained on; all measures but the reference values use the test part.
-        seed: seed of samples, noise and classifier.
+        seed: seed of samples and noise.
         statistics: batch-norm statistics of samples and reconstructions, the model's own choice by
             default.
+        features: what samples are judged by, with torchmetrics where it is installed. By default
+            `judge(images)`, a small classifier trained on the spot, and the Fréchet distance computed
+            here. Its `label` belongs into the record.
+        samples: how many samples are drawn, and images of each set looked at, at most; by default as
+            many as there are training images, at most 10,000. 1,000 are a quick look.
+        outside: further images by name, in the shape of the model's, bytes or in [-1, 1], that its
+            energy should tell from the data.
 
     Returns:
-        By name: `frechet` (samples to test images) and `frechet_reference` (training to test images,
-        what a perfect model would get), `rmse` and `rmse_pca` (as many principal components as the
-        model has latents), `auroc_uniform`, `auroc_inverted`, `auroc_shuffled`; with labels
-        `smallest_class_share`, `smallest_class_share_reference` (of the training images) and
-        `classifier_accuracy`.
+        By name: `frechet` (samples to test images), `frechet_train` (to training images, as FIDs are
+        published), `kid`, `precision`, `recall`, `density`, `coverage`; with labels
+        `smallest_class_share` and `classifier_accuracy`; each distance and share with a `..._reference`,
+        that of the training images, what a perfect model would get. `rmse`; `rmse_pca`, of as many
+        principal components as the model has latents (not if `samples` is given: it tells nothing
+        about the model). `auroc_uniform`, `auroc_constant`, `auroc_inverted`, `auroc_shuffled` and
+        `auroc_<name>` of `outside`. If the model has batch norm, `frechet` and `rmse` under its other
+        policy: `frechet_batch` and `rmse_batch`, or `..._running`.
+
+    Warns if there are no more images, of training, test or samples, than features.
+
+    Raises:
+        ValueError: if `samples` is less than 2, or images have another shape than the model's.
     """
-    seen = judge(images, seed)
-    generator = torch.Generator().manual_seed(seed)
-    train, test = images.train[:_MOST], images.test
-    with _statistics(model, statistics):
-        device = next(model.parameters()).device
-        on_device = torch.Generator(device).manual_seed(seed)
-        samples = model.sample(len(train), on_device).cpu().clamp(-1, 1)
-        rmse = reconstruction_rmse(model, test)
-    real = seen.features(test)
-    results = {
-        "frechet": frechet_distance(seen.features(samples), real),
-        "frechet_reference": frechet_distance(seen.features(train), real),
-        "rmse": rmse,
-    }
+    if samples is not None and samples < 2:
+        raise ValueError(f"`samples` must be at least 2, got {samples}")
+    seen = (judge(images) if features is None else features).to(model.device)
+    most = samples if samples is not None else _MOST
+    train, test = some(images.train, most), some(images.test, most)
+    count = samples if samples is not None else len(train)
+    chosen = statistics if statistics is not None else model.statistics
+    _warn_of_few(min(len(train), len(test), count), seen)
+    beside = _Beside(seen, seen(train), seen(test), features is not None, seed)
+
+    def frechet(policy: Statistics) -> float:
+        return beside.distance(_features(model, policy, seen, count, seed), beside.test)
+
+    def rmse(policy: Statistics) -> float:
+        with _statistics(model, policy):
+            return reconstruction_rmse(model, test)
+
+    # a model refuses what it has no way to do: a score model, say, to reconstruct
+    real = beside.likeness(beside.train)
+    results = {f"{name}_reference": value for name, value in real.items()}
+    with suppress(NotImplementedError):
+        drawn = _features(model, chosen, seen, count, seed)
+        results |= beside.likeness(drawn)
+        results["frechet_train"] = beside.distance(drawn, beside.train)
+    with suppress(NotImplementedError):
+        results["rmse"] = rmse(chosen)
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+        other: Statistics = "running" if chosen == "batch" else "batch"
+        with suppress(NotImplementedError):
+            results[f"frechet_{other}"] = frechet(other)
+        with suppress(NotImplementedError):
+            results[f"rmse_{other}"] = rmse(other)
     latents = getattr(model, "latent_dim", None)
-    if latents is not None:
-        results["rmse_pca"] = pca_rmse(train, test, latents, seed)
-    outside = {
-        "uniform": uniform_noise(test, generator),
-        "inverted": inverted(test),
-        "shuffled": shuffled_pixels(test, generator),
-    }
-    results |= {f"auroc_{name}": ood_auroc(model, test, v) for name, v in outside.items()}
-    if seen.classify is not None:
-        results["smallest_class_share"] = seen.smallest_share(samples)
-        results["smallest_class_share_reference"] = seen.smallest_share(train)
+    if latents is not None and samples is None and "rmse" in results:
+        results["rmse_pca"] = pca_rmse(train, test, latents)
+    if seen.head is not None:
         results["classifier_accuracy"] = seen.accuracy
+    others = {name: some(v, most) for name, v in (outside or {}).items()}
+    generator = torch.Generator().manual_seed(seed)
+    with suppress(NotImplementedError), _statistics(model, "running"):
+        inside = _energies(model, test)
+        for name, v in _strangers(test, others, generator):
+            results[f"auroc_{name}"] = _auroc(inside, _energies(model, v))
     return results
 
 
 def pca_rmse(train: Tensor, test: Tensor, components: int, seed: int = 0) -> float:
     """RMSE of test images rebuilt from principal components of the training images."""
-    pca = _components(train, components, seed)
-    rows = _rows(test)
-    rebuilt = pca.inverse_transform(pca.transform(rows))
-    return float(np.sqrt(np.square(rebuilt - rows).mean()))
-
-
-def _components(images: Tensor, components: int, seed: int) -> Any:
     from sklearn.decomposition import PCA
 
-    rows = _rows(images[:_MOST])
-    return PCA(min(components, *rows.shape), random_state=seed).fit(rows)
+    rows = _rows(some(train, _MOST))
+    pca = PCA(min(components, *rows.shape), random_state=seed).fit(rows)
+    tested = _rows(test)
+    rebuilt = pca.inverse_transform(pca.transform(tested))
+    return float(np.sqrt(np.square(rebuilt - tested).mean()))
+
+
+# ---------------------------------------------------------------------- the parts of an evaluation
+
+
+def _warn_of_few(images: int, seen: FeatureNetwork) -> None:
+    if images <= seen.dim:  # a covariance is singular
+        warnings.warn(
+            f"too few images for a Fréchet distance: {images:,} for {seen.dim:,} features; it says more "
+            "about their number than about the images. Take more, or a feature network with fewer "
+            "features",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Images beside the real ones, by their features."""
+
+    seen: FeatureNetwork
+    train: Tensor
+    test: Tensor
+    published: bool
+    seed: int
+
+    def distance(self, features: Tensor, reference: Tensor) -> float:
+        return (fid if self.published else frechet_distance)(features, reference)
+
+    def likeness(self, features: Tensor) -> dict[str, float]:
+        """What features of samples, or of training images, are like beside those of test images."""
+        found = {"frechet": self.distance(features, self.test)}
+        kernel = kid(features, self.test, self.seed) if self.published else None
+        if kernel is not None:
+            found["kid"] = kernel
+        if min(len(features), len(self.test)) >= FEWEST:
+            found |= neighbourhoods(self.test[:_NEIGHBOURS], features[:_NEIGHBOURS])
+        if self.seen.head is not None:
+            found["smallest_class_share"] = float(self.seen.classes(features).min())
+        return found
+
+
+def _features(
+    model: EBLVM, statistics: Statistics, seen: FeatureNetwork, count: int, seed: int
+) -> Tensor:
+    """Features of samples, drawn and looked at a few at a time."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    with _statistics(model, statistics):
+        size = _at_once(model)
+        sizes = [min(size, count - done) for done in range(0, count, size)]
+        return torch.cat([seen(model.sample(n, generator).clamp(-1, 1)) for n in sizes])
+
+
+def _strangers(
+    test: Tensor, outside: Mapping[str, Tensor], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """Images that are not of the data, by name; made one set at a time."""
+    yield "uniform", uniform_noise(test, generator)
+    yield "constant", constant_images(test, generator)
+    yield "inverted", inverted(test)
+    yield "shuffled", shuffled_pixels(test, generator)
+    yield from outside.items()
+
+
+def _energies(model: EBLVM, v: Tensor) -> Array:
+    parts = [model.energy(part).double().cpu() for part in v.split(_AT_ONCE)]
+    return torch.cat(parts).numpy()
+
+
+def _auroc(inside: Array, outside: Array) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.repeat([1, 0], [len(inside), len(outside)])
+    return float(roc_auc_score(truth, -np.concatenate([inside, outside])))
+
+
+def _at_once(model: EBLVM) -> int:
+    return _BATCH if model.statistics == "batch" else _AT_ONCE
 
 
 def _rows(images: Tensor) -> Array:
-    rows: Array = images.detach().flatten(1).double().cpu().numpy()
+    rows: Array = scaled(images).detach().flatten(1).double().cpu().numpy()
     return rows
 
 
 @contextmanager
-def _statistics(model: EBLVM, statistics: Statistics | None) -> Iterator[None]:
+def _statistics(model: EBLVM, statistics: Statistics) -> Iterator[None]:
     before = model.statistics
-    model.statistics = statistics if statistics is not None else before
+    model.statistics = statistics
     try:
         yield
     finally:

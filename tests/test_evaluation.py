@@ -1,6 +1,11 @@
 """Measures against their definitions, on models whose answers are known."""
 
+import importlib.util
+import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,16 +14,22 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from bilevel.methods import BiDVL
-from bilevel.methods.data import load_images
-from bilevel.methods.evaluation import (
-    evaluate,
-    frechet_distance,
+from bilevel.methods import BiDVL, fidelity
+from bilevel.methods import features as features_module
+from bilevel.methods.data import Images, load_images
+from bilevel.methods.evaluation import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
+from bilevel.methods.features import (
+    INCEPTION,
+    FeatureNetwork,
+    classifier,
+    inception,
     judge,
-    ood_auroc,
-    pca_rmse,
-    reconstruction_rmse,
+    load_classifier,
+    principal_components,
+    save_classifier,
+    some,
 )
+from bilevel.methods.fidelity import fid, frechet_distance, kid, neighbourhoods, torchmetrics
 from bilevel.methods.pictures import save_curves, save_grid, save_reconstructions
 
 
@@ -51,13 +62,28 @@ class Paste(nn.Module):
         return h.view(-1, 1, 2, 2) + self.shift
 
 
+needs_torchmetrics = pytest.mark.skipif(
+    importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is not installed"
+)
+
+
+@cache
+def digits() -> Images:
+    return load_images("digits")
+
+
+@cache
+def digits_judge() -> FeatureNetwork:
+    return judge(digits())
+
+
 def known(shift: float = 0.0) -> BiDVL:
     return BiDVL(Brightness(), Copy(), Paste(shift), latent_dim=4)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.25])
 def test_rmse_of_a_constant_offset_is_the_offset(shift: float) -> None:
-    v = torch.rand(7, 1, 2, 2)
+    v = torch.rand(700, 1, 2, 2)  # more than are looked at together
     assert reconstruction_rmse(known(shift), v) == pytest.approx(shift, abs=1e-7)
 
 
@@ -92,37 +118,264 @@ def test_frechet_distance_of_fewer_rows_than_features() -> None:
         frechet_distance(a, a[:, 1:])
 
 
+def test_fid_of_a_set_and_itself_is_zero() -> None:
+    a = np.random.default_rng(0).normal(size=(50, 8))
+    assert fid(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_too_few_images_warn_with_the_number() -> None:
+    images = digits()
+    model = BiDVL.for_images(images.shape, latent_dim=2, width=2)
+    few = replace(images, test=images.test[:20])
+    with pytest.warns(UserWarning, match="too few images .* 20 for 64 features"):
+        evaluate(model, few, features=digits_judge())
+
+
+@needs_torchmetrics
+def test_fid_by_torchmetrics_is_the_distance_computed_here() -> None:
+    random = np.random.default_rng(0)
+    a = random.normal(size=(200, 6)) @ random.normal(size=(6, 6))
+    b = random.gamma(2.0, size=(150, 6))
+    assert torchmetrics("fid") is not None
+    assert fid(a, b) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+
+
+@needs_torchmetrics
+def test_kid_is_the_unbiased_kernel_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    a, b = random.normal(size=(30, 4)), random.normal(size=(30, 4)) + 1
+    k = [[(x @ y.T / 4 + 1) ** 3 for y in (a, b)] for x in (a, b)]
+    same = sum((k[i][i].sum() - np.trace(k[i][i])) / (30 * 29) for i in (0, 1))
+    assert kid(a, b) == pytest.approx(same - 2 * k[0][1].mean(), rel=1e-9)
+    monkeypatch.setattr(fidelity, "_SUBSET", 20)
+    assert kid(a, b, seed=1) == kid(a, b, seed=1)
+    assert kid(a, b, seed=1) != kid(a, b, seed=2)
+
+
+def test_without_torchmetrics_there_is_fid_and_no_kid(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("fid", "kid"):
+        monkeypatch.setitem(sys.modules, f"torchmetrics.image.{module}", None)
+    torchmetrics.cache_clear()
+    a = np.random.default_rng(0).normal(size=(50, 4))
+    try:
+        assert fid(a, a + 1) == frechet_distance(a, a + 1)
+        assert kid(a, a + 1) is None
+    finally:
+        torchmetrics.cache_clear()
+
+
+def test_neighbourhoods_on_a_line() -> None:
+    # The third neighbours of 9, 8, 7 are 3, 2, 2 away, the fifth 5, 4, 3.
+    real = np.arange(10.0)[:, None]
+    same = neighbourhoods(real, real)
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    far = neighbourhoods(real, real + 100)
+    assert set(far.values()) == {0.0}
+    for place, precision, coverage in ((11.9, 1, 0.2), (12.5, 0, 0.1), (14.5, 0, 0)):
+        found = neighbourhoods(real, np.full((6, 1), place))
+        assert found["precision"] == precision
+        assert found["coverage"] == coverage
+        assert found["density"] == pytest.approx(10 * coverage / 5)
+        assert found["recall"] == 0  # balls of no extent
+    with pytest.raises(ValueError, match="n of at least 6"):
+        neighbourhoods(real, real[:5])
+
+
+def test_an_outlier_among_the_reals_fools_precision_not_density() -> None:
+    random = np.random.default_rng(0)
+    real = random.normal(size=(400, 2))
+    real[0] = 50
+    found = neighbourhoods(real, random.uniform(0, 50, size=(400, 2)))
+    assert found["precision"] > 0.5
+    assert found["density"] < 0.3
+    assert found["coverage"] < 0.1
+
+
 def test_the_judge_knows_digits() -> None:
-    images = load_images("digits")
-    seen = judge(images)
-    assert seen.accuracy > 0.95
-    assert seen.features(images.test).shape == (359, 64)
-    assert 0.05 < seen.smallest_share(images.test) < 0.1
-    ones = images.train[images.train_labels == 1]
-    assert seen.smallest_share(ones) == 0
+    images, seen = digits(), digits_judge()
+    assert seen.accuracy > 0.97
+    seen_features = seen(images.test)
+    assert seen_features.shape == (359, 64)
+    assert 0.05 < seen.classes(seen_features).min() < 0.1
+    assert seen.classes(seen_features).sum() == pytest.approx(1)
+    ones = seen(images.train[images.train_labels == 1])
+    assert seen.classes(ones).min() == 0
+    assert seen.classes(ones)[1] > 0.98
+
+
+def test_a_classifier_is_repeatable_and_keeps_the_global_generator() -> None:
+    images = digits()
+    before = torch.random.get_rng_state()
+    labels = [classifier(images, num_steps=2, seed=seed).label for seed in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert labels[0] == labels[1] != labels[2]
+    with pytest.raises(ValueError, match="no labels"):
+        classifier(replace(images, train_labels=None))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 32, 32)])
+def test_a_classifier_fits_every_size(shape: tuple[int, int, int]) -> None:
+    v = torch.randint(256, (20, *shape), dtype=torch.uint8)
+    images = Images("some", "some", v, v[:5], torch.arange(20) % 2, torch.zeros(5).long(), "")
+    seen = classifier(images, num_steps=2, width=2)
+    assert seen(v).shape == (20, 64)
+    assert torch.equal(seen(v), seen(v.float() / 127.5 - 1))
+
+
+def test_a_classifier_survives_the_disk(tmp_path: Path) -> None:
+    images, path = digits(), tmp_path / "deep" / "digits.safetensors"
+    seen = classifier(images, num_steps=3, width=4)
+    save_classifier(seen, path)
+    again = load_classifier(path)
+    assert again.label == seen.label
+    assert again.accuracy == seen.accuracy
+    assert torch.equal(again(images.test), seen(images.test))
+    with pytest.raises(ValueError, match="no classifier made here"):
+        save_classifier(FeatureNetwork("pixels", nn.Flatten(), 64), path)
+    with pytest.raises(FileNotFoundError, match="bilevel features DATA --out"):
+        load_classifier(tmp_path / "nothing")
+    (tmp_path / "bad").write_bytes(b"bad")
+    with pytest.raises(ValueError, match="no feature network"):
+        load_classifier(tmp_path / "bad")
+
+
+def test_a_feature_network_refuses_what_it_cannot_do() -> None:
+    v = torch.zeros(3, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"shape \(3, 60\) .* got \(3, 64\)"):
+        FeatureNetwork("pixels", nn.Flatten(), 60)(v)
+    with pytest.raises(ValueError, match="the line cannot take a tensor of shape"):
+        FeatureNetwork("line", nn.Linear(5, 2), 2)(v)
+    with pytest.raises(ValueError, match="knows no classes"):
+        FeatureNetwork("pixels", nn.Flatten(), 64).classes(v)
+    with pytest.raises(ValueError, match="`dim` must be positive"):
+        FeatureNetwork("pixels", nn.Flatten(), 0)
+
+
+def test_a_label_tells_weights_apart() -> None:
+    with torch.random.fork_rng():
+        nets = [
+            FeatureNetwork("net", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), 2) for _ in "ab"
+        ]
+    assert nets[0].label != nets[1].label
+    assert nets[0].label == nets[0].label
+    assert nets[0].label.startswith("net, 2 features (")
+
+
+def test_a_feature_network_is_evaluated_in_evaluation_mode() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten())
+    module.train()
+    v = torch.rand(5, 1, 2, 2)
+    assert torch.allclose(FeatureNetwork("norm", module, 4)(v), v.flatten(1), atol=1e-4)
+    assert module.training
+    assert module[0].num_batches_tracked == 0
+
+
+def test_missing_inception_weights_say_where_to_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError) as missing:
+        inception()
+    assert str(tmp_path / "checkpoints" / INCEPTION) in str(missing.value)
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"other")
+    with pytest.raises(ValueError, match="SHA-256 starts with d9298a10"):
+        inception(other)
+    monkeypatch.setattr(features_module, "INCEPTION", "weights-d9298a10.pth")
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ImportError, match=r"pip install 'bilevel\[images\]'"):
+        inception(other)
+
+
+def test_inception_is_given_bytes_in_three_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        class NoTrainInceptionV3(nn.Module):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__()
+                assert options == {"antialias": False}
+
+            def forward(self, levels: Tensor) -> Tensor:
+                assert levels.dtype == torch.uint8
+                return levels.float().mean(dim=(2, 3)).repeat(1, 683)[:, :2048]
+
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", Stub)  # type: ignore[arg-type]
+    seen = FeatureNetwork("stub", features_module._Inception(Path("w")), 2048)
+    grey = torch.tensor([-1.0, 0.2, 1.0, -1.2]).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+    assert seen(grey)[:, :3].tolist() == [[0] * 3, [153] * 3, [255] * 3, [0] * 3]
 
 
 def test_all_components_rebuild_exactly() -> None:
-    v = load_images("digits").train[:200]
+    v = digits().train[:200]
     assert pca_rmse(v, v, 64) == pytest.approx(0, abs=1e-6)
     assert pca_rmse(v, v, 4) > pca_rmse(v, v, 16) > 0
+    components = principal_components(digits())(digits().train)
+    assert components.square().mean(dim=0).diff().max() < 0  # in the order of their variance
+
+
+def test_some_images_are_of_all_classes_and_always_the_same() -> None:
+    v = torch.arange(1000.0)
+    few = some(v, 100)
+    assert torch.equal(few, some(v, 100))
+    assert len(few.unique()) == 100
+    assert few.min() < 100 < 900 < few.max()
+    assert some(few, 100) is few
 
 
 def test_evaluate_is_repeatable_and_leaves_the_model_alone() -> None:
-    images = load_images("digits")
+    images, seen = digits(), digits_judge()
     model = BiDVL.for_images(images.shape, latent_dim=4, width=4)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    one, two = evaluate(model, images, 3), evaluate(model, images, 3)
+    one, two = (evaluate(model, images, 3, features=seen) for _ in range(2))
     assert one == two
-    assert {"frechet", "frechet_reference", "rmse", "rmse_pca", "smallest_class_share"} <= set(one)
-    assert {"auroc_uniform", "auroc_inverted", "auroc_shuffled", "classifier_accuracy"} <= set(one)
-    assert evaluate(model, images, 3, statistics="batch")["rmse"] != one["rmse"]
+    for name in ("frechet", "precision", "recall", "density", "coverage", "smallest_class_share"):
+        assert {name, f"{name}_reference"} <= one.keys()
+    assert {"frechet_train", "rmse", "rmse_pca", "classifier_accuracy"} <= one.keys()
+    kinds = ("uniform", "constant", "inverted", "shuffled")
+    assert {f"auroc_{kind}" for kind in kinds} <= one.keys()
+    batch = evaluate(model, images, 3, features=seen, statistics="batch")
+    for name in ("rmse", "frechet"):
+        assert batch[name] == one[f"{name}_batch"] != one[name] == batch[f"{name}_running"]
+    assert batch["auroc_inverted"] == one["auroc_inverted"]
     assert model.statistics == "running"
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_a_quick_look_at_bytes_and_strangers() -> None:
+    images = digits()
+    as_bytes = replace(
+        images,
+        train=((images.train + 1) * 127.5).round().byte(),
+        test=((images.test + 1) * 127.5).round().byte(),
+    )
+    model = BiDVL.for_images(images.shape, latent_dim=4, width=4)
+    strangers = {"white": torch.full((70, 1, 8, 8), 255, dtype=torch.uint8)}
+    found = evaluate(model, as_bytes, features=digits_judge(), samples=100, outside=strangers)
+    assert found["auroc_white"] == ood_auroc(
+        model, some(as_bytes.test, 100), torch.ones(70, 1, 8, 8)
+    )
+    assert "rmse_pca" not in found
+    assert found["rmse"] == pytest.approx(
+        reconstruction_rmse(model, some(images.test, 100)), rel=1e-2
+    )
+    with pytest.raises(ValueError, match="`samples` must be at least 2"):
+        evaluate(model, images, samples=1)
+
+
+def test_what_a_model_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise NotImplementedError("there is no generator")
+
+    model = BiDVL.for_images((1, 8, 8), latent_dim=4, width=4)
+    monkeypatch.setattr(model, "sample", refuse)
+    monkeypatch.setattr(model, "reconstruct", refuse)
+    found = evaluate(model, digits(), features=digits_judge(), samples=90)
+    assert "auroc_uniform" in found
+    assert "frechet_reference" in found
+    assert not {"frechet", "frechet_batch", "rmse", "rmse_batch", "rmse_pca"} & found.keys()
+
+
 def test_evaluate_without_labels(tmp_path: Path) -> None:
-    array = load_images("digits").train[:60, 0].numpy()
+    array = digits().train[:60, 0].numpy()
     np.savez(tmp_path / "set.npz", images=array)
     model = BiDVL.for_images((1, 8, 8), latent_dim=4, width=4)
     results = evaluate(model, load_images(tmp_path / "set.npz"))
