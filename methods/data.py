@@ -1,30 +1,27 @@
-"""Image data: the embedded digits, `.npz` files and folders of images, and sets that are none of them.
+"""Image data: sets known by name, `.npz` files, folders and archives, and images that are none of it.
 
-Whatever the source, images come out as float32 of shape (n, channels, side, side) in [-1, 1], split
-into a training and a test part, with a note that says what was done to them.
+Whatever the source, images come out as one tensor of shape (n, channels, side, side) per part, training
+and test, with a note that says what was done to them. Values 0..255 stay bytes, a quarter of the memory
+of floats, and models scale a batch at a time; others are float32 in [-1, 1].
 """
 
 import difflib
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
-from bilevel.batches import indices
-from bilevel.methods.folders import read_folder
-from bilevel.methods.networks import scale_of
+from bilevel.methods import published
+from bilevel.methods.folders import read_files
+from bilevel.methods.pixels import Array, Frame, Raw, of_arrays, squared
 
-Array: TypeAlias = NDArray[Any]
-
-NAMES = ("digits",)
+NAMES = ("digits", *published.NAMES)
 _TEST_SHARE = 0.2
 _SPLIT_SEED = 0
 _ARRAYS = (("train_images", "test_images"), ("tra_images", "tes_images"), ("images", None))
@@ -37,11 +34,13 @@ class Images:
     Attributes:
         name: short name: "digits", or that of the file or folder.
         source: what `load_images` can be called with again: a name or an absolute path.
-        train: training images in [-1, 1], float32, shape (n, channels, side, side).
+        train: training images, shape (n, channels, side, side): bytes (uint8) where the source has
+            values 0..255, float32 in [-1, 1] otherwise; `scaled` makes either floats.
         test: held-out images, likewise.
         train_labels: classes of the training images, int64, if known.
         test_labels: classes of the test images, if known.
-        note: how the values were scaled, the images padded and the set split.
+        note: how the values were scaled, the images brought to size and the set split.
+        options: the other arguments `load_images` was called with, to load the same images again.
     """
 
     name: str
@@ -51,6 +50,7 @@ class Images:
     train_labels: Tensor | None
     test_labels: Tensor | None
     note: str
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,50 +59,80 @@ class Images:
         return channels, height, width
 
 
-def load_images(source: str | os.PathLike[str]) -> Images:
-    """Images by name, from an `.npz` file or from a folder.
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    side: int | None = None,
+    crop: int | None = None,
+    channels: int | None = None,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+) -> Images:
+    """Images by name, from an `.npz` file, a folder or a zip archive.
 
     Args:
         source: one of
             "digits": scikit-learn's 1,797 digits of 8x8 pixels;
+            "mnist", "fashion-mnist", "cifar10", "svhn", "celeba32", "celeba64", "celeba128": downloaded
+            once, see `bilevel.methods.published`;
             an `.npz` file with `train_images` and `test_images`, or `tra_images` and `tes_images`
             (and `..._labels`), or `images` alone; shape (n, height, width), with 1 or 3 channels in
             front of these two or behind them; integers 0..255, 0..16 or 0..1, floats in [-1, 1] or
             [0, 1];
-            a folder of PNG or JPEG files of one size, searched recursively. Sub-folders `train` and
-            `test` are the split; folders within are the classes.
+            a folder or a zip archive (which is read as it is) of PNG, JPEG, WebP or BMP files,
+            searched recursively. Sub-folders `train` and `test` are the split, or archives of that
+            name side by side; folders within are the classes.
             Without a split of their own, 20% of the images are held out, always the same ones.
+        side: height and width to bring the images to: larger ones lose what is outside their centre
+            square and are resized, smaller ones are padded with the median colour of their border.
+        crop: height and width of the centre to cut out first.
+        channels: 1 makes colours grey, 3 repeats grey in three channels.
+        skip_unreadable: leave out files that cannot be read, instead of refusing the first of them.
+        limit: most images to take of each part, always the same ones.
 
     Returns:
-        The images. If they are not square, or of a side the networks cannot halve, they are padded
-        with the colour of their border, and the note says so.
+        The images. Without `side`, those that are not square or of a side the networks cannot halve
+        are padded too, and the note says so.
 
     Raises:
-        ValueError: if the name is unknown, or what is there cannot be read as images.
-        FileNotFoundError: if there is no such file or folder.
-        ImportError: if a folder is to be read and Pillow is missing.
+        ValueError: if the name is unknown, an option makes no sense, or what is there cannot be read as
+            images of one size.
+        FileNotFoundError: if there is no such file or folder, or a download is not possible.
+        ImportError: if files are to be read and Pillow is missing, or a published set and torchvision.
 
     Example:
         >>> images = load_images("digits")
         >>> images.train.shape, images.test.shape, images.note
         (torch.Size([1438, 1, 8, 8]), torch.Size([359, 1, 8, 8]),
         'values 0..16 scaled to [-1, 1]; 20% of the images held out')
+        >>> load_images("digits", side=16, limit=10).train.shape
+        torch.Size([8, 1, 16, 16])
     """
+    options = {"side": side, "crop": crop, "channels": channels, "limit": limit}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"skip_unreadable": True} if skip_unreadable else {}
+    if limit is not None and not limit >= 1:
+        raise ValueError(f"`limit` is a number of images of at least 1, got {limit!r}")
+    frame = Frame(side, crop, channels)
     text, path = os.fspath(source), Path(source).expanduser()
-    if text == "digits":
-        return _digits()
-    if path.is_dir():
-        parts, labels = read_folder(path)
-        return _images(path.resolve().name, str(path.resolve()), parts, labels)
-    if path.is_file():
-        if path.suffix.lower() != ".npz":
-            hint = (
-                "unpack it and give the folder" if path.suffix.lower() == ".zip" else "convert it"
-            )
-            raise ValueError(f"`{source}` is neither an `.npz` file nor a folder of images; {hint}")
-        parts, labels = _read_npz(path)
-        return _images(path.stem, str(path.resolve()), parts, labels)
-    raise unknown_source(text, path, NAMES, "of an `.npz` file or of a folder of images")
+    if text in NAMES:
+        raw = _digits(frame, limit) if text == "digits" else published.read(text, frame, limit)
+        return _assembled(text, text, options, raw, fits=side is not None)
+    if not path.exists():
+        raise unknown_source(
+            text, path, NAMES, "of an `.npz` file, or of a folder or zip archive of images"
+        )
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        raw = read_files(path, frame, skip_unreadable=skip_unreadable, limit=limit)
+    elif path.suffix.lower() == ".npz":
+        arrays, labels = _read_npz(path)
+        raw = of_arrays(arrays, labels, path.stem, frame, limit)
+    else:
+        raise ValueError(
+            f"`{source}` is neither an `.npz` file nor a folder or zip archive of images; convert it"
+        )
+    name = path.resolve().name if path.is_dir() else path.stem
+    return _assembled(name, str(path.resolve()), options, raw, fits=side is not None)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -162,11 +192,11 @@ def constant_images(images: Tensor, generator: torch.Generator) -> Tensor:
     return (colours * 2 - 1).expand(images.shape).contiguous()
 
 
-def _digits() -> Images:
+def _digits(frame: Frame, limit: int | None) -> Raw:
     from sklearn.datasets import load_digits  # half a second that a path does not need
 
     digits = load_digits()
-    return _images("digits", "digits", [digits.images.astype(np.uint8)], [digits.target])
+    return of_arrays([digits.images.astype(np.uint8)], [digits.target], "digits", frame, limit)
 
 
 # ---------------------------------------------------------------------- arrays in a file
@@ -225,132 +255,18 @@ def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
         return parts, [read_array(path, file, name) for name in known]
 
 
-# ---------------------------------------------------------------------- from arrays to images
+# ---------------------------------------------------------------------- from parts to images
 
 
-def _images(
-    name: str, source: str, arrays: Sequence[Array], labels: Sequence[Array] | None
-) -> Images:
-    parts, scaling = _scaled([_channels_first(array, name) for array in arrays])
-    parts, padding = _padded(parts)
-    classes = _classes(parts, labels, name) if labels is not None else None
-    if len(parts) == 2:
-        split = "the set's own split"
-    else:
+def _assembled(name: str, source: str, options: dict[str, Any], raw: Raw, *, fits: bool) -> Images:
+    """Two parts of square images: padded to a side the networks accept if none was asked for."""
+    parts, padding = (raw.parts, "") if fits else squared(raw.parts)
+    classes, split = raw.classes, "the set's own split"
+    if len(parts) == 1:
         parts, classes, split = _split(parts[0], None if classes is None else classes[0], name)
     train_labels, test_labels = classes if classes is not None else (None, None)
-    note = "; ".join(part for part in (scaling, padding, split) if part)
-    return Images(name, source, parts[0], parts[1], train_labels, test_labels, note)
-
-
-def _channels_first(array: Array, name: str) -> Array:
-    """Numbers of shape (n, c, h, w), or an error."""
-    if array.dtype == object or not (
-        np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
-    ):
-        raise ValueError(
-            f"the images of `{name}` are of type `{array.dtype}`; save numbers, as one array "
-            "of one shape"
-        )
-    if np.issubdtype(array.dtype, np.complexfloating):
-        raise ValueError(f"the images of `{name}` are complex; save their real part")
-    if array.size == 0:
-        raise ValueError(f"`{name}` holds no images: its shape is {array.shape}")
-    if array.ndim == 3:
-        return array[:, None]
-    if array.ndim == 4 and array.shape[3] in (1, 3):
-        return array.transpose(0, 3, 1, 2)
-    if array.ndim == 4 and array.shape[1] in (1, 3):
-        return array
-    raise ValueError(
-        f"the images of `{name}` have shape {array.shape}; expected (n, height, width) or that with "
-        "1 or 3 channels; reshape the array"
-    )
-
-
-def _scaled(arrays: list[Array]) -> tuple[list[Tensor], str]:
-    """All parts in [-1, 1] by one rule, and the rule."""
-    least = min(float(a.min()) for a in arrays)
-    most = max(float(a.max()) for a in arrays)
-    if all(np.issubdtype(a.dtype, np.floating) for a in arrays):
-        for array in arrays:
-            # in numpy: torch takes neither every byte order nor every width
-            bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1)).tolist()
-            if bad:
-                raise ValueError(
-                    f"{len(bad)} of {len(array)} images hold NaN or infinity ({indices(bad)}); drop "
-                    "or repair them"
-                )
-        low, high = (0, 1) if least >= 0 else (-1, 1)
-        if least < low - 1e-6 or most > high + 1e-6:
-            raise ValueError(
-                "images of floating-point numbers must lie in [-1, 1] or [0, 1], got values from "
-                f"{least:g} to {most:g}; rescale them"
-            )
-        numbers = f"[{low}, {high}]"
-    else:
-        high = next((top for top in (1, 16, 255) if most <= top), 0)
-        if least < 0 or high == 0:
-            raise ValueError(
-                f"images of whole numbers must lie in 0..255, got {least:g} to {most:g}; rescale them"
-            )
-        low, numbers = 0, f"0..{high}"
-    scale, shift = 2 / (high - low), -1 - 2 * low / (high - low)
-    tensors = [torch.from_numpy(np.array(a, dtype=np.float32)) for a in arrays]
-    if (low, high) == (-1, 1):
-        return [t.clamp_(-1, 1) for t in tensors], "values in [-1, 1] kept"
-    return [
-        t.mul_(scale).add_(shift).clamp_(-1, 1) for t in tensors
-    ], f"values {numbers} scaled to [-1, 1]"
-
-
-def _padded(parts: list[Tensor]) -> tuple[list[Tensor], str]:
-    """Square images of a side the networks accept, and what that took."""
-    shapes = {tuple(part.shape[1:]) for part in parts}
-    if len(shapes) > 1:
-        raise ValueError(f"training and test images differ in shape: {sorted(shapes)}")
-    ((channels, height, width),) = shapes
-    side = max(height, width)
-    while not _acceptable(channels, side):
-        side += 1
-    if (height, width) == (side, side):
-        return parts, ""
-    top, left = (side - height) // 2, (side - width) // 2
-    sides = (left, side - width - left, top, side - height - top)
-    colour = _border(parts[0])
-    padded = [pad(part - colour, sides) + colour for part in parts]
-    note = f"{height}x{width} pixels padded to {side}x{side} with the border's median colour"
-    return padded, note
-
-
-def _acceptable(channels: int, side: int) -> bool:
-    try:
-        scale_of((channels, side, side))
-    except ValueError:
-        if side > 1024:
-            raise
-        return False
-    return True
-
-
-def _border(images: Tensor) -> Tensor:
-    """Median of the outermost pixels by channel, shape (1, c, 1, 1)."""
-    rows, columns = images[:1000, :, [0, -1], :], images[:1000, :, :, [0, -1]]
-    pixels = torch.cat([rows.flatten(2), columns.flatten(2)], dim=2).transpose(0, 1).flatten(1)
-    return pixels.median(dim=1).values.view(1, -1, 1, 1)
-
-
-def _classes(parts: list[Tensor], labels: Sequence[Array], name: str) -> list[Tensor]:
-    """Labels of any kind as numbers from 0, the same ones in all parts."""
-    for part, those in zip(parts, labels, strict=True):
-        if those.shape != (len(part),):
-            raise ValueError(
-                f"`{name}` has {len(part)} images but labels of shape {those.shape}; "
-                "give one label per image"
-            )
-    _, codes = np.unique(np.concatenate(labels), return_inverse=True)
-    sizes = [len(those) for those in labels]
-    return list(torch.from_numpy(codes.astype(np.int64)).split(sizes))
+    note = "; ".join(part for part in (*raw.notes, padding, split) if part)
+    return Images(name, source, parts[0], parts[1], train_labels, test_labels, note, options)
 
 
 def _split(

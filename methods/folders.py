@@ -1,103 +1,301 @@
-"""Folders of images: files to arrays, sub-folders to split and classes."""
+"""Files of images, in a folder or a zip archive: decoded by threads, one array for the whole set."""
 
+import os
+import re
 import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+from bilevel.methods.pixels import Array, Frame, Raw, chosen, coded
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY = {"1", "L", "LA"}
 _DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+_AHEAD = 1024  # files the threads may be ahead
+_TOGETHER = 32  # files a thread takes at a time: handing over one by one costs as much as decoding
 
 
-def read_folder(folder: Path) -> tuple[list[NDArray[Any]], list[NDArray[Any]] | None]:
-    """The images of a folder as arrays of bytes, and their classes.
+@final
+@dataclass(frozen=True)
+class Store:
+    """The images of a folder or of an archive.
+
+    Attributes:
+        path: of the folder or archive.
+        names: of the image files within, with slashes, sorted.
+        read: the content of a file by its name; may be called by several threads.
+    """
+
+    path: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Store]:
+    """A folder, or a zip archive that is read without being unpacked; hidden files are left out.
+
+    Raises:
+        ValueError: if it holds no images, or is no archive.
+    """
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        yield Store(path, _images_among(names, path), lambda name: (path / name).read_bytes())
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"`{path}` cannot be read as a zip archive: {error}") from None
+    with archive:
+        names = [entry for entry in archive.namelist() if not entry.endswith("/")]
+        yield Store(path, _images_among(names, path), archive.read)
+
+
+def read_files(path: Path, frame: Frame, *, skip_unreadable: bool, limit: int | None) -> Raw:
+    """The images of a folder or zip archive as bytes, and their classes.
 
     Args:
-        folder: searched recursively for PNG and JPEG files; hidden ones are left out. Sub-folders
-            `train` and `test` are two parts, anything else is one. The folders of a part, if there
-            is more than one, are its classes.
-
-    Returns:
-        One array per part, shape (n, height, width) if all files are grey and (n, height, width, 3)
-        otherwise; and the names of the classes per part, or `None` without folders.
+        path: of the folder, searched recursively, or of the archive; a single folder that everything
+            lies in does not count. Sub-folders `train` and `test` are two parts, anything else is
+            one; where there is `train` alone, and beside it a folder or archive of the same name with
+            `test` in place of `train`, that is the other part. The folders of a part, if there is
+            more than one, are its classes.
+        frame: what each image is brought to.
+        skip_unreadable: leave out what cannot be read, and count it in the notes.
+        limit: most images of a part.
 
     Raises:
         ValueError: if there are no images, one cannot be read or they differ in size.
         ImportError: if Pillow is not installed.
     """
-    own_split = (folder / "train").is_dir() and (folder / "test").is_dir()
-    rooms = [folder / "train", folder / "test"] if own_split else [folder]
-    files = [_files(room) for room in rooms]
-    parts = [[_read(path) for path in those] for those in files]
-    _refuse_mixed_sizes(list(zip(chain(*files), chain(*parts), strict=True)))
-    colour = any(image.ndim == 3 for part in parts for image in part)
-    if colour:
-        parts = [[_coloured(image) for image in part] for part in parts]
-    arrays = [np.stack(part) for part in parts]
-    classes = [_classes(room, those) for room, those in zip(rooms, files, strict=True)]
-    return arrays, None if any(len(names) == 0 for names in classes) else classes
+    with opened(path) as store:
+        rooms = _rooms(store)
+        beside = _sibling(path)
+        if set(rooms) == {"train"} and beside is not None:
+            with opened(beside) as other:
+                theirs = _rooms(other)
+                if "test" in theirs:
+                    parts = [(store, rooms["train"]), (other, theirs["test"])]
+                    raw = _decoded(parts, frame, skip_unreadable, limit)
+                    return Raw(
+                        raw.parts, raw.classes, [*raw.notes, f"test images of `{beside.name}`"]
+                    )
+        rooms_in_order = [rooms[part] for part in ("train", "test") if part in rooms]
+        two = rooms_in_order if len(rooms_in_order) == 2 else [store.names]
+        return _decoded([(store, names) for names in two], frame, skip_unreadable, limit)
 
 
-def _classes(room: Path, files: list[Path]) -> NDArray[Any]:
-    """The first folders in which the files differ; nothing if some file lies in none."""
-    parents = [path.relative_to(room).parts[:-1] for path in files]
-    for level in range(min(map(len, parents))):
-        names = [parent[level] for parent in parents]
-        if len(set(names)) > 1:
-            return np.array(names)
-    return np.array([])
+def _decoded(
+    parts: Sequence[tuple[Store, list[str]]], frame: Frame, skip_unreadable: bool, limit: int | None
+) -> Raw:
+    """Each part decoded, its classes told by its folders."""
+    folders = [_classes(names) for _, names in parts]
+    known = all(len(those) for those in folders)
+    lengths = [len(names) for _, names in parts]
+    classes = coded(folders, lengths, str(parts[0][0].path)) if known else None
+    reading = Reading(frame, skip_unreadable)
+    arrays, kept = [], []
+    for store, names in parts:
+        rows = chosen(len(names), limit)
+        array, which = reading.decode(store, [names[row] for row in rows])
+        arrays.append(array)
+        kept.append(torch.from_numpy(rows[which]))
+    if classes is not None:
+        classes = [part[rows] for part, rows in zip(classes, kept, strict=True)]
+    return Raw([torch.from_numpy(a) for a in reading.alike(arrays)], classes, reading.notes())
 
 
-def _files(folder: Path) -> list[Path]:
-    def shown(path: Path) -> bool:
-        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+@final
+class Reading:
+    """The decoding of one set: what its images have in common, and what could not be read.
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and shown(path))
-    images = [path for path in files if path.suffix.lower() in _SUFFIXES]
-    if not images:
-        raise ValueError(
-            f"`{folder}` holds no PNG or JPEG image among its {len(files)} files; convert them, or "
-            "save the images as an array in an `.npz` file"
-        )
-    return images
+    Args:
+        frame: what each image is brought to.
+        skip_unreadable: count images that cannot be read, instead of refusing them by name.
+    """
+
+    def __init__(self, frame: Frame, skip_unreadable: bool) -> None:
+        self._frame = frame
+        self._skip = skip_unreadable
+        self._pillow = _pillow()
+        self._sizes: set[tuple[int, int]] = set()
+        self._first: tuple[Path, tuple[int, ...]] | None = None
+        self._skipped: list[str] = []
+
+    def decode(
+        self, store: Store, names: Sequence[str]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Files as bytes of shape (n, 1 or 3, height, width), and which of them these are.
+
+        Each image is written into its place as it comes: nothing is held twice.
+
+        Raises:
+            ValueError: if an image cannot be read or differs from the first one in size.
+        """
+        array: NDArray[np.uint8] | None = None
+        kept: list[int] = []
+        for index, pixels in enumerate(self._stream(store, names)):
+            name = names[index]
+            if isinstance(pixels, str):
+                self._unreadable(store, name, pixels)
+                continue
+            self._refuse_other_size(store, name, pixels.shape[1:])
+            if array is None:
+                array = np.empty((len(names), *pixels.shape), np.uint8)
+            elif len(pixels) > array.shape[1]:  # the first colours after greys
+                array = np.repeat(array, 3, axis=1)
+            array[len(kept)] = pixels  # greys among colours are repeated
+            kept.append(index)
+        if array is None:
+            raise ValueError(f"none of the {len(names)} images in `{store.path}` can be read")
+        return array[: len(kept)], np.array(kept)
+
+    def alike(self, arrays: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """The parts with as many channels as the one with the most."""
+        channels = max(array.shape[1] for array in arrays)
+        return [a if a.shape[1] == channels else np.repeat(a, channels, axis=1) for a in arrays]
+
+    def notes(self) -> list[str]:
+        """What was done, and how many files were skipped."""
+        notes = ["values 0..255 kept as bytes", self._frame.note(self._sizes)]
+        if self._frame.channels is not None:
+            notes.append("all made grey" if self._frame.channels == 1 else "greys as colours")
+        if self._skipped:
+            count, first = len(self._skipped), self._skipped[0]
+            files = "file that cannot be read" if count == 1 else "files that cannot be read"
+            notes.append(f"{count} {files} skipped, the first `{first}`")
+        return notes
+
+    def _stream(self, store: Store, names: Sequence[str]) -> Iterator[NDArray[np.uint8] | str]:
+        """What comes of each file, in order; the threads are never far ahead."""
+
+        def several(start: int) -> list[NDArray[np.uint8] | str]:
+            return [self._attempt(store, name) for name in names[start : start + _TOGETHER]]
+
+        with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
+            warnings.simplefilter("ignore")  # of odd metadata; the pixels are what counts
+            for first in range(0, len(names), _AHEAD):
+                starts = range(first, min(first + _AHEAD, len(names)), _TOGETHER)
+                yield from chain.from_iterable(pool.map(several, starts))
+
+    def _attempt(self, store: Store, name: str) -> NDArray[np.uint8] | str:
+        """The pixels of a file, or why there are none."""
+        try:
+            with self._pillow.open(BytesIO(store.read(name))) as image:
+                if image.mode in _DEEP:
+                    return f"it has more than 8 bits per pixel (mode {image.mode})"
+                is_grey = image.mode in _GREY
+                grey = is_grey if self._frame.channels is None else self._frame.channels == 1
+                opaque = image.convert("L" if grey else "RGB")
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            RuntimeError,  # an encrypted archive
+            zipfile.BadZipFile,
+            zlib.error,
+            self._pillow.DecompressionBombError,
+        ) as error:
+            reason = re.split(r" '| <", str(error))[0]
+            return reason or type(error).__name__
+        self._sizes.add((opaque.height, opaque.width))
+        try:
+            return self._frame.of_file(opaque)
+        except ValueError as error:
+            raise ValueError(f"`{store.path / name}`: {error}") from None
+
+    def _unreadable(self, store: Store, name: str, reason: str) -> None:
+        if not self._skip:
+            raise ValueError(
+                f"`{store.path / name}` cannot be read as an image: {reason}; remove or convert it, or "
+                "leave out what cannot be read with `skip_unreadable=True`"
+            )
+        self._skipped.append(name)
+
+    def _refuse_other_size(self, store: Store, name: str, size: tuple[int, ...]) -> None:
+        if self._first is None:
+            self._first = store.path / name, size
+        first, expected = self._first
+        if size != expected:
+            raise ValueError(
+                f"the images differ in size: `{first}` is {expected[1]}x{expected[0]} pixels, "
+                f"`{store.path / name}` {size[1]}x{size[0]}; bring them to one with `side=32`, or "
+                "another side"
+            )
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError:
         raise ImportError(
-            "reading a folder of images needs Pillow; install it with `pip install 'bilevel[report]'`"
+            "reading files of images needs Pillow; install it with `pip install 'bilevel[report]'`"
         ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; the pixels are what counts
-            with Image.open(path) as image:
-                if image.mode in _DEEP:
-                    raise ValueError(f"it has more than 8 bits per pixel (mode {image.mode})")
-                return np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).split(" '")[0] or type(error).__name__
+    return Image
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def _images_among(names: list[str], path: Path) -> list[str]:
+    shown = [
+        name
+        for name in names
+        if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    ]
+    images = sorted(name for name in shown if name.lower().endswith(_SUFFIXES))
+    if not images:
         raise ValueError(
-            f"`{path}` cannot be read as an image: {reason}; remove or convert it"
-        ) from None
-
-
-def _coloured(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-
-
-def _refuse_mixed_sizes(images: list[tuple[Path, NDArray[np.uint8]]]) -> None:
-    first, image = images[0]
-    size = image.shape[:2]
-    others = [(path, other.shape[:2]) for path, other in images if other.shape[:2] != size]
-    if others:
-        path, other = others[0]
-        raise ValueError(
-            f"the images differ in size: `{first}` is {size[1]}x{size[0]} pixels, `{path}` "
-            f"{other[1]}x{other[0]}; resize or crop them all to one square size, such as 32x32"
+            f"`{path}` holds no PNG or JPEG image (nor WebP or BMP) among its {len(shown)} files; "
+            "convert them, or save the images as an array in an `.npz` file"
         )
+    return images
+
+
+def _rooms(store: Store) -> dict[str, list[str]]:
+    """Names by the first folder that tells any apart: `train` and `test` at best, "" for none."""
+    depth = 0
+    while True:
+        rooms: dict[str, list[str]] = {}
+        for name in store.names:
+            folders = name.split("/")[:-1]
+            rooms.setdefault(folders[depth] if depth < len(folders) else "", []).append(name)
+        only = next(iter(rooms))
+        if len(rooms) > 1 or only in ("", "train", "test"):
+            return rooms
+        depth += 1
+
+
+def _sibling(path: Path) -> Path | None:
+    """What lies beside `path` under its name with `test` in place of `train`."""
+    if "train" not in path.name:
+        return None
+    beside = path.with_name("test".join(path.name.rsplit("train", 1)))
+    return beside if beside.exists() else None
+
+
+def _classes(names: list[str]) -> Array:
+    """The first folders in which the files differ; nothing if some file lies in none."""
+    parents = [name.split("/")[:-1] for name in names]
+    for level in range(min(map(len, parents))):
+        kinds = [parent[level] for parent in parents]
+        if len(set(kinds)) > 1:
+            return np.array(kinds)
+    return np.array([])

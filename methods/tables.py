@@ -17,8 +17,9 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bilevel.methods.data import Array, open_npz, read_array, unknown_source
+from bilevel.methods.data import open_npz, read_array, unknown_source
 from bilevel.methods.densities import DENSITIES, Density2D, density
+from bilevel.methods.pixels import Array
 
 NAMES = ("digits", *DENSITIES)
 _ROWS = 50_000

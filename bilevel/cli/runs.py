@@ -59,14 +59,29 @@ def load_model(run: Run) -> EBLVM:
 
 
 def images_of(run: Run, source: str | None = None) -> Images:
-    """The images a run was trained on, or others.
+    """The images a run was trained on, loaded with the same options, or others of the same shape.
+
+    Args:
+        run: tells the source, its options and the shape.
+        source: other images, brought to the side and the channels of the run's.
 
     Raises:
         UsageError: if the run does not tell.
     """
-    recorded: Any = run.config().get("notes", {}).get("data")
+    config = run.config()
+    notes: dict[str, Any] = config.get("notes", {})
+    recorded: str | None = notes.get("data")
     if source is None and recorded is None:
         raise UsageError(
             f"`{run.folder}` does not say what it was trained on; name it with `--data`"
         )
-    return load_images(source if source is not None else recorded)
+    if recorded is not None and (source is None or source == recorded or _path(source) == recorded):
+        return load_images(recorded, **notes.get("data_options", {}))
+    shape = config.get("data", {}).get("shape", [])
+    if len(shape) != 4:
+        return load_images(str(source))
+    return load_images(str(source), side=shape[3], channels=shape[1])
+
+
+def _path(source: str) -> str:
+    return str(Path(source).expanduser().resolve())
