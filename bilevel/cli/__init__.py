@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bilevel import DivergenceError, HypergradientError, __version__
-from bilevel.cli import bench, demo, evaluate, report, sample, train
+from bilevel.cli import bench, demo, evaluate, presets, report, sample, train
 from bilevel.cli.options import UsageError
 from bilevel.methods.config import nearest
 
@@ -15,6 +15,7 @@ OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 _COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "train": train,
+    "presets": presets,
     "sample": sample,
     "evaluate": evaluate,
     "report": report,

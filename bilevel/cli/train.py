@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,23 @@ from bilevel.cli.options import (
     methods,
     model_settings,
     training_settings,
+    whole,
 )
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.methods.config import nearest
-from bilevel.methods.data import load_images
-from bilevel.methods.presets import DIGITS
+from bilevel.methods.data import Images, load_images
+from bilevel.methods.presets import PRESETS, Preset
 from bilevel.methods.run import Run
 
 SUMMARY = "train a model on images, into a run folder"
-_PRESETS = {"digits": DIGITS}
-_EXAMPLES = """  bilevel train bidvl --data digits --preset digits
+_LOADING = ("side", "crop", "channels", "skip_unreadable", "limit")
+_EXAMPLES = """  bilevel train --preset digits
+  bilevel train --preset cifar10 --device cuda
+  bilevel train --preset cifar10 --data images.zip --ratio 0.1
   bilevel train bidvl --data photos/ --num-steps 100000 --device cuda
   bilevel train bidvl --data mnist.npz --latent-dim 32 --width 32 --run runs/mnist
-  bilevel train bidvl --data digits --preset digits --variant complete --solver implicit
+  bilevel train --preset digits --variant complete --solver implicit
   bilevel train --run runs/mnist --resume
   bilevel train bidvl --help                      the options of this method's model too
 """
@@ -37,36 +42,41 @@ _EXAMPLES = """  bilevel train bidvl --data digits --preset digits
 
 def command(arguments: list[str]) -> int:
     """Read the arguments and train."""
-    known = methods()
-    named = next((text.lower() for text in arguments if text.lower() in known), None)
-    args = _parser(named).read(arguments)
-    if hasattr(args, "method") and args.method.lower() not in known:
+    args = _parser(_named(arguments)).read(arguments)
+    if hasattr(args, "method") and args.method.lower() not in methods():
         raise UsageError(
-            f"there is no method `{args.method}`; {nearest(args.method.lower(), known)}"
+            f"there is no method `{args.method}`; {nearest(args.method.lower(), methods())}"
         )
     return _resume(args) if hasattr(args, "resume") else _start(args)
 
 
+def _named(arguments: list[str]) -> str | None:
+    """The method whose options these are: named itself, or by the preset."""
+    for text in arguments:
+        if text.lower() in methods():
+            return text.lower()
+    values = [*pairwise(arguments), *(a.split("=", 1) for a in arguments)]
+    presets = [pair[1].lower() for pair in values if pair[0] == "--preset" and len(pair) == 2]
+    preset = PRESETS.get(presets[0]) if presets else None
+    return None if preset is None else preset.method.__name__.lower()
+
+
 def _parser(method: str | None) -> Parser:
-    parser = Parser("train", SUMMARY, "METHOD --data NAME|PATH [options]", _EXAMPLES)
+    usage = "METHOD --data NAME|PATH [options]\n       bilevel train --preset NAME [options]"
+    parser = Parser("train", SUMMARY, usage, _EXAMPLES)
     parser.add_argument("method", nargs="?", metavar="METHOD", help=", ".join(methods()))
     parser.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="digits, an .npz file with an array `images` (or `train_images` and `test_images`), or a "
-        "folder of PNG or JPEG files",
+        "--preset",
+        type=choice(list(PRESETS)),
+        metavar="NAME",
+        help="settings of a published experiment, or of a small one; `bilevel presets` lists them",
     )
+    _add_data(parser)
     parser.add_argument(
         "--run", metavar="FOLDER", help="where to write (default: runs/METHOD-DATA-NUMBER)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --run")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run")
-    parser.add_argument(
-        "--preset",
-        type=choice(list(_PRESETS)),
-        metavar="|".join(_PRESETS),
-        help="settings known to work",
-    )
     parser.add_argument(
         "--device",
         type=choice(["cpu", "cuda"]),
@@ -76,12 +86,13 @@ def _parser(method: str | None) -> Parser:
     parser.add_argument(
         "--no-report", action="store_true", help="train only: no evaluation, pictures and report"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what it would cost; train and write nothing"
+    )
     known = methods()
     chosen = [known[method]] if method is not None else list(known.values())
     model = {setting.name: setting for kind in chosen for setting in model_settings(kind)}
-    note = (
-        None if method else f"`bilevel train {next(iter(known))} --help` shows one method's alone"
-    )
+    note = None if method else "`bilevel train METHOD --help` shows one method's alone"
     for title, settings, about in (
         ("model", list(model.values()), note),
         (
@@ -98,21 +109,39 @@ def _parser(method: str | None) -> Parser:
     return parser
 
 
+def _add_data(parser: Parser) -> None:
+    group = parser.add_argument_group("data", "`bilevel.methods.data` tells more")
+    group.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="a name such as digits or cifar10, an .npz file with an array `images` (or `train_images` "
+        "and `test_images`), or a folder or zip archive of images",
+    )
+    group.add_argument(
+        "--side", type=whole, metavar="N", help="bring the images to this height and width"
+    )
+    group.add_argument("--crop", type=whole, metavar="N", help="cut out this centre square first")
+    group.add_argument(
+        "--channels", type=whole, metavar="1|3", help="make the images grey (1) or colour (3)"
+    )
+    group.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out files that cannot be read"
+    )
+    group.add_argument("--limit", type=whole, metavar="N", help="most images of each part")
+
+
 def _start(args: argparse.Namespace) -> int:
-    for name in ("method", "data"):
-        if not hasattr(args, name):
-            wanted = {"method": f"METHOD ({', '.join(methods())})", "data": "--data NAME|PATH"}[
-                name
-            ]
-            raise UsageError(f"{wanted} is missing: `bilevel train METHOD --data NAME|PATH`")
-    method = methods()[args.method.lower()]
+    preset = PRESETS[args.preset] if hasattr(args, "preset") else None
+    method = methods()[_method(args, preset)]
+    source = getattr(args, "data", None if preset is None else preset.data)
+    if source is None:
+        raise UsageError("--data NAME|PATH is missing: `bilevel train METHOD --data NAME|PATH`")
     options = solvers.given(args)
     solver = solvers.build(options)
-    preset = _PRESETS[args.preset] if hasattr(args, "preset") else None
     model_names = [setting.name for setting in model_settings(method)]
-    recipe = _chosen(args, model_names, preset.model if preset else {})
+    recipe = {**(preset.model if preset else {}), **_given(args, model_names)}
     training_names = [setting.name for setting in training_settings()]
-    settings = _chosen(args, training_names, preset.training if preset else {})
+    settings = {**(preset.training if preset else {}), **_given(args, training_names)}
     check_training({**method.training_defaults, **settings})
     device = device_of(getattr(args, "device", None))
     overwrite = hasattr(args, "overwrite")
@@ -121,11 +150,16 @@ def _start(args: argparse.Namespace) -> int:
             f"`{args.run}` already holds a run; continue it with `--resume`, replace it with "
             "`--overwrite`, or name another folder"
         )
-    images = load_images(args.data)
-    folder = (
-        Path(args.run) if hasattr(args, "run") else fresh(f"{args.method.lower()}-{images.name}")
-    )
+    loading = {**(preset.loading if preset else {}), **_given(args, _LOADING)}
+    images = load_images(source, **loading)
+    if preset is not None:
+        _refuse_other_images(preset, images, args)
+    plain = preset is None or preset.name == images.name
+    stem = f"{method.__name__.lower()}-{images.name}" if plain or preset is None else preset.name
+    folder = Path(args.run) if hasattr(args, "run") else fresh(stem)
     model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)  # type: ignore[attr-defined]
+    if preset is not None:
+        print(f"{preset.name}: {preset.about}")
     print(f"{images.name}: {len(images.train):,} training images, {images.note}")
     plan = Plan(
         model.to(device),
@@ -137,13 +171,58 @@ def _start(args: argparse.Namespace) -> int:
         device,
         overwrite=overwrite,
     )
+    if hasattr(args, "dry_run"):
+        from bilevel.cli.dry_run import dry_run  # nobody else needs it
+
+        return dry_run(plan)
     return carry_out(plan, report=not hasattr(args, "no_report"))
 
 
-def _chosen(args: argparse.Namespace, names: list[str], preset: dict[str, Any]) -> dict[str, Any]:
-    """The preset, and what the command line says instead."""
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {**{name: value for name, value in preset.items() if name in names}, **given}
+def _method(args: argparse.Namespace, preset: Preset | None) -> str:
+    """The method's name, from the command line or the preset."""
+    if preset is None:
+        if not hasattr(args, "method"):
+            raise UsageError(
+                f"METHOD ({', '.join(methods())}) is missing: `bilevel train METHOD --data NAME|PATH`, "
+                "or `bilevel train --preset NAME`"
+            )
+        return str(args.method.lower())
+    own = preset.method.__name__.lower()
+    if getattr(args, "method", own).lower() != own:
+        raise UsageError(
+            f"the preset `{preset.name}` is for `{own}`, not for `{args.method}`; leave `{args.method}` "
+            "out, or the preset"
+        )
+    return own
+
+
+def _refuse_other_images(preset: Preset, images: Images, args: argparse.Namespace) -> None:
+    """Images of another shape than the preset's, unless the command line asked for that shape."""
+    (channels, side, _), (wanted_channels, wanted_side, _) = images.shape, preset.shape
+    change, keep = [], []
+    for name, got, wanted in (
+        ("side", side, wanted_side),
+        ("channels", channels, wanted_channels),
+    ):
+        if got != wanted and not hasattr(args, name):
+            change.append(f"--{name} {wanted}")
+            keep.append(f"--{name} {got}")
+    if change:
+        raise UsageError(
+            f"the preset `{preset.name}` is for {_described(preset.shape)}, but `{images.name}` holds "
+            f"{_described(images.shape)}; make them so with `{' '.join(change)}`, train on them as they "
+            f"are with `{' '.join(keep)}`, or choose another preset"
+        )
+
+
+def _described(shape: tuple[int, int, int]) -> str:
+    kind = {1: "grey", 3: "colour"}.get(shape[0], f"{shape[0]}-channel")
+    return f"{kind} images of {shape[1]}x{shape[2]} pixels"
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """What the command line says of these."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 # ---------------------------------------------------------------------- taking up a run again
@@ -192,6 +271,7 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
     solver = {"solver": "alternating", **notes.get("solver", {})}
     own = {**config["training"], **model, **solver, "method": str(config["method"]).lower()}
     own |= {name: notes[name] for name in ("data", "device") if name in notes}
+    own |= dict.fromkeys(_LOADING) | notes.get("data_options", {})
     for name, value in vars(args).items():
         if name == "data" and name in own:
             same = value == own[name] or str(Path(value).expanduser().resolve()) == own[name]
