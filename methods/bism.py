@@ -24,9 +24,10 @@ from typing import Any, Literal, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.methods.langevin import PUBLISHED, Steps
 from bilevel.methods.models.hidden import OneHidden
 from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
-from bilevel.methods.score_objectives import Noised, Probed, score_objective
+from bilevel.methods.score_objectives import Grid, Noised, Probed, score_objective
 from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.tree import Tree
@@ -58,8 +59,11 @@ class BiSM(ScoreLearner):
             $1/\sigma_i$).
         sigma: noise level of the denoising objectives.
         sigma_range: first and last noise level of "multiscale".
+        grid: noise levels of "multiscale" with equal ratios ("geometric") or differences ("linear").
         expectation: over q in the lower loss: "sampled" by relaxed draws, new ones each step, or
             "exact" in closed form, for one hidden layer.
+        langevin: steps of annealed Langevin dynamics that samples and reconstructions of an energy
+            that is no machine take: at the highest temperature, from there to 1, and from 1 to 0.
 
     Raises:
         ValueError: for an energy and a posterior that do not fit, or a bad setting.
@@ -89,18 +93,22 @@ class BiSM(ScoreLearner):
         divergence: Divergence = "kl",
         sigma: float = 0.05,
         sigma_range: tuple[float, float] = (0.05, 1.0),
+        grid: Grid = "geometric",
         expectation: Expectation = "sampled",
+        langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
-        self.objective = score_objective(objective, sigma, sigma_range)
+        self.objective = score_objective(objective, sigma, sigma_range, grid)
         options = {
             "objective": objective,
             "divergence": divergence,
             "sigma": sigma,
             "sigma_range": list(sigma_range),
+            "grid": grid,
             "expectation": expectation,
+            "langevin": list(langevin),
         }
-        self.take(model, posterior, divergence, expectation, options)
+        self.take(model, posterior, options)
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         points = self.objective.draw(data, generator)

@@ -10,24 +10,50 @@ The first is $KL(q \,\|\, p(h|v))$ up to a term that q does not change; the seco
 are real numbers. Where h is binary, q factorises and E is linear in h, the first is closed,
 
 $$ E_q[\log q + E] = \sum_j (p_j a_j - \log(1 + e^{a_j})) + E(v, p), \qquad p = \sigma(a(v)) . $$
+
+An energy of real latents has no free energy in closed form. With $h_k \sim q(h|v)$ it is bounded by
+
+$$ F(v) = -\log \int e^{-E(v, h)} dh \;\le\;
+   E\Big[ -\log \frac1K \sum_k \frac{e^{-E(v, h_k)}}{q(h_k|v)} \Big] , $$
+
+and sampled by annealed Langevin dynamics (`langevin`).
 """
 
+import math
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast, final
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bilevel.methods.config import one_of
+from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_networks
+from bilevel.methods.eblvm import chunked
+from bilevel.methods.langevin import Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.score_objectives import check_real_visibles, square_norm
-from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
+from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.score_objectives import (
+    Grid,
+    check_closed,
+    check_real_latents,
+    check_real_visibles,
+    square_norm,
+)
+from bilevel.methods.variational import BernoulliPosterior, GaussianPosterior, VariationalPosterior
+from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.problem import Loss
 
 Divergence: TypeAlias = Literal["kl", "fisher"]
 Expectation: TypeAlias = Literal["sampled", "exact"]
+
+ENERGY_SAMPLES = 100
+"""Draws of the importance-weighted bound that `energy` is where there is no free energy."""
+
+_CHAINS = 500  # Langevin chains run at a time
+_BLURRED = ("denoising", "multiscale")  # objectives that fit the density of the data plus noise
+_ROWS = 50  # visibles whose bound is evaluated at a time, each with `ENERGY_SAMPLES` latents
 
 
 class LowerBatch(NamedTuple):
@@ -47,8 +73,12 @@ class LowerBatch(NamedTuple):
 class ScoreLearner(ModelLearner):
     """A method that learns q(h|v) at the lower level and takes scores of the model at the upper one.
 
-    The energy is a Boltzmann machine, or any module (v, h) -> (n,); of the latter there is no free
-    energy and no Gibbs sampler, so what needs them refuses by name.
+    The energy is a Boltzmann machine, or any module (v, h) -> (n,). The latter has no free energy and
+    no Gibbs sampler: with a `GaussianPosterior` a bound and Langevin dynamics stand for them, otherwise
+    what needs them refuses by name.
+
+    Attributes:
+        langevin: steps of annealed Langevin dynamics that `sample` and `reconstruct` take; may be set.
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {
@@ -57,25 +87,86 @@ class ScoreLearner(ModelLearner):
     }
     divergence: Divergence
     expectation: Expectation
+    langevin: Steps
 
     @abstractmethod
     def draw_lower(self, batch: Any, generator: torch.Generator, step: int) -> LowerBatch:
         """The turn's visibles with new noise."""
 
     @final
+    @classmethod
+    def for_images(
+        cls,
+        shape: tuple[int, int, int],
+        *,
+        latent_dim: int = 50,
+        width: int = 64,
+        blocks: int = 2,
+        objective: Literal["denoising", "multiscale"] = "multiscale",
+        divergence: Divergence = "fisher",
+        sigma: float = 0.2,
+        sigma_range: tuple[float, float] = (0.2, 6.0),
+        grid: Grid = "geometric",
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """The published deep energy and Gaussian posterior, scaled to square images in [-1, 1].
+
+        Noise levels are those of images in [-1, 1], twice those of the papers, whose images lie in
+        [0, 1]. The defaults are the papers' for MNIST; for CIFAR-10 and CelebA they have `width=128`,
+        `blocks=3`, `sigma_range=(0.1, 2.4)` and `grid="linear"`.
+
+        Args:
+            shape: (channels, side, side), at least 8 pixels.
+            latent_dim: dimension of the latent: 20, 50 or 100 in the papers.
+            width: first channels of the energy; the posterior has as many, at most 64.
+            blocks: residual blocks per stage of the energy.
+            objective: "multiscale" in the papers.
+            divergence: lower loss: "fisher" in the papers.
+            sigma: noise level whose density the model is meant to fit.
+            sigma_range: first and last noise level of "multiscale".
+            grid: noise levels between: with equal ratios or differences.
+            seed: seed of the initial weights; torch's global generator is left as it was.
+            **options: further arguments of the method.
+
+        Returns:
+            The untrained model.
+
+        Raises:
+            TypeError: if a number is not an integer.
+            ValueError: if the images are not square or smaller than 8 pixels, or for a bad setting.
+        """
+        energy, posterior = image_networks(shape, latent_dim, width, blocks, seed)
+        options |= {"objective": objective, "divergence": divergence, "sigma": sigma}
+        options |= {"sigma_range": sigma_range, "grid": grid}
+        learner = cls(energy, posterior, **options)
+        learner.visible_shape, learner.visible_range = tuple(shape), VISIBLE_RANGE
+        sizes = {"latent_dim": latent_dim, "width": width, "blocks": blocks, "seed": seed}
+        learner.recipe = {"shape": shape, **sizes, **options}
+        return learner
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        if "shape" in recipe:
+            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
+        options = {name: value for name, value in recipe.items() if name != "model"}
+        return cls(from_recipe(recipe["model"]), **options)
+
+    @final
     def take(
-        self,
-        model: nn.Module,
-        posterior: VariationalPosterior | None,
-        divergence: Divergence,
-        expectation: Expectation,
-        options: dict[str, Any],
+        self, model: nn.Module, posterior: VariationalPosterior | None, options: dict[str, Any]
     ) -> None:
         """Take the energy and its posterior; `BernoulliPosterior.for_model` if there is none.
 
+        Args:
+            model: the energy.
+            posterior: q(h|v).
+            options: the constructor's other arguments.
+
         Raises:
-            ValueError: for a pair that does not fit, naming both.
+            ValueError: for a pair that does not fit, naming both, or a bad setting.
         """
+        divergence, expectation = options["divergence"], options["expectation"]
         one_of("divergence", divergence, ("kl", "fisher"))
         one_of("expectation", expectation, ("sampled", "exact"))
         check_real_visibles(model, type(self).__name__)
@@ -89,19 +180,23 @@ class ScoreLearner(ModelLearner):
                 )
             posterior = BernoulliPosterior.for_model(cast(LatentVariableModel, model))
         if divergence == "fisher":
-            _check_real_latents(model, posterior)
+            check_real_latents("divergence='fisher'", model, posterior)
         if expectation == "exact":
-            _check_closed(model, posterior, divergence)
+            check_closed(model, posterior, divergence)
         self.divergence, self.expectation = divergence, expectation
+        self.langevin = check_steps(options["langevin"])
+        self.denoise = options["sigma"] if options["objective"] in _BLURRED else 0.0
         if machine:
             self.hold(
                 cast(LatentVariableModel, model),
                 {"posterior": posterior},
                 options if plain else None,
             )
-        else:
-            self.upper = nn.ModuleDict({"model": model})
-            self.lower = nn.ModuleDict({"posterior": posterior})
+            return
+        self.upper = nn.ModuleDict({"model": model})
+        self.lower = nn.ModuleDict({"posterior": posterior})
+        if isinstance(posterior, GaussianPosterior):
+            self.latent_dim = posterior.latent_dim
 
     # ------------------------------------------------------------------ the lower level
 
@@ -109,6 +204,23 @@ class ScoreLearner(ModelLearner):
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
         energies: Tensor = cast(nn.Module, self.upper._modules["model"])(v, h)
+        return energies
+
+    @final
+    def energies_of(self, v: Tensor) -> Callable[[Tensor], Tensor]:
+        """The energies of several latents of each visible, (n, S, d) -> (n, S), differentiable.
+
+        What a `CoupledEnergy` needs of v is computed here, once.
+        """
+        model = self.upper._modules["model"]
+        if isinstance(model, CoupledEnergy):
+            features = model.features(v)[:, None]
+            return lambda h: model.coupled(features, h)
+
+        def energies(h: Tensor) -> Tensor:
+            rows = v.repeat_interleave(h.shape[1], 0)
+            return self.joint_energy(rows, h.flatten(0, 1)).view(h.shape[:2])
+
         return energies
 
     @final
@@ -129,11 +241,20 @@ class ScoreLearner(ModelLearner):
         return draws.mean(self.joint_energy(draws.visible, draws.latent) + draws.log_prob)
 
     def _fisher(self, batch: LowerBatch) -> Tensor:
+        """Half the squared slope of log q + E in h, which of a Gaussian draw's log q is known."""
+        v, posterior = batch.visible, self.encoder
         with torch.enable_grad():
-            v, h, _, weight = self.encoder.draws(batch.visible, batch.latent)
-            h = h if h.requires_grad else h.requires_grad_()
-            log_ratio = self.encoder.log_prob(v, h) + self.joint_energy(v, h)
-            slope = torch.autograd.grad(log_ratio.sum(), h, create_graph=True)[0]
+            if isinstance(posterior, GaussianPosterior):
+                mean, log_variance = posterior.moments(v)
+                deviation = (log_variance / 2).exp()
+                h, slope = mean + deviation * batch.latent, -batch.latent / deviation
+                weight = v.new_full((len(v),), 1 / len(v))
+                cost = self.joint_energy(v, h)
+            else:
+                v, h, _, weight = posterior.draws(v, batch.latent)
+                h, slope = h if h.requires_grad else h.requires_grad_(), torch.zeros_like(h)
+                cost = posterior.log_prob(v, h) + self.joint_energy(v, h)
+            slope = slope + torch.autograd.grad(cost.sum(), h, create_graph=True)[0]
         rows = 0.5 * square_norm(slope)
         return (weight * (rows if batch.gain is None else rows * batch.gain.flatten())).sum()
 
@@ -148,16 +269,111 @@ class ScoreLearner(ModelLearner):
         """
         model = self.upper._modules["model"]
         if not isinstance(model, LatentVariableModel):
-            raise NotImplementedError(
-                f"this needs a free energy and Gibbs sampling, but `{type(model).__name__}` is no "
-                "Boltzmann machine of `bilevel.methods.models`; use `joint_energy(v, h)` and "
-                "`posterior(v)`"
-            )
+            raise self._no_machine()
         return model
 
     @property
     def _is_machine(self) -> bool:
         return isinstance(self.upper.get_submodule("model"), LatentVariableModel)
+
+    def energy(self, v: Tensor) -> Tensor:
+        """The free energy of a machine; of real latents an importance-weighted bound on it.
+
+        The bound has `ENERGY_SAMPLES` draws of a Gaussian q. Their noise is the same for every row and
+        in every call: a function of v.
+
+        Raises:
+            ValueError: if the free energy of a machine would take too many terms.
+            NotImplementedError: for other latents.
+        """
+        if self._is_machine:
+            return ModelLearner.energy(self, v)
+        posterior, v = self._gaussian(), self.check(v)
+        generator = torch.Generator(v.device).manual_seed(0)
+        noise = normal_noise(ENERGY_SAMPLES, posterior.latent_dim, generator, v)
+
+        def bound(rows: Tensor) -> Tensor:
+            mean, log_variance = (part[:, None] for part in posterior.moments(rows))
+            log_prob = normal_log_prob(noise).sum(1) - 0.5 * log_variance.sum(2)
+            energies = self.energies_of(rows)(mean + (log_variance / 2).exp() * noise)
+            return math.log(ENERGY_SAMPLES) - (-energies - log_prob).logsumexp(1)
+
+        with self.evaluating():
+            return chunked(bound, v, _ROWS)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Visibles of a machine by Gibbs sampling; of another energy by annealed Langevin dynamics.
+
+        The latter starts visible and latent at random and moves both; the visibles are then cut to
+        their range.
+
+        Raises:
+            ValueError: if n is not positive.
+            NotImplementedError: if the latents are not real, or the shape of a visible is not known.
+        """
+        if self._is_machine:
+            return ModelLearner.sample(self, n, generator)
+        if n < 1:
+            raise ValueError(f"`n` must be positive, got {n}")
+        latent_dim, like = self._gaussian().latent_dim, next(self.parameters())
+        if self.visible_shape is None:
+            raise NotImplementedError(
+                "the shape of a visible is not known; set `visible_shape` before sampling"
+            )
+        with self.evaluating():
+            return self._chains(like.new_empty(n, latent_dim), self.visible_shape, generator)
+
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """Of a machine the visibles' mean given the latents'; else draws given the mean of q(h|v).
+
+        The draws are by annealed Langevin dynamics from noise, the same in every call.
+
+        Raises:
+            NotImplementedError: if the latents are not real.
+        """
+        if self._is_machine:
+            return ModelLearner.reconstruct(self, v)
+        posterior, v = self._gaussian(), self.check(v)
+        generator = torch.Generator(v.device).manual_seed(0)
+        with self.evaluating():
+            mean = torch.cat([posterior.moments(part)[0] for part in v.split(_CHAINS)])
+            return self._chains(mean, v.shape[1:], generator, given=True)
+
+    def _chains(
+        self,
+        latents: Tensor,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        given: bool = False,
+    ) -> Tensor:
+        """Visibles with latents like these, or given these, a few chains at a time."""
+        parts = [
+            visible_chains(
+                self.joint_energy,
+                h,
+                shape,
+                generator,
+                given=given,
+                value_range=self.visible_range,
+                steps=self.langevin,
+                denoise=self.denoise,
+            )
+            for h in latents.split(_CHAINS)
+        ]
+        return torch.cat(parts)
+
+    def _gaussian(self) -> GaussianPosterior:
+        if not isinstance(self.encoder, GaussianPosterior):
+            raise self._no_machine()
+        return self.encoder
+
+    def _no_machine(self) -> NotImplementedError:
+        name = type(self.upper.get_submodule("model")).__name__
+        return NotImplementedError(
+            f"this needs a free energy and Gibbs sampling, or real latents with a `GaussianPosterior`, "
+            f"but `{name}` is no Boltzmann machine of `bilevel.methods.models`; use "
+            "`joint_energy(v, h)` and `posterior(v)`"
+        )
 
     def posterior(self, v: Tensor) -> Distribution:
         """The posterior p(h|v) of a machine (its mean field with two hidden layers), else q(h|v)."""
@@ -178,26 +394,3 @@ class ScoreLearner(ModelLearner):
                 f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
                 f"for {len(draws.log_prob)} pairs"
             )
-
-
-def _check_real_latents(model: nn.Module, posterior: VariationalPosterior) -> None:
-    binary = isinstance(model, LatentVariableModel) or isinstance(posterior, BernoulliPosterior)
-    if binary:
-        raise ValueError(
-            "divergence='fisher' differentiates in h, but the latents of "
-            f"`{type(model).__name__}` with `{type(posterior).__name__}` are binary; use "
-            "divergence='kl'"
-        )
-
-
-def _check_closed(
-    model: nn.Module, posterior: VariationalPosterior, divergence: Divergence
-) -> None:
-    one = isinstance(model, LatentVariableModel) and len(model.latent_dims) == 1
-    if not (one and isinstance(posterior, BernoulliPosterior) and divergence == "kl"):
-        raise ValueError(
-            "expectation='exact' needs an energy linear in h and an independent Bernoulli posterior, "
-            f"which `{type(model).__name__}` with `{type(posterior).__name__}` and "
-            f"divergence={divergence!r} are not; use a machine with one hidden layer and "
-            "divergence='kl', or expectation='sampled'"
-        )

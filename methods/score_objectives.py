@@ -11,8 +11,8 @@ random signs and $\epsilon \sim N(0, I)$,
 | denoising | $\tfrac12 \lVert s + \epsilon / \sigma \rVert^2$ | $v + \sigma \epsilon$ |
 | multiscale | $\tfrac12 \lVert s / \sigma_i + \epsilon / \sigma^2 \rVert^2$ | $v + \sigma_i \epsilon$ |
 
-where $\sigma_i$ is the i-th point of a geometric grid over the batch. The last two regress the score,
-times a gain, on a target, so their derivative in the score is
+where $\sigma_i$ is the i-th point of a geometric or linear grid over the batch, the same in every step.
+The last two regress the score, times a gain, on a target, so their derivative in the score is
 $\mathrm{gain} \cdot (\mathrm{gain} \cdot s - \mathrm{target})$. Everything random is drawn by `draw`.
 """
 
@@ -23,11 +23,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel.methods.config import one_of
+from bilevel.methods.models import LatentVariableModel
+from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
 
 ObjectiveName: TypeAlias = Literal["denoising", "sliced", "multiscale", "exact"]
+Grid: TypeAlias = Literal["geometric", "linear"]
 LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -166,11 +169,12 @@ class Denoising(Regression):
 @final
 @dataclass(frozen=True)
 class MultiScale(Regression):
-    """Denoising score matching at a geometric grid of noise levels spread over the batch.
+    """Denoising score matching at a grid of noise levels spread over the batch.
 
     Args:
         sigma: the noise level whose density the model is meant to fit.
         sigma_range: first and last level of the grid.
+        grid: levels with equal ratios, or with equal differences.
 
     References:
         Learning Energy-Based Models in High-Dimensional Spaces with Multi-scale Denoising Score
@@ -179,6 +183,7 @@ class MultiScale(Regression):
 
     sigma: float = 0.05
     sigma_range: tuple[float, float] = (0.05, 1.0)
+    grid: Grid = "geometric"
 
     def draw(self, v: Tensor, generator: torch.Generator) -> Noised:
         noise, levels = _normal(v, generator), self.levels(v)
@@ -186,9 +191,10 @@ class MultiScale(Regression):
 
     def levels(self, v: Tensor) -> Tensor:
         """The noise level of every row, shape (n, 1, ...)."""
-        low, high = map(math.log, self.sigma_range)
-        grid = torch.linspace(low, high, len(v), dtype=v.dtype, device=v.device)
-        return grid.exp().view(-1, *[1] * (v.ndim - 1))
+        geometric = self.grid == "geometric"
+        low, high = map(math.log, self.sigma_range) if geometric else self.sigma_range
+        levels = torch.linspace(low, high, len(v), dtype=v.dtype, device=v.device)
+        return (levels.exp() if geometric else levels).view(-1, *[1] * (v.ndim - 1))
 
 
 def residual(s: Tensor, points: Noised) -> Tensor:
@@ -203,7 +209,10 @@ def residual_slope(s: Tensor, points: Noised) -> Tensor:
 
 
 def score_objective(
-    name: ObjectiveName, sigma: float, sigma_range: tuple[float, float]
+    name: ObjectiveName,
+    sigma: float,
+    sigma_range: tuple[float, float],
+    grid: Grid = "geometric",
 ) -> ScoreObjective:
     """The objective of that name.
 
@@ -211,6 +220,7 @@ def score_objective(
         name: "denoising", "sliced", "multiscale" or "exact".
         sigma: noise level of the denoising objectives.
         sigma_range: first and last noise level of "multiscale".
+        grid: of the levels between: "geometric" or "linear".
 
     Raises:
         ValueError: for an unknown name, or a noise level that is not positive.
@@ -220,6 +230,7 @@ def score_objective(
         Denoising(sigma=0.05)
     """
     one_of("objective", name, ("denoising", "sliced", "multiscale", "exact"))
+    one_of("grid", grid, ("geometric", "linear"))
     for setting, value in (("sigma", sigma), *(("sigma_range", s) for s in sigma_range)):
         if not 0 < value < float("inf"):
             raise ValueError(f"`{setting}` must be positive and finite, got {value!r}")
@@ -229,7 +240,7 @@ def score_objective(
     objectives: dict[str, ScoreObjective] = {
         "denoising": Denoising(sigma),
         "sliced": Sliced(),
-        "multiscale": MultiScale(sigma, (first, last)),
+        "multiscale": MultiScale(sigma, (first, last), grid),
         "exact": Exact(),
     }
     return objectives[name]
@@ -246,6 +257,36 @@ def check_real_visibles(model: Any, learner: str) -> None:
             f"`{learner}` needs the score of a density over real visibles, but those of a "
             f"`{type(model).__name__}` are binary; use `GaussianRBM` or `GaussianDBM`, or another "
             "learner, such as `AdvIL` or `ContrastiveDivergence`"
+        )
+
+
+def check_real_latents(setting: str, model: nn.Module, posterior: VariationalPosterior) -> None:
+    """Refuse a setting that differentiates in h where h is binary.
+
+    Raises:
+        ValueError: naming the setting, the energy and the posterior.
+    """
+    if isinstance(model, LatentVariableModel) or isinstance(posterior, BernoulliPosterior):
+        remedy = "use divergence='kl'" if "divergence" in setting else f"leave `{setting}` 0"
+        raise ValueError(
+            f"{setting} differentiates in h, but the latents of `{type(model).__name__}` with "
+            f"`{type(posterior).__name__}` are binary; {remedy}"
+        )
+
+
+def check_closed(model: nn.Module, posterior: VariationalPosterior, divergence: str) -> None:
+    """Refuse expectations over q in closed form where there is none.
+
+    Raises:
+        ValueError: naming the energy, the posterior and the divergence.
+    """
+    one = isinstance(model, LatentVariableModel) and len(model.latent_dims) == 1
+    if not (one and isinstance(posterior, BernoulliPosterior) and divergence == "kl"):
+        raise ValueError(
+            "expectation='exact' needs an energy linear in h and an independent Bernoulli posterior, "
+            f"which `{type(model).__name__}` with `{type(posterior).__name__}` and "
+            f"divergence={divergence!r} are not; use a machine with one hidden layer and "
+            "divergence='kl', or expectation='sampled'"
         )
 
 

@@ -32,17 +32,23 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.config import one_of
+from bilevel.methods.langevin import PUBLISHED, Steps, refined
 from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
 from bilevel.methods.score_objectives import (
+    Grid,
     Noised,
     Regression,
+    check_real_latents,
     residual,
     residual_slope,
     score_objective,
     square_norm,
 )
-from bilevel.methods.variational import BernoulliPosterior, Draws, VariationalPosterior
-from bilevel.methods.variational.base import equal_weights
+from bilevel.methods.variational import (
+    BernoulliPosterior,
+    GaussianPosterior,
+    VariationalPosterior,
+)
 from bilevel.problem import Loss
 
 GROUPS = 3  # independent draws for z, for the derivative of g, for the covariance
@@ -61,51 +67,52 @@ class Batch(NamedTuple):
     Attributes:
         data: the clean visibles, from which every lower step draws its own noise.
         points: where the score is taken and what it is compared with.
-        latent: noise of the posterior's draws, of all three groups in turn.
+        latent: noise of the posterior's draws, the groups one after the other, shape (n, 3 L, d).
+        langevin: noise of the Langevin steps on them, shape (steps, n, 3 L, d).
     """
 
     data: Tensor
     points: Noised | Pairs
     latent: Tensor
+    langevin: Tensor
 
 
 class Samples(NamedTuple):
-    """S draws from q(h|v) for each of n visibles.
+    """S latents for each of n visibles, drawn from q(h|v) and perhaps refined.
 
     Attributes:
-        score: g, flattened, shape (n, S, d).
-        log_density: log p~(v, h), shape (n, S).
+        visible: what the densities can be differentiated in, shape (n, ...).
+        latent: shape (n, S, ...), constants.
+        log_density: log p~(v, h), shape (n, S), differentiable in v and in theta.
         weight: shape (n, S), rows sum to one.
-        unbiased: factor that makes the weighted covariance unbiased: L / (L - 1), or 1 if all states
-            are enumerated.
     """
 
-    score: Tensor
+    visible: Tensor
+    latent: Tensor
     log_density: Tensor
     weight: Tensor
-    unbiased: float
 
-    def groups(self) -> list["Samples"]:
-        """The three groups that lie one after the other in the rows."""
-        scores, densities, weights = (x.chunk(GROUPS) for x in self[:3])
+    def groups(self, count: int) -> list["Samples"]:
+        """As many groups, which lie one after the other."""
+        latents, densities, weights = (x.chunk(count, dim=1) for x in self[1:])
         return [
-            Samples(*group, self.unbiased) for group in zip(scores, densities, weights, strict=True)
+            Samples(self.visible, h, log_density, count * weight)
+            for h, log_density, weight in zip(latents, densities, weights, strict=True)
         ]
 
-    def mean_score(self) -> Tensor:
-        """VaES, shape (n, d)."""
-        return (self.weight[..., None] * self.score).sum(1)
+    def covariance(self, along: Tensor) -> Tensor:
+        r"""Numbers whose gradient in theta is $z^T \mathrm{Cov}(g, \nabla \log \tilde p)$, (n,).
 
-    def covariance(self, z: Tensor) -> Tensor:
-        r"""Numbers whose gradient in theta is $z^T \mathrm{Cov}(g, \nabla \log \tilde p)$, (n,)."""
-        along = (self.score.detach() * z[:, None]).sum(2)
+        Args:
+            along: $z^T g$ of every latent, constants, shape (n, S).
+        """
         centered = along - (self.weight * along).sum(1, keepdim=True)
-        return self.unbiased * (self.weight * centered * self.log_density).sum(1)
+        return (self.weight * centered * self.log_density).sum(1)
 
 
 @final
 class VaGES(ScoreLearner):
-    """Score-based learning with variational estimates of the score and of its derivative.
+    r"""Score-based learning with variational estimates of the score and of its derivative.
 
     Args:
         model: the energy: a machine with Gaussian visibles, or any module (v, h) -> (n,).
@@ -116,10 +123,18 @@ class VaGES(ScoreLearner):
         divergence: lower loss: "kl", or "fisher" for real latents.
         sigma: noise level of the denoising objectives.
         sigma_range: first and last noise level of "multiscale".
+        grid: of the levels between: "geometric" or "linear".
         width: width of the kernel of "stein".
         covariance: keep the covariance. Without, the gradient is BiSM's partial derivative at the
             true posterior, for ablations.
         expectation: over q in the lower loss, "sampled" or "exact"; see `BiSM`.
+        variance_reduced: take z with the score of p~ / q instead of that of p~, whose mean under q is
+            the same.
+        latent_steps: Langevin steps on every latent drawn from q, $h - \tfrac12 \alpha \nabla_h E +
+            \sigma \epsilon$.
+        latent_rate: their step size alpha.
+        latent_noise: their noise sigma.
+        langevin: steps of the annealed dynamics that draw visibles; see `BiSM`.
 
     Raises:
         ValueError: for one sample with the covariance, an energy and a posterior that do not fit, or
@@ -153,9 +168,15 @@ class VaGES(ScoreLearner):
         divergence: Divergence = "kl",
         sigma: float = 0.05,
         sigma_range: tuple[float, float] = (0.05, 1.0),
+        grid: Grid = "geometric",
         width: float = 0.1,
         covariance: bool = True,
         expectation: Expectation = "sampled",
+        variance_reduced: bool = False,
+        latent_steps: int = 0,
+        latent_rate: float = 1e-2,
+        latent_noise: float = 1e-4,
+        langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
         one_of("objective", objective, ("denoising", "multiscale", "stein"))
@@ -166,9 +187,21 @@ class VaGES(ScoreLearner):
             )
         if not 0 < width < float("inf"):
             raise ValueError(f"`width` must be positive and finite, got {width!r}")
+        if variance_reduced and latent_steps:
+            raise ValueError(
+                "`variance_reduced=True` needs latents of q, but `latent_steps` moves them away from "
+                "it; use one of the two"
+            )
+        if min(latent_steps, latent_rate, latent_noise) < 0:
+            raise ValueError(
+                "`latent_steps`, `latent_rate` and `latent_noise` cannot be negative, got "
+                f"{latent_steps}, {latent_rate} and {latent_noise}"
+            )
         self.num_samples, self.covariance, self.width = num_samples, covariance, width
+        self.variance_reduced, self.latent_steps = variance_reduced, latent_steps
+        self.latent_rate, self.latent_noise = latent_rate, latent_noise
         regression = (
-            None if objective == "stein" else score_objective(objective, sigma, sigma_range)
+            None if objective == "stein" else score_objective(objective, sigma, sigma_range, grid)
         )
         self.regression = cast("Regression | None", regression)
         options = {
@@ -177,11 +210,19 @@ class VaGES(ScoreLearner):
             "divergence": divergence,
             "sigma": sigma,
             "sigma_range": list(sigma_range),
+            "grid": grid,
             "width": width,
             "covariance": covariance,
             "expectation": expectation,
+            "variance_reduced": variance_reduced,
+            "latent_steps": latent_steps,
+            "latent_rate": latent_rate,
+            "latent_noise": latent_noise,
+            "langevin": list(langevin),
         }
-        self.take(model, posterior, divergence, expectation, options)
+        self.take(model, posterior, options)
+        if latent_steps:
+            check_real_latents("latent_steps", model, self.encoder)
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         points: Noised | Pairs
@@ -194,8 +235,11 @@ class VaGES(ScoreLearner):
                     "objective='stein' compares pairs of visibles, got only one visible"
                 )
             points = Pairs(data[:half], data[half : 2 * half])
-        rows = GROUPS * self.num_samples * len(points.visible)
-        return Batch(data, points, self.encoder.noise(rows, generator, data))
+        n, copies = len(points.visible), GROUPS * self.num_samples
+        latent = self.encoder.noise(n * copies, generator, data).unflatten(0, (n, copies))
+        size = (self.latent_steps, *latent.shape)
+        langevin = torch.randn(size, generator=generator, dtype=latent.dtype, device=latent.device)
+        return Batch(data, points, latent, langevin)
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
         data = batch.data
@@ -205,43 +249,60 @@ class VaGES(ScoreLearner):
         points = self.regression.draw(data, generator)
         return LowerBatch(points.visible, noise, points.gain)
 
+    @torch.enable_grad()
     def upper_loss(self, batch: Batch) -> Loss:
         """The objective's estimate; its gradient is VaGES, not the derivative of that number."""
-        points = batch.points
-        second = points.other if isinstance(points, Pairs) else points.visible
-        samples = self.samples(torch.cat([points.visible, second, second]), batch.latent)
-        for_score, for_slope, for_covariance = samples.groups()
-        slope = for_slope.mean_score()
-        value, z = self._compare(points, for_score.mean_score().detach(), slope.detach())
-        surrogate = (z * slope).sum(1)
+        points, latent, langevin = batch.points, batch.latent, batch.langevin
+        if isinstance(points, Pairs):
+            own = self.num_samples
+            for_score = self.samples(points.visible, latent[:, :own], langevin[:, :, :own])
+            rest = self.samples(points.other, latent[:, own:], langevin[:, :, own:])
+            for_slope, for_covariance = rest.groups(2)
+        else:
+            groups = self.samples(points.visible, latent, langevin).groups(GROUPS)
+            for_score, for_slope, for_covariance = groups
+        slope, directions = slope_and_directions(for_slope, for_covariance)
+        value, z = self._compare(points, self.score(for_score), slope.detach())
+        surrogate = (z * slope).flatten(1).sum(1)
         if self.covariance:
-            surrogate = surrogate + for_covariance.covariance(z)
+            (along,) = torch.autograd.grad(surrogate.sum(), directions, retain_graph=True)
+            enumerated = latent.shape[2] == 0
+            unbiased = 1.0 if enumerated else self.num_samples / (self.num_samples - 1)
+            surrogate = surrogate + unbiased * for_covariance.covariance(along)
         return (value + surrogate - surrogate.detach()).mean()
 
-    def samples(self, v: Tensor, noise: Tensor) -> Samples:
-        """Scores and log-densities at draws from q(h|v), differentiable in the energy's parameters.
+    def samples(self, v: Tensor, noise: Tensor, langevin: Tensor) -> Samples:
+        """Draws from q(h|v), refined by Langevin steps, and log p~ there.
 
         Args:
             v: visibles, shape (n, ...).
-            noise: the posterior's, for n `num_samples` draws.
+            noise: the posterior's, shape (n, S, d).
+            langevin: of the steps, shape (steps, n, S, d).
         """
-        n, copies = len(v), self.num_samples
-        v, h, _, weight = hard_draws(self.encoder, v.repeat_interleave(copies, 0), noise)
+        h, weight = hard_draws(self.encoder, v, noise)
         with torch.enable_grad():
             v = v.detach().requires_grad_()
-            log_density = -self.joint_energy(v, h)
-            g = torch.autograd.grad(log_density.sum(), v, create_graph=True)[0]
-        unbiased = copies / (copies - 1) if noise.shape[1] and copies > 1 else 1.0
-        rows = (g.reshape(n, -1, g[0].numel()), log_density.view(n, -1), n * weight.view(n, -1))
-        return Samples(*rows, unbiased)
+            energies = self.energies_of(v)
+            h = refined(energies, h, langevin, self.latent_rate, self.latent_noise)
+            return Samples(v, h, -energies(h), weight)
+
+    def score(self, samples: Samples) -> Tensor:
+        """VaES, a constant, shape (n, ...); with less variance if that was asked for."""
+        v, h, log_density, weight = samples
+        with torch.enable_grad():
+            if self.variance_reduced:
+                rows = v.repeat_interleave(h.shape[1], 0)
+                log_q = self.encoder.log_prob(rows, h.flatten(0, 1))
+                log_density = log_density - log_q.view_as(log_density)
+            return torch.autograd.grad((weight * log_density).sum(), v, retain_graph=True)[0]
 
     def _compare(self, points: Noised | Pairs, s: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """The objective of every row and z; `s` and `other` are the scores at the row's visibles."""
         if isinstance(points, Pairs):
-            return stein(points.visible, points.other, s, other, self.width)
-        s = s.view_as(points.visible)
-        value = 0.5 * square_norm(residual(s, points))
-        return value, residual_slope(s, points).flatten(1)
+            scores = s.flatten(1), other.flatten(1)
+            value, z = stein(points.visible, points.other, *scores, self.width)
+            return value, z.view_as(other)
+        return 0.5 * square_norm(residual(s, points)), residual_slope(s, points)
 
 
 def stein(
@@ -273,15 +334,51 @@ def stein(
     return 0.5 * k * inside, k[:, None] * (s + pull)
 
 
+def slope_and_directions(samples: Samples, others: Samples) -> tuple[Tensor, Tensor]:
+    r"""The mean of g over some latents, and a handle on the g of others at the same visibles.
+
+    What is differentiated in v is $\sum_i w_i \log \tilde p(v, h_i) + \sum_j c_j \log \tilde p(v, h_j)$
+    at c = 0, in a single backward pass through the energy. The result g is linear in c: $z^T g$ has the
+    derivative $z^T g(h_j)$ in $c_j$, whatever z turns out to be.
+
+    Args:
+        samples: whose g is averaged.
+        others: whose g is wanted along a direction that is not known yet.
+
+    Returns:
+        The mean of g, differentiable in theta, shape (n, ...), and c, shape (n, S).
+    """
+    directions = torch.zeros_like(others.log_density).requires_grad_()
+    total = (samples.weight * samples.log_density).sum() + (directions * others.log_density).sum()
+    slope = torch.autograd.grad(total, samples.visible, create_graph=True)[0]
+    return slope, directions
+
+
 @torch.no_grad()
-def hard_draws(posterior: VariationalPosterior, v: Tensor, noise: Tensor) -> Draws:
-    """Draws without gradient; those of a `BernoulliPosterior` are exact, in {0, 1}."""
-    if not isinstance(posterior, BernoulliPosterior):
-        return posterior.draws(v, noise)
-    layers = [v]
-    widths = noise.split(posterior.latent_dims, dim=1)
-    for network, part in zip(posterior.networks, widths, strict=True):
-        layers.append((network(layers[-1]) + part > 0).to(v.dtype))
-    h = torch.cat(layers[1:], dim=1)
-    log_prob = posterior.log_prob(v, h)
-    return Draws(v, h, log_prob, equal_weights(log_prob))
+def hard_draws(posterior: VariationalPosterior, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents without gradient, several per visible; of a `BernoulliPosterior` exact, in {0, 1}.
+
+    Args:
+        posterior: q(h|v); its network sees every visible once if it is Gaussian or Bernoulli.
+        v: visibles, shape (n, ...).
+        noise: the posterior's, shape (n, S, d).
+
+    Returns:
+        Latents (n, S, ...) and weights (n, S) whose rows sum to one; more than S latents of a
+        posterior that enumerates its states.
+    """
+    n, copies = noise.shape[:2]
+    if isinstance(posterior, GaussianPosterior):
+        mean, log_variance = (part[:, None] for part in posterior.moments(v))
+        h = mean + (log_variance / 2).exp() * noise
+    elif isinstance(posterior, BernoulliPosterior):
+        below, layers = v[:, None], []
+        widths = noise.split(posterior.latent_dims, dim=2)
+        for network, part in zip(posterior.networks, widths, strict=True):
+            below = (network(below) + part > 0).to(v.dtype)
+            layers.append(below)
+        h = torch.cat(layers, dim=2)
+    else:
+        draws = posterior.draws(v.repeat_interleave(copies, 0), noise.flatten(0, 1))
+        return draws.latent.unflatten(0, (n, -1)), n * draws.weight.view(n, -1)
+    return h, h.new_full(h.shape[:2], 1 / copies)

@@ -470,13 +470,36 @@ def test_unrolled_hypergradient_for_gaussian_latents(divergence: str) -> None:
 
 
 def test_an_energy_that_is_no_machine_does_what_it_can() -> None:
-    made = linear()
+    made = linear(langevin=(2, 5, 2))
     v = normal(40, 3)
     assert made.fit(v, num_steps=2, batch_size=10).steps == 2
     assert made.posterior(v).mean.shape == (40, 2)
-    for call in (made.energy, made.reconstruct, made.sample):
+    assert made.energy(v).shape == (40,)
+    assert made.reconstruct(v).shape == v.shape
+    with pytest.raises(NotImplementedError, match="the shape of a visible is not known"):
+        made.sample(3)
+    made.visible_shape = (3,)
+    assert made.sample(3, generator()).shape == (3, 3)
+    with pytest.raises(NotImplementedError, match="`LinearEnergy` is no Boltzmann machine"):
+        _ = made.model
+    binary = BiSM(LinearEnergy(), BernoulliPosterior([nn.Linear(3, 2).double()], [2]))
+    for call in (binary.energy, binary.reconstruct, binary.sample):
         with pytest.raises(NotImplementedError, match="`LinearEnergy` is no Boltzmann machine"):
-            call(3 if call == made.sample else v)  # type: ignore[operator]
+            call(3 if call == binary.sample else v)  # type: ignore[operator]
+
+
+def test_energy_at_the_exact_posterior_is_the_free_energy() -> None:
+    """Every importance weight is then the same: the bound is tight with any noise."""
+    made, v = linear(), normal(40, 3)
+    a = made.upper["model"].matrix
+    precision = torch.linalg.inv(torch.eye(3) + a @ a.mT)
+    determinant = torch.linalg.det(torch.eye(2) + a.mT @ a)
+    free = 0.5 * (v @ precision * v).sum(1) + 0.5 * determinant.log() - math.log(2 * math.pi)
+    torch.testing.assert_close(made.energy(v), free.detach(), **TIGHT)
+    with torch.no_grad():
+        made.encoder.network.gain.add_(0.3)
+    assert (made.energy(v) >= free - 0.05).all()
+    assert made.energy(v).mean() > free.mean() + 0.05
 
 
 # ---------------------------------------------------------------- the learner

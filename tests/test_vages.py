@@ -15,7 +15,14 @@ from torch.distributions import Distribution
 from bilevel import Alternating, Implicit, Unrolled
 from bilevel.methods.models import RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.score_matching import ScoreMatching
-from bilevel.methods.vages import Batch, Pairs, Samples, VaGES, hard_draws
+from bilevel.methods.vages import (
+    Batch,
+    Pairs,
+    Samples,
+    VaGES,
+    hard_draws,
+    slope_and_directions,
+)
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -126,8 +133,8 @@ def free_score(model: GaussianRBM, v: Tensor) -> Tensor:
 def test_2_vaes_with_all_latents_is_the_score() -> None:
     made = exact()
     v = data()
-    samples = made.samples(v, made.encoder.noise(2 * len(v), generator(), v))
-    torch.testing.assert_close(samples.mean_score(), free_score(made.model, v), **TIGHT)
+    samples = made.samples(v, v.new_zeros(len(v), 2, 0), v.new_zeros(0, len(v), 2, 0))
+    torch.testing.assert_close(made.score(samples), free_score(made.model, v), **TIGHT)
 
 
 @pytest.mark.parametrize("num_samples", [2, 3])
@@ -160,15 +167,29 @@ def test_12_sample_covariance_of_two_draws_is_unbiased() -> None:
     """Averaged over all pairs of latents under the posterior: the true covariance."""
     made = exact()
     v = data(1)
-    all_states = made.samples(v, made.encoder.noise(2, generator(), v))
-    half = len(all_states.weight[0]) // 2  # VaGES asks for two copies of the enumeration
-    score, density = all_states.score[0, :half], all_states.log_density[0, :half]
-    p = 2 * all_states.weight[0, :half]
-    pairs = torch.cartesian_prod(torch.arange(half), torch.arange(half))
-    two = Samples(score[pairs], density[pairs], torch.full((len(pairs), 2), 0.5).double(), 2.0)
+    states = made.samples(v, v.new_zeros(1, 1, 0), v.new_zeros(0, 1, 1, 0))
+    slope, directions = slope_and_directions(states, states)
     z = normal(1, 2, seed=9)
-    averaged = p[pairs].prod(1) @ two.covariance(z.expand(len(pairs), 2))
-    torch.testing.assert_close(averaged, all_states.covariance(z)[0], **TIGHT)
+    (along,) = torch.autograd.grad((z * slope).sum(), directions)
+    p = states.weight[0]
+    pairs = torch.cartesian_prod(torch.arange(len(p)), torch.arange(len(p)))
+    half = torch.full((len(pairs), 2), 0.5).double()
+    two = Samples(v, v, states.log_density[0, pairs], half)
+    averaged = p[pairs].prod(1) @ two.covariance(along[0, pairs])
+    torch.testing.assert_close(2 * averaged, states.covariance(along)[0], **TIGHT)
+
+
+def test_directions_are_the_scores_of_single_latents() -> None:
+    made = sampled()
+    batch = made.draw(data(), generator())
+    _, one, other = made.samples(data(), batch.latent, batch.langevin).groups(3)
+    slope, directions = slope_and_directions(one, other)
+    z = normal(6, 2, seed=9)
+    (along,) = torch.autograd.grad((z * slope).sum(), directions, retain_graph=True)
+    for i in range(2):
+        v = data().requires_grad_()
+        (g,) = torch.autograd.grad(-made.model(v, other.latent[:, i]).sum(), v)
+        torch.testing.assert_close(along[:, i], (z * g).sum(1), **TIGHT)
 
 
 def test_12_vages_with_two_draws_is_unbiased() -> None:
@@ -176,11 +197,13 @@ def test_12_vages_with_two_draws_is_unbiased() -> None:
     made = sampled(sigma=0.3)
     one = made.draw(data(), generator())
     repeated = [x.repeat(2000, 1) for x in (one.data, one.points.visible, one.points.target)]  # type: ignore[union-attr]
+    still = one.langevin.new_zeros(0, len(repeated[0]), 6, UNITS)
     points = one.points._replace(visible=repeated[1], target=repeated[2])  # type: ignore[union-attr]
     answers = []
     for seed in range(40):
         noise = made.encoder.noise(3 * 2 * len(repeated[0]), generator(seed), repeated[0])
-        grads = gradient(made, Batch(repeated[0], points, noise))
+        latent = noise.view(len(repeated[0]), 6, UNITS)
+        grads = gradient(made, Batch(repeated[0], points, latent, still))
         answers.append(torch.cat([g.flatten() for g in grads.values()]))
     truth = torch.cat([g.flatten() for g in marginal_gradient(made, one).values()])
     mean, error = torch.stack(answers).mean(0), torch.stack(answers).std(0) / 40**0.5
@@ -200,20 +223,31 @@ def test_12_one_sample_is_refused() -> None:
 def test_groups_are_independent() -> None:
     made = sampled()
     batch = made.draw(data(), generator())
-    groups = batch.latent.chunk(3)
+    groups = batch.latent.chunk(3, dim=1)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(groups, 2))
-    assert batch.latent.shape == (3 * 2 * 6, UNITS)
+    assert batch.latent.shape == (6, 3 * 2, UNITS)
 
 
 def test_hard_draws_are_the_relaxed_ones_rounded() -> None:
     made = sampled()
     v = data(50)
-    noise = made.encoder.noise(50, generator(), v)
-    hard, soft = hard_draws(made.encoder, v, noise), made.encoder.draws(v, noise)
-    assert torch.equal(hard.latent, soft.latent.round())
-    torch.testing.assert_close(hard.log_prob, made.encoder.log_prob(v, hard.latent), **TIGHT)
-    assert hard.weight.sum() == pytest.approx(1)
-    assert not hard.log_prob.requires_grad
+    noise = made.encoder.noise(100, generator(), v)
+    h, weight = hard_draws(made.encoder, v, noise.view(50, 2, UNITS))
+    soft = made.encoder.draws(v.repeat_interleave(2, 0), noise)
+    assert torch.equal(h.flatten(0, 1), soft.latent.round())
+    assert torch.equal(weight, torch.full((50, 2), 0.5).double())
+    assert not h.requires_grad
+
+
+def test_draws_of_two_layers_are_those_row_by_row() -> None:
+    posterior = BernoulliPosterior.for_model(GaussianDBM(2, (3, 2))).double()
+    v = data(20)
+    noise = posterior.noise(60, generator(), v)
+    h, _ = hard_draws(posterior, v, noise.view(20, 3, 5))
+    below, rows = [], v.repeat_interleave(3, 0)
+    for network, part in zip(posterior.networks, noise.split([3, 2], 1), strict=True):
+        below.append((network(below[-1] if below else rows) + part > 0).double())
+    assert torch.equal(h.flatten(0, 1), torch.cat(below, 1))
 
 
 # ---------------------------------------------------------------- the Stein discrepancy
@@ -235,8 +269,8 @@ def stein_kernel(model: GaussianRBM, v: Tensor, other: Tensor, width: float) -> 
 def test_13_both_orders_together_have_the_gradient_of_the_stein_discrepancy() -> None:
     made = exact(objective="stein", width=0.6)
     v, other = data(5), 0.8 * normal(5, 2, seed=51)
-    noise = v.new_zeros(3 * 2 * 5, 0)
-    orders = [Batch(v, Pairs(a, b), noise) for a, b in ((v, other), (other, v))]
+    noise = v.new_zeros(5, 6, 0), v.new_zeros(0, 5, 6, 0)
+    orders = [Batch(v, Pairs(a, b), *noise) for a, b in ((v, other), (other, v))]
     kernel = stein_kernel(made.model, v, other, 0.6).mean()
     names, leaves = zip(*made.model.named_parameters(), strict=True)
     truth = dict(zip(names, torch.autograd.grad(kernel, leaves), strict=True))
@@ -334,8 +368,8 @@ def test_gaussian_latents_of_any_energy() -> None:
     made = VaGES(Energy(), GaussianPosterior(Network(), 1), divergence="fisher")
     history = made.fit(data(64).float(), num_steps=3, batch_size=16, log_every=1)
     assert history.steps == 3
-    with pytest.raises(NotImplementedError, match="`Energy` is no Boltzmann machine"):
-        made.sample(3)
+    made.langevin, made.visible_shape = (1, 2, 1), (2,)
+    assert made.sample(3).shape == (3, 2)
 
 
 def test_two_hidden_layers() -> None:
@@ -367,3 +401,11 @@ def test_refusals() -> None:
         VaGES(RBM(4, 2))
     with pytest.raises(ValueError, match="are binary; use divergence='kl'"):
         VaGES(model, divergence="fisher")
+    with pytest.raises(
+        ValueError, match=r"latent_steps differentiates in h.*leave `latent_steps` 0"
+    ):
+        VaGES(model, latent_steps=3)
+    with pytest.raises(ValueError, match=r"`variance_reduced=True` needs latents of q"):
+        VaGES(model, variance_reduced=True, latent_steps=1)
+    with pytest.raises(ValueError, match=r"cannot be negative, got 0, -0\.1 and"):
+        VaGES(model, latent_rate=-0.1)
