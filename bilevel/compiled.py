@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
+from bilevel.distributed import world_size
 from bilevel.recorded import Recorded
 from bilevel.state import State
 from bilevel.tracing import traced
@@ -134,7 +135,7 @@ class Compiled(Generic[P, R]):
             options = {"size_asserts": False}
             run = torch._inductor.compile(graph, [*arguments, *aliases], options)
             run(*arguments, *aliases)
-            if self._state.problem.device.type == "cuda":
+            if self._state.problem.device.type == "cuda" and world_size() == 1:
                 run = Recorded(run, arguments, aliases)
         return run, aliases
 

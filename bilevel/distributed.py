@@ -16,11 +16,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from bilevel.tracing import tracing
 
 _PATIENCE = timedelta(minutes=30)  # a rank may evaluate for long; one that dies is noticed at once
 
@@ -105,6 +107,11 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        if tracing():  # what a graph can hold
+            from torch.distributed import _functional_collectives as functional
+
+            everybody = cast(dist.ProcessGroup, dist.group.WORLD)
+            return cast(Tensor, functional.all_reduce(x, "sum", everybody)) / world_size()
         total = x.clone()
         with _watched():
             dist.all_reduce(total)

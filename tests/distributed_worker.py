@@ -46,7 +46,7 @@ class Cleaning(Problem):
         return (weights * error).mean() + 0.1 * ridge
 
 
-def cleaned(solver: Solver, steps: int = 2) -> dict[str, Any]:
+def cleaned(solver: Solver, *, compile: bool = False) -> dict[str, Any]:
     """The variables after some steps of SGD in both levels."""
     problem = Cleaning()
     steps_taken = train(
@@ -55,7 +55,8 @@ def cleaned(solver: Solver, steps: int = 2) -> dict[str, Any]:
         solver=solver,
         upper_optimizer=torch.optim.SGD(problem.upper.parameters(), 0.1),
         lower_optimizer=torch.optim.Adam(problem.lower.parameters(), 0.01),
-        num_steps=steps,
+        num_steps=2,
+        compile=compile,
     )
     last = [float(step.upper_loss) for step in steps_taken]
     return {**problem.state_dict(), "loss": torch.tensor(last[-1], dtype=torch.double)}
@@ -89,6 +90,7 @@ def everything(folder: Path | None) -> dict[str, dict[str, Any]]:
     return {
         "bidvl": trained(folder, 4),
         **{name: cleaned(solver) for name, solver in SOLVERS.items()},
+        "compiled": cleaned(Unrolled(num_steps=1), compile=True),
     }
 
 

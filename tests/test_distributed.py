@@ -48,7 +48,7 @@ def alone() -> dict[str, Any]:
     return everything(None)
 
 
-@pytest.mark.parametrize("case", ["bidvl", *SOLVERS])
+@pytest.mark.parametrize("case", ["bidvl", *SOLVERS, "compiled"])
 def test_two_processes_equal_one_with_the_same_global_batch(
     case: str, together: dict[str, Any], alone: dict[str, Any]
 ) -> None:
