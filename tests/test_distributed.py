@@ -32,7 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for rank in range(RANKS)
     ]
-    said = [worker.communicate(timeout=120)[1] for worker in workers]
+    try:
+        said = [worker.communicate(timeout=300)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
     assert all((folder / f"rank{r}.pt").exists() for r in range(RANKS)), said
     return folder
 
