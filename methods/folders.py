@@ -24,8 +24,8 @@ from bilevel.methods.pixels import Array, Frame, Raw, chosen, coded
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY = {"1", "L", "LA"}
 _DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
-_AHEAD = 1024  # files the threads may be ahead
 _TOGETHER = 32  # files a thread takes at a time: handing over one by one costs as much as decoding
+_AHEAD = 32  # how often, before the pixels are written to their place
 
 
 @final
@@ -52,7 +52,11 @@ def opened(path: Path) -> Iterator[Store]:
         ValueError: if it holds no images, or is no archive.
     """
     if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        names = [
+            (Path(folder) / file).relative_to(path).as_posix()
+            for folder, _, files in os.walk(path, followlinks=True)
+            for file in files
+        ]
         yield Store(path, _images_among(names, path), lambda name: (path / name).read_bytes())
         return
     try:
@@ -187,9 +191,9 @@ class Reading:
 
         with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are what counts
-            for first in range(0, len(names), _AHEAD):
-                starts = range(first, min(first + _AHEAD, len(names)), _TOGETHER)
-                yield from chain.from_iterable(pool.map(several, starts))
+            starts = range(0, len(names), _TOGETHER)
+            for first in range(0, len(starts), _AHEAD):
+                yield from chain.from_iterable(pool.map(several, starts[first : first + _AHEAD]))
 
     def _attempt(self, store: Store, name: str) -> NDArray[np.uint8] | str:
         """The pixels of a file, or why there are none."""

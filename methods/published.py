@@ -144,7 +144,7 @@ def _downloaded(name: str, reader: str, part: Mapping[str, Any], files: tuple[st
     try:
         return make(root=str(folder), download=True, **part)
     except (OSError, RuntimeError, ImportError, EOFError) as error:
-        where = " and ".join(f"`{folder / file}`" for file in files)
+        where = ", ".join(f"`{folder / file}`" for file in files)
         raise FileNotFoundError(
             f"`{name}` is not in `{folder}` and cannot be downloaded ({_first_line(error)}); fetch it "
             f"elsewhere and place it as {where}, or name another folder by `BILEVEL_CACHE`"
@@ -154,18 +154,18 @@ def _downloaded(name: str, reader: str, part: Mapping[str, Any], files: tuple[st
 def _torchvision_datasets(name: str) -> Any:
     try:
         return importlib.import_module("torchvision.datasets")
-    except ModuleNotFoundError as error:
-        if error.name is not None and not error.name.startswith("torchvision"):
-            raise
+    except Exception as error:  # a build for another torch fails in more ways than an ImportError
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        missing = absent in ("torchvision", "torchvision.datasets")
+        problem = (
+            f"which is not installed; install it with {_INSTALL}"
+            if missing
+            else f"which does not load with torch {torch.__version__} ({_first_line(error)}); install "
+            "builds that belong together with `pip install --force-reinstall torch 'bilevel[images]'`"
+        )
         raise ImportError(
-            f"`{name}` is read by torchvision, which is not installed; install it with {_INSTALL}, or "
-            "give the images as a folder, a zip archive or an `.npz` file"
-        ) from None
-    except Exception as error:  # a build for another torch fails in many ways, not all ImportErrors
-        raise ImportError(
-            f"torchvision is installed but does not load with torch {torch.__version__} "
-            f"({_first_line(error)}); install the build that belongs to this torch with {_INSTALL}, or "
-            "give the images as a folder, a zip archive or an `.npz` file"
+            f"`{name}` is read by torchvision, {problem}, or give the images as a folder, a zip archive "
+            "or an `.npz` file"
         ) from None
 
 
