@@ -1,12 +1,21 @@
-"""`fit`: train a model with `bilevel.train`, keep its history and its run folder."""
+r"""`fit`: train a model with `bilevel.train`, keep its history and its run folder.
+
+With `ema` $= \beta$ the trained model has not the last weights $\theta_T$ but their moving average
+
+$$ \bar\theta_t = \beta\,\bar\theta_{t-1} + (1 - \beta)\,\theta_t, \qquad \bar\theta_0 = \theta_0 . $$
+
+Checkpoints hold both, so that a resumed run goes on from $\theta_t$.
+"""
 
 import contextlib
+import copy
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,12 +29,18 @@ from bilevel import (
     Step,
     train,
 )
+from bilevel.batches import Source
 from bilevel.methods.config import Training
-from bilevel.methods.run import Run
+from bilevel.methods.run import Run, better
 from bilevel.optimizers import Optimizers, listed
+from bilevel.state import read_checkpoint
 
 if TYPE_CHECKING:
     from bilevel.methods.eblvm import EBLVM
+
+Evaluate: TypeAlias = Callable[["EBLVM"], dict[str, float]]
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,11 +51,13 @@ class History:
         records: one dict of plain numbers per `log_every` steps.
         steps: upper steps taken in all.
         seconds: training time of this call.
+        evaluations: one dict of plain numbers per `evaluate_every` steps.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps_per_second(self) -> float:
@@ -60,28 +77,77 @@ def fit(
     overwrite: bool,
     optimizers: tuple[Optimizers, Optimizers] | None,
     notes: dict[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> History:
-    """Train `model` on checked data; see `EBLVM.fit`."""
+    """Train `model` on checked data; see `EBLVM.fit`.
+
+    Args:
+        model: trained in place; with `training.ema` it has the averaged weights at the end.
+        data: visibles that `model.admit` let through.
+        training: the settings.
+        solver: as there, like all that follow but the last.
+        callbacks: as there.
+        run: as there.
+        resume: as there.
+        overwrite: as there.
+        optimizers: as there.
+        notes: as there.
+        evaluate: called every `training.evaluate_every` steps with a copy of the model (of the moving
+            average, if there is one); returns numbers by name. Training does not notice: it is the
+            same to the bit without. The best copy (see `better`) is kept in `run/best`.
+
+    Returns:
+        The history.
+
+    Raises:
+        ValueError: for settings that do not fit, before the first step.
+        FileExistsError: if `run` already holds a run.
+        DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
+        MemoryError: if memory runs out, with the batch size that would fit.
+    """
     solver = Alternating() if solver is None else solver
-    if len(data) < training.batch_size:
-        raise ValueError(
-            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
-        )
-    if resume and run is None:
-        raise ValueError("`resume=True` needs the folder of the run: `run=...`")
+    _check(data, training, resume, run, evaluate)
     folder = Run(run) if run is not None else None
     if folder is not None:
         folder.claim(resume=resume, overwrite=overwrite)
     model.probe(model.as_visibles(data[:2]))
-    upper, lower = optimizers if optimizers is not None else model.optimizers(training)
+    levels = optimizers if optimizers is not None else model.optimizers(training)
     batches = Batches(data, training.batch_size, seed=training.seed, convert=model.as_visibles)
-    per_epoch = len(data) // training.batch_size
+    steps = begin(
+        model,
+        batches,
+        training,
+        solver,
+        levels,
+        per_epoch=len(data) // training.batch_size,
+        resume=folder.checkpoint_path if folder is not None and resume else None,
+        check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
+    )
+    if folder is not None and not resume:
+        folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
+    steps = _advised(steps, model, training, solver, tuple(data.shape[1:]))
+    return _follow(model, steps, training, list(callbacks), evaluate, folder, resume)
+
+
+def begin(
+    model: "EBLVM",
+    source: Source,
+    training: Training,
+    solver: Solver,
+    optimizers: tuple[Optimizers, Optimizers],
+    *,
+    check_every: int,
+    per_epoch: int = 1,
+    resume: str | os.PathLike[str] | None = None,
+) -> Iterator[Step]:
+    """The steps of a training, none of them taken yet."""
+    upper, lower = optimizers
     model.train()
     two_levels = bool(model.variables("lower"))
     lower_moves = two_levels and training.lower_steps > 0
-    steps = train(
+    return train(
         model,
-        batches,
+        source,
         upper_optimizer=upper,
         lower_optimizer=lower if two_levels else None,
         num_steps=training.num_steps,
@@ -93,14 +159,13 @@ def fit(
         clip_upper=training.clip_upper,
         clip_lower=training.clip_lower,
         seed=training.seed,
-        resume=folder.checkpoint_path if folder is not None and resume else None,
-        check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
+        resume=resume,
+        check_every=check_every,
         throw=False,
         compile=training.compile,
+        precision=_PRECISIONS[training.precision],
+        ema=training.ema,
     )
-    if folder is not None and not resume:
-        folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
-    return _follow(model, steps, training, list(callbacks), folder, resume)
 
 
 def describe(model: "EBLVM", training: Training, solver: Solver, data: Tensor) -> dict[str, Any]:
@@ -114,15 +179,39 @@ def describe(model: "EBLVM", training: Training, solver: Solver, data: Tensor) -
     }
 
 
+def _check(
+    data: Tensor,
+    training: Training,
+    resume: bool,
+    run: str | os.PathLike[str] | None,
+    evaluate: Evaluate | None,
+) -> None:
+    if len(data) < training.batch_size:
+        raise ValueError(
+            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
+        )
+    if resume and run is None:
+        raise ValueError("`resume=True` needs the folder of the run: `run=...`")
+    if (training.evaluate_every is None) != (evaluate is None):
+        given, missing = "`evaluate`", "`evaluate_every`, the steps between two evaluations"
+        if evaluate is None:
+            given, missing = "`evaluate_every`", "`evaluate`, a function of the model"
+        raise ValueError(f"{given} is given, but not {missing}; give both or neither")
+
+
+# ---------------------------------------------------------------------- the run
+
+
 def _follow(
     model: "EBLVM",
     steps: Iterable[Step],
     training: Training,
     callbacks: list[Callable[[Step], object]],
+    evaluate: Evaluate | None,
     folder: Run | None,
     resume: bool,
 ) -> History:
-    records: list[dict[str, Any]] = folder.metrics() if folder is not None and resume else []
+    records, evaluations = _so_far(folder) if resume else ([], [])
     first, step = None, None
     try:
         for step in steps:
@@ -130,20 +219,20 @@ def _follow(
                 first = step.number - 1
                 if folder is not None and resume:
                     folder.rewind(first)
-                    records = folder.metrics()
+                    records, evaluations = _so_far(folder)
             ended = step.number == training.num_steps or (
                 training.max_seconds is not None and step.seconds >= training.max_seconds
             )
             stops = [callback(step) is True for callback in callbacks]  # call every one
             ended |= any(stops)
+            measured = None
+            if evaluate is not None and step.number % (training.evaluate_every or 1) == 0:
+                measured = _measured(model, step, evaluate)
+                evaluations += [measured.record] if measured is not None else []
             if ended or step.number % training.log_every == 0:
                 records.append(record(step))
-                if folder is not None:
-                    folder.append(records[-1])
-            if folder is not None and (ended or step.number % training.checkpoint_every == 0):
-                # variables that are not finite: the next step's losses say so better, if there is one
-                with contextlib.nullcontext() if ended else contextlib.suppress(CheckpointError):
-                    step.state.save(folder.checkpoint_path)
+            if folder is not None:
+                _write(folder, step, training, records, measured, ended)
             if ended:
                 break
     except DivergenceError as error:
@@ -151,11 +240,97 @@ def _follow(
             error.add_note(f"The last good checkpoint is `{folder.checkpoint_path}`")
         raise
     model.eval()
+    if training.ema is not None:
+        model.load_state_dict(_average(step, folder))
     if folder is not None:
         model.save(folder.model_path)
     if step is None or first is None:  # a finished run was resumed
-        return History(records)
-    return History(records, step.number - first, step.seconds)
+        return History(records, evaluations=evaluations)
+    return History(records, step.number - first, step.seconds, evaluations)
+
+
+def _so_far(folder: Run | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return (folder.metrics(), folder.evaluations()) if folder is not None else ([], [])
+
+
+def _write(
+    folder: Run,
+    step: Step,
+    training: Training,
+    records: list[dict[str, Any]],
+    measured: "_Measured | None",
+    ended: bool,
+) -> None:
+    """Everything a step leaves on disk.
+
+    The checkpoint comes last: whatever was recorded up to it is there when the run is resumed from it.
+    """
+    if records and records[-1]["step"] == step.number:
+        folder.append(records[-1])
+    if measured is not None:
+        folder.append_evaluation(measured.record)
+        if better(measured.record, folder.best()):
+            folder.keep_best(measured.model.save, measured.record)
+    if ended or step.number % training.checkpoint_every == 0:
+        # variables that are not finite: the next step's losses say so better, if there is one
+        with contextlib.nullcontext() if ended else contextlib.suppress(CheckpointError):
+            folder.checkpoint(step.state, training.keep_checkpoints)
+
+
+def _average(step: Step | None, folder: Run | None) -> dict[str, Any]:
+    """The averaged weights; of a finished run that was resumed, those in its checkpoint."""
+    if step is not None:
+        assert step.state.average is not None
+        return step.state.average.state_dict()
+    assert folder is not None
+    weights: dict[str, Any] = read_checkpoint(folder.checkpoint_path, "cpu")["average"]
+    return weights
+
+
+def _advised(
+    steps: Iterator[Step],
+    model: "EBLVM",
+    training: Training,
+    solver: Solver,
+    shape: tuple[int, ...],
+) -> Iterator[Step]:
+    """The steps; where memory runs out in one, with advice."""
+    try:
+        yield from steps
+    except RuntimeError as error:
+        from bilevel.methods.footprint import advice, asked  # on the rare occasion
+
+        if asked(error) is None:
+            raise
+        raise MemoryError(advice(error, model, training, solver, shape)) from error
+
+
+# ---------------------------------------------------------------------- evaluation on the side
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """An evaluation, and the copy of the model that was evaluated."""
+
+    model: "EBLVM"
+    record: dict[str, Any]
+
+
+def _measured(model: "EBLVM", step: Step, evaluate: Evaluate) -> _Measured | None:
+    """Evaluate a copy; `None` if its weights are not finite, of which the next losses will speak."""
+    side = copy.deepcopy(model if step.state.average is None else step.state.average)
+    if not all(bool(p.isfinite().all()) for p in side.parameters()):
+        return None
+    side.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            results = evaluate(side)  # type: ignore[arg-type]
+    except Exception as error:
+        error.add_note(f"in the evaluation after step {step.number}")
+        raise
+    numbers = {name: float(value) for name, value in results.items()}
+    return _Measured(side, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})  # type: ignore[arg-type]
 
 
 def record(step: Step) -> dict[str, Any]:

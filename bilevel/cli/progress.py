@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,10 +13,17 @@ from bilevel import Step
 from bilevel.methods import Training
 
 _EVERY = 0.2  # seconds between two looks at the losses: each waits for the device
+_SOONEST, _LATEST = (
+    15.0,
+    120.0,
+)  # seconds between two lines: a quarter of the time spent, within these
 
 
 class Progress:
     """A callback that shows how training goes.
+
+    The time left counts what steps take since this process began, its first one (which may compile)
+    left out, and what the evaluations to come will take.
 
     Args:
         training: tells the number of steps and the time limit.
@@ -27,8 +34,11 @@ class Progress:
         self.training = training
         self.first = first
         self.step = first
-        self._shown = time.monotonic()
-        self._line = first
+        self._began = self._shown = time.monotonic()
+        self._line: int | None = None
+        self._start: tuple[int, float] | None = None  # number and seconds of the first step seen
+        self._evaluations: list[float] = []  # seconds that each took
+        self._found = ""
         self._bar: Any = None
         self._task: Any = None
 
@@ -49,28 +59,57 @@ class Progress:
     def __call__(self, step: Step) -> None:
         """Show this step, if it is time to."""
         self.step = step.number
+        if self._start is None:
+            self._start = (step.number, step.seconds)
+            self._line = step.number - 1
         now, last = time.monotonic(), step.number == self.training.num_steps
-        every = max(1, self.training.num_steps // 10)
         if self._bar is not None:
             if now - self._shown > _EVERY or last:
                 self._shown = now
-                left = _duration(self._left(step.seconds))
-                self._bar.update(self._task, completed=step.number, losses=_losses(step), left=left)
-        elif step.number - self._line >= every or now - self._shown > 15 or last:
+                text = self._found + _losses(step)
+                self._bar.update(
+                    self._task, completed=step.number, losses=text, left=self._left(step)
+                )
+        elif self._due(step, now) or last:
             self._shown, self._line = now, step.number
-            spent, left = _duration(step.seconds), _duration(self._left(step.seconds))
+            left = self._left(step)
             print(
-                f"step {step.number:>6}/{self.training.num_steps}  {_losses(step)}  "
-                f"{spent} spent, {left} left",
+                f"step {step.number:>6}/{self.training.num_steps}  {self._found}{_losses(step)}  "
+                f"{duration(step.seconds)} spent" + (f", {left}" if left else ""),
                 flush=True,
             )
 
-    def _left(self, seconds: float) -> float:
-        """Seconds until the last step or the time limit."""
-        left = seconds / (self.step - self.first) * (self.training.num_steps - self.step)
-        if self.training.max_seconds is not None:
-            left = min(left, max(0.0, self.training.max_seconds - seconds))
-        return left
+    def evaluated(self, results: Mapping[str, float], seconds: float) -> None:
+        """Take note of an evaluation and of the time it took: shown from now on."""
+        self._evaluations.append(seconds)
+        shown = [f"{k} {results[k]:.3g}" for k in ("frechet", "rmse") if k in results]
+        self._found = f"[{' '.join(shown)} at {self.step}]  " if shown else ""
+
+    def _due(self, step: Step, now: float) -> bool:
+        """Ten lines a run; more often where it is slow, but some 40 lines in its first hour."""
+        assert self._line is not None
+        pause = min(_LATEST, max(_SOONEST, (now - self._began) / 4))
+        every = max(1, self.training.num_steps // 10)
+        return step.number - self._line >= every or now - self._shown > pause
+
+    def _left(self, step: Step) -> str:
+        """The time left and the speed, in words."""
+        assert self._start is not None
+        first, before = self._start
+        remaining = self.training.num_steps - step.number
+        if step.number == first and remaining:
+            return ""  # it compiles, and warms caches up
+        pace = (step.seconds - before) / max(1, step.number - first)
+        if self.training.max_seconds is not None and pace > 0:
+            rest = max(0.0, self.training.max_seconds - step.seconds)
+            remaining = min(remaining, round(rest / pace))
+        left = remaining * pace
+        if self.training.evaluate_every is not None and self._evaluations:
+            every, each = self.training.evaluate_every, sum(self._evaluations)
+            to_come = (step.number + remaining) // every - step.number // every
+            left += to_come * each / len(self._evaluations)
+        speed = f", {1 / pace:.3g} steps/s" if pace > 0 else ""
+        return f"{duration(left)} left{speed}"
 
 
 class Stop:
@@ -109,7 +148,13 @@ def _losses(step: Step) -> str:
     return "  ".join(f"{name} {float(v):.2f}" for name, v in shown.items() if v is not None)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> duration(42.4), duration(61), duration(14_700)
+        ('42 s', '1 min 01 s', '4 h 05 min')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -129,6 +174,6 @@ def _rich_bar() -> Any:
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
         TextColumn("{task.fields[losses]}", style="cyan", table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[left]} left", style="dim"),
+        TextColumn("{task.fields[left]}", style="dim"),
     )
     return RichProgress(*columns)

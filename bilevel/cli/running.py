@@ -1,6 +1,7 @@
 """A training in front of somebody: progress, Ctrl-C, and what is said at the end."""
 
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,30 @@ from bilevel.cli.progress import Progress, Stop
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.config import validated
 from bilevel.methods.data import Images
+from bilevel.methods.evaluation import evaluate
+from bilevel.methods.features import FeatureNetwork, judge
+from bilevel.methods.fitting import Evaluate, fit
 from bilevel.methods.run import Run
+
+LOOK = 2000  # samples of an evaluation during training, and images of each set it looks at
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained, and where it goes."""
+    """What is to be trained, and where it goes.
+
+    Attributes:
+        model: on its device.
+        images: what it is trained on.
+        run: the folder.
+        settings: fields of `Training` that were chosen.
+        solver: how the hypergradient is computed.
+        solver_options: the same as plain values.
+        device: where.
+        resume: continue the run in the folder.
+        overwrite: replace it.
+        features: what evaluations during training judge samples by; `judge(images)` by default.
+    """
 
     model: EBLVM
     images: Images
@@ -29,6 +48,16 @@ class Plan:
     device: str = "cpu"
     resume: bool = False
     overwrite: bool = False
+    features: FeatureNetwork | None = None
+
+    @property
+    def training(self) -> Training:
+        """All settings of the training.
+
+        Raises:
+            ValueError: for one that cannot be.
+        """
+        return validated(Training, {**self.model.training_defaults, **self.settings})
 
 
 def carry_out(plan: Plan, *, report: bool = True) -> int:
@@ -39,9 +68,9 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
 
     Raises:
         DivergenceError: if training diverged.
+        UsageError: if memory ran out, with the batch size that would fit.
     """
-    training = validated(Training, {**plan.model.training_defaults, **plan.settings})
-    folder = plan.run.folder
+    training, folder = plan.training, plan.run.folder
     print(f"{'continuing' if plan.resume else 'writing to'} {folder}")
     if plan.resume and _steps_taken(plan.run) >= training.num_steps:
         print(f"all {training.num_steps:,} steps were taken before; only the report is made again")
@@ -50,6 +79,8 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         done, history = _train(plan, training, stop)
     except KeyboardInterrupt:
         return _interrupted(plan.run)
+    except MemoryError as error:
+        raise UsageError(str(error)) from error
     except DivergenceError:
         draw(plan.run, None, None, training.seed)  # the curves may tell why
         raise
@@ -82,24 +113,47 @@ def device_of(name: str | None) -> str:
 def _train(plan: Plan, training: Training, stop: Stop) -> tuple[int, History]:
     """The number of the last step, and the history."""
     images, first = plan.images, _steps_taken(plan.run) if plan.resume else 0
-    with Progress(training, first) as progress, stop.listening():
-        history = plan.model.fit(
-            images.train,
+    progress = Progress(training, first)
+    notes = {
+        "data": images.source,
+        "name": images.name,
+        "note": images.note,
+        "solver": plan.solver_options,
+        "device": plan.device,
+    }
+    look = None
+    if training.evaluate_every is not None:
+        features = judge(images) if plan.features is None else plan.features
+        look = _look(plan, features, progress)
+        notes["evaluations"] = {"features": features.label, "samples": LOOK, "seed": training.seed}
+    with progress, stop.listening():
+        history = fit(
+            plan.model,
+            plan.model.admit(images.train),
+            training,
             solver=plan.solver,
             callbacks=[progress, stop],
             run=plan.run.folder,
             resume=plan.resume,
             overwrite=plan.overwrite,
-            notes={
-                "data": images.source,
-                "name": images.name,
-                "note": images.note,
-                "solver": plan.solver_options,
-                "device": plan.device,
-            },
-            **plan.settings,
+            optimizers=None,
+            notes=notes,
+            evaluate=look,
         )
     return progress.step, history
+
+
+def _look(plan: Plan, features: FeatureNetwork, progress: Progress) -> Evaluate:
+    """An evaluation during training: smaller than the one at its end, shown as it goes."""
+
+    def look(model: EBLVM) -> dict[str, float]:
+        began = time.monotonic()
+        seed = plan.training.seed
+        results = evaluate(model, plan.images, seed, features=features, samples=LOOK)
+        progress.evaluated(results, time.monotonic() - began)
+        return results
+
+    return look
 
 
 def _steps_taken(run: Run) -> int:

@@ -1,0 +1,91 @@
+"""What a training would cost, printed before it is paid: `bilevel train ... --dry-run`."""
+
+from bilevel.cli.progress import duration
+from bilevel.cli.running import Plan
+from bilevel.methods.footprint import Footprint, amount, available, footprint, largest_batch
+
+_SPEEDS = (
+    0.1,
+    1,
+    10,
+    100,
+    400,
+)  # TFLOP/s: a laptop's processor ... what an H200 keeps up in bfloat16
+
+
+def dry_run(plan: Plan) -> int:
+    """Print configuration, data, parameters, operations, memory and time; write nothing.
+
+    Args:
+        plan: what would be trained.
+
+    Returns:
+        The exit status: 0.
+    """
+    training, images = plan.training, plan.images
+    shape = tuple(images.train.shape[1:])
+    cost = footprint(
+        plan.model, training.batch_size, training=training, solver=plan.solver, shape=shape
+    )
+    _show("method", f"{type(plan.model).__name__}, {plan.solver!r}")
+    _show("model", _pairs(plan.model.recipe or {}))
+    _show("training", _pairs(training.model_dump()))
+    _show(
+        "data",
+        f"{images.name}: {len(images.train):,} of {'x'.join(map(str, shape))}, {images.note}",
+    )
+    bytes_of_data = images.train.numel() * images.train.element_size()
+    _show("", f"{amount(bytes_of_data)} on the device, {_epochs(plan):,.1f} passes over them")
+    for name, count in cost.parameters.items():
+        _show("parameters" if name == next(iter(cost.parameters)) else "", f"{count:>13,}  {name}")
+    _show("operations", f"{cost.operations:.3g} a step, {_all(plan, cost):.2g} the whole run")
+    _memory(plan, cost, bytes_of_data)
+    for speed in _SPEEDS:
+        seconds = _all(plan, cost) / (speed * 1e12)
+        _show(
+            "time" if speed == _SPEEDS[0] else "", f"{duration(seconds):>13}  at {speed:g} TFLOP/s"
+        )
+    if training.max_seconds is not None:
+        _show("", f"{duration(training.max_seconds):>13}  at most (`max_seconds`)")
+    print("nothing was trained and nothing was written")
+    return 0
+
+
+def _memory(plan: Plan, cost: Footprint, bytes_of_data: int) -> None:
+    parts = {
+        "weights": cost.weights,
+        "the optimizers' averages": cost.optimizer,
+        "gradients": cost.gradients,
+        "activations": cost.activations,
+    }
+    _show("memory", f"{amount(cost.total):>13}  at the worst moment of a step, data not counted")
+    for name, size in parts.items():
+        _show("", f"{amount(size):>13}  {name}")
+    there = available(plan.model.device)
+    if there is None:
+        return
+    room = int(0.9 * there) - bytes_of_data
+    text = f"{amount(there):>13}  there is on {plan.model.device}"
+    if cost.total > room:
+        shape = tuple(plan.images.train.shape[1:])
+        most = largest_batch(
+            plan.model, room, training=plan.training, solver=plan.solver, shape=shape
+        )
+        text += f": too little; a `--batch-size` of {most} would fit"
+    _show("", text)
+
+
+def _all(plan: Plan, cost: Footprint) -> float:
+    return float(cost.operations) * plan.training.num_steps
+
+
+def _epochs(plan: Plan) -> float:
+    return plan.training.num_steps * plan.training.batch_size / len(plan.images.train)
+
+
+def _pairs(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _show(label: str, text: str) -> None:
+    print(f"{label:<12}{text}")
