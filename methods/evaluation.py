@@ -34,7 +34,7 @@ from bilevel.methods.data import (
 )
 from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics
 from bilevel.methods.features import FeatureNetwork, judge, some
-from bilevel.methods.fidelity import FEWEST, fid, frechet_distance, kid, neighbourhoods
+from bilevel.methods.fidelity import FEWEST, fid, kid, neighbourhoods
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -80,9 +80,8 @@ def evaluate(
         seed: seed of samples and noise.
         statistics: batch-norm statistics of samples and reconstructions, the model's own choice by
             default.
-        features: what samples are judged by, with torchmetrics where it is installed. By default
-            `judge(images)`, a small classifier trained on the spot, and the Fréchet distance computed
-            here. Its `label` belongs into the record.
+        features: what samples are judged by; `judge(images)` by default, a small classifier trained
+            on the spot. Its `label` belongs into the record.
         samples: how many samples are drawn, and images of each set looked at, at most; by default as
             many as there are training images, at most 10,000. 1,000 are a quick look.
         outside: further images by name, in the shape of the model's, bytes or in [-1, 1], that its
@@ -111,10 +110,10 @@ def evaluate(
     count = samples if samples is not None else len(train)
     chosen = statistics if statistics is not None else model.statistics
     _warn_of_few(min(len(train), len(test), count), seen)
-    beside = _Beside(seen, seen(train), seen(test), features is not None, seed)
+    beside = _Beside(seen, seen(train), seen(test), seed)
 
     def frechet(policy: Statistics) -> float:
-        return beside.distance(_features(model, policy, seen, count, seed), beside.test)
+        return fid(_features(model, policy, seen, count, seed), beside.test)
 
     def rmse(policy: Statistics) -> float:
         with _statistics(model, policy):
@@ -126,7 +125,7 @@ def evaluate(
     with suppress(NotImplementedError):
         drawn = _features(model, chosen, seen, count, seed)
         results |= beside.likeness(drawn)
-        results["frechet_train"] = beside.distance(drawn, beside.train)
+        results["frechet_train"] = fid(drawn, beside.train)
     with suppress(NotImplementedError):
         results["rmse"] = rmse(chosen)
     if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
@@ -180,16 +179,12 @@ class _Beside:
     seen: FeatureNetwork
     train: Tensor
     test: Tensor
-    published: bool
     seed: int
-
-    def distance(self, features: Tensor, reference: Tensor) -> float:
-        return (fid if self.published else frechet_distance)(features, reference)
 
     def likeness(self, features: Tensor) -> dict[str, float]:
         """What features of samples, or of training images, are like beside those of test images."""
-        found = {"frechet": self.distance(features, self.test)}
-        kernel = kid(features, self.test, self.seed) if self.published else None
+        found = {"frechet": fid(features, self.test)}
+        kernel = kid(features, self.test, self.seed)
         if kernel is not None:
             found["kid"] = kernel
         if min(len(features), len(self.test)) >= FEWEST:

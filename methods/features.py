@@ -179,7 +179,7 @@ def classifier(
         optimizer.step()
         schedule.step()
         if progress is not None and step % max(1, num_steps // 50) == 0:
-            progress(step, float(loss))
+            progress(step, float(loss.detach()))
     for module in (trunk, head):
         module.eval().requires_grad_(False)
     accuracy = _accuracy(FeatureNetwork("", trunk, _FEATURES, head), images.test, truth)
@@ -206,6 +206,21 @@ def some(images: Tensor, n: int) -> Tensor:
         return images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:n].to(images.device)]
+
+
+def nearest_images(network: FeatureNetwork, images: Tensor, among: Tensor) -> Tensor:
+    """For each image the one nearest to it in features, (n, channels, side, side) in [-1, 1].
+
+    Samples beside the training images nearest to them show whether any was learned by heart.
+
+    Args:
+        network: what is compared in.
+        images: bytes or in [-1, 1].
+        among: likewise; at most 10,000 of them are looked at.
+    """
+    rows = some(among, _MOST)
+    distances = torch.cdist(network(images).double(), network(rows).double())
+    return scaled(rows[distances.argmin(dim=1).to(rows.device)]).cpu()
 
 
 # ---------------------------------------------------------------------- files

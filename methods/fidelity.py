@@ -56,7 +56,7 @@ _NEARER = 3  # those of precision and recall
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     """Squared Fréchet distance of two sets of features, each (n, k), as the FID takes it.
 
-    Computed here, in double precision; `fid` asks torchmetrics.
+    Computed here, in double precision; `fid` asks torchmetrics if it can.
 
     Raises:
         ValueError: if a set has fewer than two rows or the sets differ in their number of features.

@@ -4,11 +4,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from bilevel.methods.data import scaled
 
 _SMALLEST = 48  # pixels of an image's side in a picture, at least
 _GAP = 232  # light grey: images on black and on white stand out from it
@@ -25,7 +27,7 @@ def save_grid(
     """Images in rows, left to right and top to bottom, as one PNG.
 
     Args:
-        images: in [-1, 1], shape (n, 1 or 3, height, width).
+        images: bytes or in [-1, 1], shape (n, 1 or 3, height, width).
         path: file to write.
         columns: images in a row; as many as make the picture a little wider than high by default.
         scale: whole factor each pixel is enlarged by; small images are made visible by default.
@@ -53,7 +55,7 @@ def save_reconstructions(
     """Pairs as one PNG: each original with its reconstruction right below it.
 
     Args:
-        originals: in [-1, 1], shape (n, 1 or 3, height, width).
+        originals: bytes or in [-1, 1], shape (n, 1 or 3, height, width).
         reconstructions: likewise, in the same order.
         path: file to write.
         columns: pairs in a row.
@@ -89,6 +91,37 @@ def save_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike[str])
         ValueError: if there are no records.
         ImportError: if matplotlib is not installed.
     """
+    names = {name for record in records for name, value in record.items() if value is not None}
+    drawn = {name for _, lines, _ in _PANELS for name in lines.values()} | _NOT_DRAWN
+    rest = [(name.replace("_", " "), {name: name}, False) for name in sorted(names - drawn)]
+    _save_panels(records, [*_PANELS, *rest], path)
+
+
+def save_evaluations(records: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """What evaluations during training found against the step, one panel per kind of number, as one PNG.
+
+    Args:
+        records: lines of a run's evaluations, each a dict with `step` and what `evaluate` returned.
+        path: file to write.
+
+    Raises:
+        ValueError: if there are no records.
+        ImportError: if matplotlib is not installed.
+    """
+    kinds = dict.fromkeys(
+        name for record in records for name in record if name.startswith("auroc_")
+    )
+    energies = {name.removeprefix("auroc_").replace("_", " "): name for name in kinds}
+    panels = [*_EVALUATIONS, ("AUROC of the energy against", energies, False)]
+    _save_panels(records, panels, path)
+
+
+_Panel: TypeAlias = tuple[str, dict[str, str], bool]  # title, lines (label to name), logarithmic
+
+
+def _save_panels(
+    records: Sequence[dict[str, Any]], panels: Sequence[_Panel], path: str | os.PathLike[str]
+) -> None:
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -96,16 +129,16 @@ def save_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike[str])
         raise ImportError(_MISSING.format("matplotlib")) from None
     if not records:
         raise ValueError("there are no records to draw; train for at least `log_every` steps")
-    panels = _panels(records)
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    panels = _with_values(records, panels)
+    columns = max(1, min(3, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
     for index, (title, lines, logarithmic) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for colour, (label, name) in zip(_COLOURS, lines.items(), strict=False):
+        for number, (label, name) in enumerate(lines.items()):
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             steps, values = zip(*points, strict=True)
-            marker = "o" if len(points) < 3 else None
+            marker, colour = "o" if len(points) < 3 else None, _COLOURS[number % len(_COLOURS)]
             axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker)
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("step", fontsize=9)
@@ -123,37 +156,56 @@ def save_curves(records: Sequence[dict[str, Any]], path: str | os.PathLike[str])
     figure.savefig(Path(path))
 
 
-_COLOURS = ("#1f6fb4", "#d9652b", "#3c9a5f", "#8a5fb0")
-_PANELS = (
+_COLOURS = ("#1f6fb4", "#d9652b", "#3c9a5f", "#8a5fb0", "#b04a63", "#5b6670")
+_PANELS: tuple[_Panel, ...] = (
     ("energy", {"data": "energy_data", "samples": "energy_samples"}, False),
     ("losses", {"upper": "upper_loss", "lower": "lower_loss"}, False),
     ("squared error of an image", {"reconstruction": "reconstruction"}, True),
     ("squared error of a latent", {"latent reconstruction": "latent_reconstruction"}, True),
     ("gradient norm", {"direct term": "direct_norm", "response term": "response_norm"}, True),
 )
+_EVALUATIONS: tuple[_Panel, ...] = (
+    (
+        "Fréchet distance of samples",
+        {
+            "to held-out images": "frechet",
+            "batch statistics": "frechet_batch",
+            "running averages": "frechet_running",
+            "training images": "frechet_reference",
+        },
+        True,
+    ),
+    (
+        "samples among images, images among samples",
+        {name: name for name in ("precision", "recall", "coverage")},
+        False,
+    ),
+    ("share of the rarest class", {"samples": "smallest_class_share"}, False),
+    (
+        "RMSE of reconstructions",
+        {"RMSE": "rmse", "batch statistics": "rmse_batch", "running averages": "rmse_running"},
+        False,
+    ),
+)
 _NOT_DRAWN = {"step", "seconds"}
 
 
-def _panels(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, str], bool]]:
-    """Title, lines (label to name) and whether the axis is logarithmic, of what was recorded."""
-    names = {name for record in records for name, value in record.items() if value is not None}
+def _with_values(records: Sequence[dict[str, Any]], panels: Sequence[_Panel]) -> list[_Panel]:
+    """The panels and lines there are values for; logarithmic only where that helps."""
 
     def values(name: str) -> list[float]:
         return [record[name] for record in records if record.get(name) is not None]
 
-    panels = []
-    for title, lines, logarithmic in _PANELS:
-        kept = {label: name for label, name in lines.items() if name in names}
+    found = []
+    for title, lines, logarithmic in panels:
+        kept = {label: name for label, name in lines.items() if values(name)}
         if logarithmic:  # a term that is exactly 0, such as a dropped one, has no place on it
             kept = {label: name for label, name in kept.items() if min(values(name)) > 0}
         if kept:
             everything = [value for name in kept.values() for value in values(name)]
             wide = logarithmic and max(everything) > 5 * min(everything)
-            panels.append((title, kept, wide))
-    drawn = {name for _, lines, _ in _PANELS for name in lines.values()} | _NOT_DRAWN
-    return panels + [
-        (name.replace("_", " "), {name: name}, False) for name in sorted(names - drawn)
-    ]
+            found.append((title, kept, wide))
+    return found
 
 
 def _tiles(images: Tensor, scale: int | None) -> NDArray[np.uint8]:
@@ -165,7 +217,9 @@ def _tiles(images: Tensor, scale: int | None) -> NDArray[np.uint8]:
         )
     if scale is None:
         scale = max(1, math.ceil(_SMALLEST / max(images.shape[2:])))
-    values = images.detach().cpu().float().clamp(-1, 1).add(1).mul(127.5).round().byte().numpy()
+    values = (
+        scaled(images).detach().cpu().float().clamp(-1, 1).add(1).mul(127.5).round().byte().numpy()
+    )
     values = np.broadcast_to(
         values.transpose(0, 2, 3, 1), (*values.shape[:1], *values.shape[2:], 3)
     )

@@ -5,98 +5,22 @@ import html
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bilevel.methods.measures import measures_of, result_rows
 from bilevel.methods.page import page
 from bilevel.methods.run import Run, write_text
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the results table.
-
-    Attributes:
-        name: key of the value in the results.
-        label: what is measured.
-        value: as text.
-        beside: what to compare it with, as text; may be empty.
-        meaning: how to read it, in a sentence.
-    """
-
-    name: str
-    label: str
-    value: str
-    beside: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class _Measure:
-    label: str
-    meaning: str
-    better: str  # "low" or "high"
-    reference: str = ""  # name of the value to compare with
-    beside: str = ""  # what that is
-    percent: bool = False
-
-
-_AUROC = "chance that a real image has lower energy than {}: 1 always, 0.5 a coin toss"
-_MEASURES = {
-    "frechet": _Measure(
-        "Samples: Fréchet distance",
-        "distance between samples and held-out images, in features fitted to the training images; the "
-        "real training images show what can be reached",
-        "low",
-        "frechet_reference",
-        "training images",
-    ),
-    "smallest_class_share": _Measure(
-        "Samples: rarest class",
-        "share of the class that the fewest samples are judged to be of; near 0, a class is missing",
-        "high",
-        "smallest_class_share_reference",
-        "training images",
-        percent=True,
-    ),
-    "rmse": _Measure(
-        "Reconstruction: RMSE",
-        "error of a pixel (white - black = 2) when held-out images go through the latent; principal "
-        "components are the best linear way with as many numbers",
-        "low",
-        "rmse_pca",
-        "principal components",
-    ),
-    "auroc_uniform": _Measure("Energy: images or noise", _AUROC.format("uniform noise"), "high"),
-    "auroc_inverted": _Measure(
-        "Energy: images or negatives", _AUROC.format("its negative"), "high"
-    ),
-    "auroc_shuffled": _Measure(
-        "Energy: images or shuffled", _AUROC.format("one with its pixels shuffled"), "high"
-    ),
-    "seconds": _Measure("Training: seconds", "time spent in training steps", "low"),
-    "steps_per_second": _Measure(
-        "Training: steps per second", "upper-level steps, each with its lower-level steps", "high"
-    ),
-}
-
-
-def result_rows(results: Mapping[str, float]) -> list[Row]:
-    """What `evaluate` returned, as lines of a table a newcomer can read."""
-    rows = []
-    for name, measure in _MEASURES.items():
-        if name in results:
-            beside = ""
-            if measure.reference in results:
-                beside = f"{measure.beside}: {_number(measure, results[measure.reference])}"
-            value = _number(measure, results[name])
-            rows.append(Row(name, measure.label, value, beside, measure.meaning))
-    return rows
-
-
 def save_results(run: Run, results: Mapping[str, float], **how: Any) -> Path:
-    """Keep what `evaluate` returned, and how it was asked, in the run's `evaluation.json`."""
+    """Keep what `evaluate` returned, and how it was asked, in the run's `evaluation.json`.
+
+    Args:
+        run: the run that was evaluated.
+        results: what `evaluate` returned.
+        **how: plain values; `features`, the label of the feature network, is shown beside the numbers.
+    """
     path = run.folder / "evaluation.json"
     write_text(path, json.dumps({**how, "results": dict(results)}, indent=2) + "\n")
     return path
@@ -104,17 +28,26 @@ def save_results(run: Run, results: Mapping[str, float], **how: Any) -> Path:
 
 def saved_results(run: Run) -> dict[str, float] | None:
     """What `save_results` kept, `None` if the run was not evaluated yet."""
+    saved = _evaluation(run)
+    return saved["results"] if saved else None
+
+
+def feature_space(run: Run) -> str | None:
+    """The label of the feature network its samples were judged by, if it is known."""
+    label: str | None = _evaluation(run).get("features")
+    return label
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
     path = run.folder / "evaluation.json"
-    if not path.exists():
-        return None
-    results: dict[str, float] = json.loads(path.read_text())["results"]
-    return results
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
 
 
 def saved_pictures(run: Run) -> dict[str, Path]:
     """The PNG files in the run's folder, by title: samples first, curves last."""
     folder = run.folder
-    order = {"samples": 0, "reconstructions": 1, "curves": 9}
+    order = {"samples": 0, "reconstructions": 1, "evaluations": 8, "curves": 9}
     found = sorted(folder.glob("*.png"), key=lambda p: (order.get(p.stem, 5), p.stem))
     return {path.stem.replace("_", " "): path for path in found}
 
@@ -138,7 +71,7 @@ def write_report(
     config = run.config()
     parts = [f'<p class="lead">{_what(run, config)}</p>', "<h2>Results</h2>"]
     if results:
-        parts.append(_results_table(results))
+        parts.append(_results_table(results, feature_space(run)))
     else:
         parts.append("<p>Not evaluated yet: <code>bilevel evaluate RUN</code> does it.</p>")
     for title, path in pictures.items():
@@ -192,15 +125,12 @@ def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
 _CAPTIONS = {
     "samples": "Drawn from the model in one pass.",
     "reconstructions": "Held-out images above, what the model makes of their latents below.",
+    "neighbours": "Samples above, below each the training image nearest to it in features: copies would "
+    "be learned by heart.",
+    "evaluations": "What a smaller evaluation found during training.",
     "curves": "What training recorded. The energies of data and samples approach each other when "
     "samples get hard to tell from data.",
 }
-
-
-def _number(measure: _Measure, value: float) -> str:
-    if measure.percent:
-        return f"{value:.1%}"
-    return f"{value:.4f}" if measure.label.startswith("Energy") else f"{value:.3g}"
 
 
 def _text(value: object) -> str:
@@ -239,23 +169,16 @@ def _what(run: Run, config: Mapping[str, Any]) -> str:
     return "; ".join(sentences) + "."
 
 
-def _results_table(results: Mapping[str, float]) -> str:
+def _results_table(results: Mapping[str, float], space: str | None) -> str:
     lines = "".join(
         f'<tr><th scope="row">{_text(row.label)}</th><td class="number">{row.value}</td>'
         f'<td class="soft">{_text(row.beside)}</td><td class="soft">{_text(row.meaning)}</td></tr>'
         for row in result_rows(results)
     )
     head = "<tr><th>measure</th><th>value</th><th>for comparison</th><th>how to read it</th></tr>"
-    accuracy = results.get("classifier_accuracy")
-    note = ""
-    if accuracy is not None:
-        note = (
-            "<p>Classes and features are those of a classifier trained on the real training images; it "
-            f"gets {accuracy:.1%} of the held-out ones right.</p>"
-        )
-    return (
-        f'<div class="wide"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div>{note}'
-    )
+    table = f"<table><thead>{head}</thead><tbody>{lines}</tbody></table>"
+    note = "" if space is None else f"<p>Samples are judged by: {_text(space)}.</p>"
+    return f'<div class="wide">{table}</div>{note}'
 
 
 def _comparison_table(
@@ -263,39 +186,57 @@ def _comparison_table(
     configs: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, float]],
 ) -> str:
-    names = [name for name in _MEASURES if any(name in values for values in results)]
+    measures = measures_of({name: value for values in results for name, value in values.items()})
     one_data_set = len({json.dumps(c.get("notes", {}).get("data")) for c in configs}) == 1
+    spaces = {feature_space(run) for run, values in zip(runs, results, strict=True) if values}
     best = {}
-    for name in names:
-        choose = min if _MEASURES[name].better == "low" else max
-        best[name] = choose(values[name] for values in results if name in values)
-    head = "".join(f"<th>{_text(_MEASURES[name].label)}</th>" for name in names)
+    for name, measure in measures.items():
+        comparable = (
+            one_data_set and len(runs) > 1 and (len(spaces) == 1 or not measure.by_features)
+        )
+        found = [values[name] for values in results if name in values]
+        best[name] = (min if measure.better == "low" else max)(found) if comparable else None
+    head = "".join(f"<th>{_text(measure.label)}</th>" for measure in measures.values())
     lines = []
     for run, config, values in zip(runs, configs, results, strict=True):
         metrics = run.metrics()
-        cells = [_text(_title(config)), f"{metrics[-1]['step']:,}" if metrics else "0"]
-        line = f'<th scope="row" class="run">{_text(_name(run))}</th>'
-        line += f'<td>{cells[0]}</td><td class="number">{cells[1]}</td>'
-        for name in names:
-            value = _number(_MEASURES[name], values[name]) if name in values else "-"
-            if one_data_set and len(runs) > 1 and values.get(name) == best[name]:
+        line = (
+            f'<th scope="row" class="run">{_text(_name(run))}</th><td>{_text(_title(config))}</td>'
+        )
+        line += f'<td class="number">{metrics[-1]["step"] if metrics else 0:,}</td>'
+        for name, measure in measures.items():
+            value = measure.written(values[name]) if name in values else "-"
+            if best[name] is not None and values.get(name) == best[name]:
                 value = f"<b>{value}</b>"
             line += f'<td class="number">{value}</td>'
         lines.append(f"<tr>{line}</tr>")
-    note = (
-        "" if one_data_set else "<p>The runs were trained on different data: compare with care.</p>"
-    )
     top = f"<tr><th>run</th><th>model</th><th>steps</th>{head}</tr>"
     table = f"<table><thead>{top}</thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<div class="wide">{table}</div>{note}'
+    return f'<div class="wide">{table}</div>{_warnings(runs, spaces, one_data_set)}'
+
+
+def _warnings(runs: Sequence[Run], spaces: set[str | None], one_data_set: bool) -> str:
+    """What must not be compared."""
+    notes = []
+    if not one_data_set:
+        notes.append("The runs were trained on different data: compare with care.")
+    if len(spaces) > 1:
+        judged = "; ".join(f"{_name(run)} by {feature_space(run) or 'unknown'}" for run in runs)
+        notes.append(
+            "Their samples were judged by different feature networks, so distances and shares cannot be "
+            f"compared: {judged}. `bilevel evaluate RUN --features FILE` judges all by one."
+        )
+    elif spaces and None not in spaces:
+        notes.append(f"Samples are judged by: {spaces.copy().pop()}.")
+    return "".join(f"<p>{_text(note)}</p>" for note in notes)
 
 
 def _meanings(results: Sequence[Mapping[str, float]]) -> str:
-    known = [name for name in _MEASURES if any(name in values for values in results)]
+    measures = measures_of({name: value for values in results for name, value in values.items()})
     return "".join(
-        f"<dt>{_text(_MEASURES[name].label)}</dt><dd>{_text(_MEASURES[name].meaning)} "
-        f"({_MEASURES[name].better}er is better)</dd>"
-        for name in known
+        f"<dt>{_text(measure.label)}</dt><dd>{_text(measure.meaning)} "
+        f"({measure.better}er is better)</dd>"
+        for measure in measures.values()
     )
 
 

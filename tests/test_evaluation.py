@@ -14,6 +14,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
+from bilevel.cli import main
+from bilevel.cli.features import feature_network
 from bilevel.methods import BiDVL, fidelity
 from bilevel.methods import features as features_module
 from bilevel.methods.data import Images, load_images
@@ -25,12 +27,20 @@ from bilevel.methods.features import (
     inception,
     judge,
     load_classifier,
+    nearest_images,
     principal_components,
     save_classifier,
     some,
 )
 from bilevel.methods.fidelity import fid, frechet_distance, kid, neighbourhoods, torchmetrics
-from bilevel.methods.pictures import save_curves, save_grid, save_reconstructions
+from bilevel.methods.pictures import (
+    save_curves,
+    save_evaluations,
+    save_grid,
+    save_reconstructions,
+)
+from bilevel.methods.report import feature_space
+from bilevel.methods.run import Run
 
 
 class Brightness(nn.Module):
@@ -395,6 +405,9 @@ def test_pictures_show_every_pixel(tmp_path: Path) -> None:
     assert (pixels[gap + 16 + gap :][:16, gap : gap + 16] == 0).all()
     save_reconstructions(v, v, tmp_path / "pairs.png")
     save_grid(v.repeat(1, 3, 1, 1), tmp_path / "colour.png")
+    as_bytes = ((v + 1) * 127.5).byte()
+    save_grid(as_bytes, tmp_path / "bytes.png", columns=3, scale=2)
+    assert (tmp_path / "bytes.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
     with pytest.raises(ValueError, match="one for each"):
         save_reconstructions(v, v[:2], tmp_path / "pairs.png")
     with pytest.raises(ValueError, match="1 or 3"):
@@ -410,3 +423,51 @@ def test_curves_of_short_and_odd_records(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no records"):
         save_curves([], tmp_path / "curves.png")
+
+
+def test_evaluations_are_drawn_whatever_they_hold(tmp_path: Path) -> None:
+    records = [
+        {"step": 10, "frechet": 90.0, "frechet_reference": 3.0, "rmse": 0.3, "auroc_svhn": 0.4},
+        {"step": 20, "frechet": 9.0, "frechet_reference": 3.0, "auroc_uniform": 1.0},
+    ]
+    save_evaluations(records, tmp_path / "evaluations.png")
+    assert (tmp_path / "evaluations.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no records"):
+        save_evaluations([], tmp_path / "evaluations.png")
+
+
+def test_the_nearest_images_of_copies_are_the_originals() -> None:
+    v = digits().train
+    copies = v[[7, 3, 11]] + 0.01 * torch.rand(3, 1, 8, 8)
+    pixels = FeatureNetwork("pixels", nn.Flatten(), 64)
+    assert torch.equal(nearest_images(pixels, copies, v), v[[7, 3, 11]])
+
+
+def test_the_features_command_and_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--steps", "40", "--width", "4", "--out", "f.safetensors", "--device", "cpu"]
+    assert main(["features", "digits", *options]) == 0
+    seen = feature_network("f.safetensors")
+    assert seen.label in capsys.readouterr().out
+    images = digits()
+    np.savez("strangers.npz", images=np.zeros((30, 5, 5), np.uint8))
+    model = BiDVL.for_images(images.shape, latent_dim=2, width=2)
+    model.fit(images.train, num_steps=1, run="r", notes={"data": "digits", "name": "digits"})
+    model.save(Path("r") / "model")
+    evaluate_it = ["evaluate", "r", "--features", "f.safetensors", "--samples", "60"]
+    assert main([*evaluate_it, "--ood", "strangers.npz"]) == 0
+    out, err = capsys.readouterr()
+    assert seen.label in out
+    assert "images or strangers" in out
+    assert "note: too few images for a Fréchet distance: 60 for 64 features" in err
+    assert feature_space(Run("r")) == seen.label
+    assert (tmp_path / "r" / "neighbours.png").is_file()
+    assert main(["features", "strangers.npz", "--out", "g"]) == 2
+    assert "no labels" in capsys.readouterr().err
+    assert main(["features", "digits"]) == 2
+    assert "--out FILE is missing" in capsys.readouterr().err
+    assert main(["evaluate", "r", "--samples", "1"]) == 2
+    with pytest.raises(FileNotFoundError, match="no Inception weights in `w"):
+        feature_network("w.pth")

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bilevel.methods import BiDVL
+from bilevel.methods.data import load_images
+from bilevel.methods.evaluation import evaluate
+from bilevel.methods.features import FeatureNetwork
+from bilevel.methods.measures import result_rows
 from bilevel.methods.pictures import save_grid
 from bilevel.methods.report import (
-    result_rows,
+    feature_space,
     save_results,
     saved_pictures,
     saved_results,
@@ -86,7 +91,7 @@ def test_a_report_tells_everything(run: Run) -> None:
     assert "a & b" in text
     assert "2 steps in" in text
     assert "training images: 1" in text
-    assert "97.0%" in text
+    assert "7.0%" in text
     assert "training.upper_lr" in text
     assert "versions.torch" in text
     assert page.read_text().count("data:image/png;base64,") == 1
@@ -107,6 +112,27 @@ def test_a_comparison_has_a_row_per_run(run: Run, tmp_path: Path) -> None:
     assert "<b>0.24</b>" in source  # the lower error
     assert "same configuration" in text
     assert source.count("data:image/png;base64,") == 2
+
+
+def test_a_report_names_the_feature_space(run: Run) -> None:
+    save_results(run, RESULTS, features="classifier of <x>, 64 features (1234abcd)")
+    assert feature_space(run) == "classifier of <x>, 64 features (1234abcd)"
+    page = write_report(run, saved_results(run), {})
+    assert "judged by: classifier of <x>, 64 features (1234abcd)" in read(page)
+
+
+def test_distances_in_different_feature_spaces_are_not_compared(run: Run, tmp_path: Path) -> None:
+    other = trained(tmp_path / "two")
+    save_results(run, RESULTS, features="one")
+    save_results(other, {**RESULTS, "frechet": 2.0, "rmse": 0.3}, features="two")
+    page = write_comparison([run, other], tmp_path / "comparison.html")
+    assert "<b>2</b>" not in page.read_text()
+    assert "<b>0.24</b>" in page.read_text()  # an error is an error
+    assert "one by one; two by two" in read(page)
+    save_results(other, {**RESULTS, "frechet": 2.0}, features="one")
+    page = write_comparison([run, other], tmp_path / "comparison.html")
+    assert "<b>2</b>" in page.read_text()
+    assert "judged by: one" in read(page)
 
 
 def test_a_comparison_across_data_warns(run: Run, tmp_path: Path) -> None:
@@ -131,3 +157,21 @@ def test_rows_show_what_is_there() -> None:
     assert rows["rmse"].beside == "principal components: 0.21"
     assert "auroc_inverted" not in rows
     assert all(row.meaning for row in rows.values())
+
+
+def test_strangers_get_a_row_of_their_own() -> None:
+    rows = result_rows({"auroc_svhn": 0.76, "auroc_uniform": 1.0, "seconds": 3.0, "other": 1.0})
+    assert [row.name for row in rows] == ["auroc_uniform", "auroc_svhn", "seconds"]
+    assert rows[1].label == "Energy: images or svhn"
+    assert rows[1].value == "0.7600"
+
+
+def test_every_result_of_an_evaluation_has_a_row() -> None:
+    images = load_images("digits")
+    model = BiDVL.for_images(images.shape, latent_dim=2, width=2)
+    seen = FeatureNetwork("pixels", nn.Flatten(), 64, nn.Linear(64, 3), 0.5)
+    results = evaluate(model, images, features=seen, samples=80)
+    shown = {row.name for row in result_rows(results)}
+    references = {name for name in results if name.endswith("_reference")}
+    assert results.keys() - shown - references == {"classifier_accuracy"}
+    assert {name.removesuffix("_reference") for name in references} <= shown

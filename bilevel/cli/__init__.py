@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bilevel import DivergenceError, HypergradientError, __version__
-from bilevel.cli import bench, demo, evaluate, presets, report, sample, train
+from bilevel.cli import bench, demo, evaluate, features, presets, report, sample, train
 from bilevel.cli.options import UsageError
 from bilevel.methods.config import nearest
 
@@ -18,6 +18,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "presets": presets,
     "sample": sample,
     "evaluate": evaluate,
+    "features": features,
     "report": report,
     "bench": bench,
 }

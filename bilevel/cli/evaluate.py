@@ -1,16 +1,25 @@
-"""`bilevel evaluate`: measure a trained model again, or on other images."""
+"""`bilevel evaluate`: measure a trained model again, in another way or on other images."""
 
-from bilevel.cli.options import Parser, choice, whole
-from bilevel.cli.outcome import draw, report, show
+from pathlib import Path
+
+from torch import Tensor
+
+from bilevel.cli.features import WHICH, feature_network
+from bilevel.cli.options import Parser, UsageError, choice, whole
+from bilevel.cli.outcome import draw, measured, report, show
 from bilevel.cli.runs import existing, images_of, load_model
-from bilevel.methods.evaluation import evaluate
+from bilevel.methods.data import Images, load_images
+from bilevel.methods.features import judge
 from bilevel.methods.report import save_results
 
 SUMMARY = "measure a trained model: samples, reconstructions, outliers"
 _EXAMPLES = """  bilevel evaluate runs/demo-1
   bilevel evaluate runs/demo-1 --statistics batch
   bilevel evaluate runs/mnist --data fashion.npz
+  bilevel evaluate runs/mnist --features mnist.safetensors --ood fashion.npz photos/
+  bilevel evaluate runs/cifar10 --features inception --samples 50000 --ood svhn celeba32
 """
+_STRANGERS = 10_000  # images of another set that are looked at, at most
 
 
 def command(arguments: list[str]) -> int:
@@ -27,17 +36,58 @@ def command(arguments: list[str]) -> int:
         metavar="running|batch",
         help="batch-norm statistics: averages of the training, or those of the images at hand",
     )
+    parser.add_argument(
+        "--features",
+        metavar="FILE|inception",
+        help=f"{WHICH} (default: a small classifier trained on the spot)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole,
+        metavar="N",
+        help="samples drawn, and images of each set looked at (default: at most 10000)",
+    )
+    parser.add_argument(
+        "--ood",
+        metavar="NAME|PATH",
+        nargs="+",
+        default=[],
+        help="images that the energy should tell from the data",
+    )
     args = parser.read(arguments)
+    if getattr(args, "samples", 2) < 2:
+        raise UsageError(f"`--samples` must be at least 2, got {args.samples}")
     run = existing(args.run)
+    features = feature_network(args.features) if hasattr(args, "features") else None
     images = images_of(run, getattr(args, "data", None))
     model = load_model(run)
     model.statistics = getattr(args, "statistics", model.statistics)
-    results = evaluate(model, images, args.seed)
-    show(results)
+    strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS))
+    seen = judge(images) if features is None else features
+    more = {"samples": args.samples} if hasattr(args, "samples") else {}
+    results = measured(model, images, args.seed, features=seen, outside=strangers, **more)
+    show(results, seen.label)
     own = run.config().get("notes", {}).get("data")
     if own in (None, images.source):
-        how = {"data": images.source, "seed": args.seed, "statistics": model.statistics}
+        how = {
+            "data": images.source,
+            "seed": args.seed,
+            "statistics": model.statistics,
+            "features": seen.label,
+            **more,
+        }
         save_results(run, results, **how)
-        draw(run, model, images, args.seed)
+        draw(run, model, images, args.seed, seen)
         print(f"\nreport: {report(run)}")
     return 0
+
+
+def _strangers(sources: list[str], images: Images, most: int) -> dict[str, Tensor]:
+    """Test images of other sets by name, in the shape of these."""
+    channels, side, _ = images.shape
+    found: dict[str, Tensor] = {}
+    for source in sources:
+        other = load_images(source, side=side, channels=channels, limit=most)
+        name = other.name if other.name not in found else str(Path(source))
+        found[name] = other.test
+    return found

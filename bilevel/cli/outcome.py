@@ -3,53 +3,106 @@
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bilevel.methods import EBLVM, History
-from bilevel.methods.data import Images
+from bilevel.methods.data import Images, scaled
 from bilevel.methods.evaluation import evaluate
-from bilevel.methods.pictures import save_curves, save_grid, save_reconstructions
-from bilevel.methods.report import (
-    result_rows,
-    save_results,
-    saved_pictures,
-    saved_results,
-    write_report,
+from bilevel.methods.features import FeatureNetwork, judge, nearest_images, some
+from bilevel.methods.measures import result_rows
+from bilevel.methods.pictures import (
+    save_curves,
+    save_evaluations,
+    save_grid,
+    save_reconstructions,
 )
+from bilevel.methods.report import save_results, saved_pictures, saved_results, write_report
 from bilevel.methods.run import Run
 
 _SAMPLES, _PAIRS = 80, 24
 
 
-def finish(run: Run, model: EBLVM, images: Images, seed: int, history: History) -> dict[str, float]:
+def finish(
+    run: Run,
+    model: EBLVM,
+    images: Images,
+    seed: int,
+    history: History,
+    features: FeatureNetwork | None = None,
+) -> dict[str, float]:
     """Evaluate a trained model, draw its pictures and write its report."""
-    results = evaluate(model, images, seed)
+    seen = judge(images) if features is None else features
+    results = measured(model, images, seed, features=seen)
     if history.steps:
         speed = history.steps_per_second
         results |= {"seconds": history.seconds, "steps_per_second": speed}
-    save_results(run, results, data=images.source, seed=seed, statistics=model.statistics)
+    how = {"data": images.source, "seed": seed, "statistics": model.statistics}
+    save_results(run, results, **how, features=seen.label)
     draw(run, model, images, seed)
     report(run)
     return results
 
 
-def draw(run: Run, model: EBLVM | None, images: Images | None, seed: int) -> None:
-    """The pictures there can be; a missing package is said once, and is no failure."""
-    folder = run.folder
+def measured(model: EBLVM, images: Images, seed: int, **options: Any) -> dict[str, float]:
+    """`evaluate`, whose warnings are said on one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        results = evaluate(model, images, seed, **options)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"note: {message}", file=sys.stderr)
+    return results
+
+
+def draw(
+    run: Run,
+    model: EBLVM | None,
+    images: Images | None,
+    seed: int,
+    features: FeatureNetwork | None = None,
+) -> None:
+    """The pictures there can be; a missing package is said once, and is no failure.
+
+    Args:
+        run: the folder to write to, and the records of the training.
+        model: draws samples and reconstructs, as far as it can.
+        images: real ones.
+        seed: of the samples.
+        features: with these, the training images nearest to samples are drawn too.
+    """
     try:
         if model is not None and images is not None:
-            generator = torch.Generator(model.device).manual_seed(seed)
-            save_grid(model.sample(_SAMPLES, generator), folder / "samples.png", columns=16)
-            some = images.test[:_PAIRS]
-            save_reconstructions(some, model.reconstruct(some), folder / "reconstructions.png")
-        records = run.metrics()
-        if records:
-            save_curves(records, folder / "curves.png")
+            _draw_images(run.folder, model, images, seed, features)
+        for records, name, save in (
+            (run.metrics(), "curves", save_curves),
+            (run.evaluations(), "evaluations", save_evaluations),
+        ):
+            if records:
+                save(records, run.folder / f"{name}.png")
     except ImportError as error:
         print(f"some pictures are missing: {error}", file=sys.stderr)
+
+
+def _draw_images(
+    folder: Path, model: EBLVM, images: Images, seed: int, features: FeatureNetwork | None
+) -> None:
+    # a model refuses what it has no way to do
+    with suppress(NotImplementedError):
+        generator = torch.Generator(model.device).manual_seed(seed)
+        samples = model.sample(_SAMPLES, generator).clamp(-1, 1)
+        save_grid(samples, folder / "samples.png", columns=16)
+        if features is not None:
+            nearest = nearest_images(features, samples[:_PAIRS], images.train)
+            save_reconstructions(samples[:_PAIRS].cpu(), nearest, folder / "neighbours.png")
+    with suppress(NotImplementedError):
+        originals = some(images.test, _PAIRS)
+        pairs = scaled(originals).cpu(), model.reconstruct(originals).cpu()
+        save_reconstructions(*pairs, folder / "reconstructions.png")
 
 
 def report(run: Run) -> Path:
@@ -57,9 +110,14 @@ def report(run: Run) -> Path:
     return write_report(run, saved_results(run), saved_pictures(run))
 
 
-def show(results: Mapping[str, float]) -> None:
-    """Print the results as a table: in colour on a terminal, plain elsewhere."""
-    rows = result_rows(results)
+def show(results: Mapping[str, float], space: str | None = None) -> None:
+    """Print the results as a table: in colour on a terminal, plain elsewhere.
+
+    Args:
+        results: what `evaluate` returned.
+        space: the label of the feature network. With it, the details are printed too.
+    """
+    rows = [row for row in result_rows(results) if space is not None or not row.detail]
     label = max(len(row.label) for row in rows)
     value = max(len(row.value) for row in rows)
     beside = max(len(row.beside) for row in rows)
@@ -74,7 +132,9 @@ def show(results: Mapping[str, float]) -> None:
             + textwrap.fill(row.meaning, width, initial_indent=indent, subsequent_indent=indent)
             + off
         )
-    if "classifier_accuracy" in results:
+    if space is not None:
+        print(f"Samples are judged by: {space}.")
+    elif "classifier_accuracy" in results:
         print(
             "Classes and features are those of a classifier of the real images "
             f"({results['classifier_accuracy']:.1%} right on held-out ones)."
