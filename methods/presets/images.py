@@ -79,11 +79,12 @@ _CELEBA64 = replace(
 
 _RESNET_MODEL = {
     "latent_dim": 128,
-    "networks": "resnet",
+    "family": "resnet",
     "variant": "offset",
     "ratio": 0.05,
     "latent_weight": 1e-4,
     "upper": "hinge",
+    "fresh_latent": True,
 }
 _RESNET: dict[str, Any] = {
     **_CONV,

@@ -79,7 +79,7 @@ _BISM_CELEBA = replace(
     note=_FACES_NOTE,
 )
 
-_VAGES_MODEL = {"num_samples": 2, "latent_steps": 5, "latent_step_size": 1e-2, "latent_noise": 1e-4}
+_VAGES_MODEL = {"num_samples": 2, "latent_steps": 5, "latent_rate": 1e-2, "latent_noise": 1e-4}
 _VAGES_MNIST = replace(
     BISM_MNIST,
     name="vages-mnist",
@@ -104,7 +104,7 @@ _VAGES_CELEBA64 = replace(
     data="celeba64",
     shape=RGB64,
     loading={"crop": 140, "side": 64},
-    model={**_VAGES_CIFAR10.model, "latent_steps": 50, "latent_step_size": 5e-4},
+    model={**_VAGES_CIFAR10.model, "latent_steps": 50, "latent_rate": 5e-4},
     note=_FACES_NOTE,
 )
 
