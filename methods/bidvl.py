@@ -21,36 +21,44 @@ What becomes of the two latent terms in $\omega_1$ (one in each level, of opposi
 `offset` keeps neither (13, 14), `complete` keeps both, `without` has no latent term at all.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
-from torch.func import functional_call
 from torch.nn.functional import relu
 
 from bilevel.methods.config import Training, one_of
-from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics, attempt, chunked
-from bilevel.methods.networks import Energy, Generator, Posterior, scale_of
+from bilevel.methods.decoupled import DecoupledEBLVM
+from bilevel.methods.eblvm import BATCH_NORMS, Statistics
+from bilevel.methods.networks import conv_networks
+from bilevel.methods.resnets import residual_networks
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 Variant = Literal["offset", "complete", "without"]
 RatioBias = Literal["none", "sigmoid"]
 UpperLoss = Literal["difference", "hinge"]
+Family = Literal["conv", "resnet"]
 
 
 class Batch(NamedTuple):
-    """Images and the noise of one step, the same in both levels and in every lower step."""
+    """Images and the noise of one turn, the same in both levels and in every lower step."""
 
     visible: Tensor
     latent: Tensor  # h_hat ~ p(h), shape (n, d)
     noise: Tensor  # reparameterises q1(h|v), shape (n, d)
     cycle_noise: Tensor  # reparameterises q1(h|v_hat), shape (n, d)
+    fresh_latent: Tensor | None = None  # h_hat of the lower level, if it is not `latent`
+    generated: Tensor | None = None  # G(latent), once `share` has computed it
+
+    @property
+    def lower_latent(self) -> Tensor:
+        """The lower level's h_hat."""
+        return self.latent if self.fresh_latent is None else self.fresh_latent
 
 
 @final
-class BiDVL(EBLVM):
+class BiDVL(DecoupledEBLVM):
     r"""A decoupled EBLVM and its learning problem.
 
     The energy is the upper level, posterior and generator are the lower one.
@@ -70,6 +78,8 @@ class BiDVL(EBLVM):
         latent_weight: weight of the latent reconstruction, 1/d by default.
         upper: "difference" (Eq. 14), or "hinge", the official ResNet scripts' relu(1 + E(v)) +
             relu(1 - E(v_hat)).
+        fresh_latent: draw another h_hat for the lower level, as the official ResNet scripts do. One
+            h_hat for both, the default, lets `train` compute G(h_hat) once for both.
         statistics: batch-norm statistics at evaluation; "batch" is what the paper's numbers use.
         visible_shape: shape of one image, if known: checked before training.
         visible_range: range of the pixels, (-1, 1) for generators that end in a tanh.
@@ -118,6 +128,7 @@ class BiDVL(EBLVM):
         ratio_bias: RatioBias = "none",
         latent_weight: float | None = None,
         upper: UpperLoss = "difference",
+        fresh_latent: bool = False,
         statistics: Statistics = "running",
         visible_shape: tuple[int, ...] | None = None,
         visible_range: tuple[float, float] | None = None,
@@ -141,6 +152,7 @@ class BiDVL(EBLVM):
         self.ratio_bias = ratio_bias
         self._latent_weight = latent_weight
         self.upper_kind = upper
+        self.fresh_latent = fresh_latent
         self.statistics = statistics
         self.visible_shape = visible_shape
         self.visible_range = visible_range
@@ -155,35 +167,39 @@ class BiDVL(EBLVM):
         cls,
         shape: tuple[int, int, int],
         *,
-        latent_dim: int = 100,
+        family: Family = "conv",
+        latent_dim: int | None = None,
         width: float = 64,
         seed: int = 0,
         **options: Any,
     ) -> Self:
-        """The published convolutional networks, scaled to square images in [-1, 1].
+        """The published networks, scaled to square images in [-1, 1].
 
         Args:
             shape: (channels, side, side).
-            latent_dim: dimension of the latent; 100 in the paper.
-            width: first channels of the energy; posterior and generator have 3/4 of it. 64 gives the
-                published networks.
+            family: "conv", the paper's networks, or "resnet", those of its 128 pixel images. With
+                "resnet" go the settings of the official ResNet scripts: `upper="hinge"`,
+                `latent_weight=1e-4`, `ratio=0.05` at every size, `fresh_latent=True`.
+            latent_dim: dimension of the latent; 100 in the official conv scripts, 128 in the others.
+            width: channels in proportion: 64 gives the published networks, 32 half their channels.
             seed: seed of the initial weights; torch's global generator is left as it was.
-            **options: further arguments of `BiDVL`; `ratio` is 0.1 from 64 pixels on, as in the paper.
+            **options: further arguments of `BiDVL`; the `ratio` of "conv" is 0.1 from 64 pixels on,
+                as in the paper.
 
         Returns:
             The untrained model.
 
         Raises:
-            ValueError: if the shape cannot be halved down to 4-8 pixels.
+            ValueError: for an unknown family, or a shape it has no networks for.
         """
-        scale_of(shape)
-        options.setdefault("ratio", 0.1 if shape[1] >= 64 else 0.05)
-        narrow = max(1, round(width * 3 / 4))
+        one_of("family", family, get_args(Family))
+        conv = family == "conv"
+        latent_dim = latent_dim if latent_dim is not None else 100 if conv else 128
+        options = {**(_conv_options(shape) if conv else _RESNET_OPTIONS), **options}
+        make = conv_networks if conv else residual_networks
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            energy = Energy(shape, round(width))
-            posterior = Posterior(shape, latent_dim, narrow)
-            generator = Generator(shape, latent_dim, narrow)
+            energy, posterior, generator = make(shape, latent_dim, width / 64)
         model = cls(
             energy,
             posterior,
@@ -194,65 +210,47 @@ class BiDVL(EBLVM):
             **options,
         )
         cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
-        sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "seed": seed}
-        model.recipe = {**sizes, **options}
+        sizes = {"family": family, "latent_dim": latent_dim, "width": width, "seed": seed}
+        model.recipe = {"shape": shape, **sizes, **options}
         return model
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
         return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
 
-    def network(self, name: Literal["energy", "posterior", "generator"]) -> nn.Module:
-        """One of the three networks."""
-        return (self.upper if name == "energy" else self.lower).get_submodule(name)
-
-    @property
-    def latent_dim(self) -> int:
-        """Dimension d of the latent.
-
-        Raises:
-            ValueError: if it was not given and no data have been seen yet.
-        """
-        if self._latent_dim is None:
-            raise ValueError(
-                "the dimension of the latent is not known before the model has seen data; give "
-                "`latent_dim` to `BiDVL`"
-            )
-        return self._latent_dim
-
     @property
     def latent_weight(self) -> float:
         """Weight of the latent reconstruction."""
         return 1 / self.latent_dim if self._latent_weight is None else self._latent_weight
 
-    def _find_latent_dim(self, v: Tensor) -> None:
-        if self._latent_dim is None:
-            with self.evaluating("running"):
-                out = attempt("posterior", self.network("posterior"), v[:2])
-            if isinstance(out, tuple):  # anything else is refused by `probe`
-                self._latent_dim = out[0].shape[1]
-
     # ------------------------------------------------------------------ the learning problem
 
     def draw(self, data: Any, generator: torch.Generator) -> Batch:
-        self._find_latent_dim(data)
+        self.find_latent_dim(data)
 
         def normal() -> Tensor:
             size = (len(data), self.latent_dim)
             return torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
 
-        return Batch(data, latent=normal(), noise=normal(), cycle_noise=normal())
+        batch = Batch(data, latent=normal(), noise=normal(), cycle_noise=normal())
+        return batch._replace(fresh_latent=normal()) if self.fresh_latent else batch
+
+    def share(self, batch: Batch) -> Batch:
+        """G(h_hat), unless the lower level has an h_hat of its own."""
+        if batch.fresh_latent is not None:
+            return batch
+        return batch._replace(generated=self.generate(batch.latent))
 
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 14, or its hinge; `complete` adds the posterior's term."""
-        generated = self.generate(batch.latent)
+        generated = self.generate(batch.latent) if batch.generated is None else batch.generated
         real, fake = self._energies(batch.visible, generated)
         if self.upper_kind == "hinge":
             loss = relu(1 + real).mean() + relu(1 - fake).mean()
         else:
             loss = real.mean() - fake.mean()
         if self.variant == "complete":
-            mean, log_variance = self.network("posterior")(generated)
+            mean, log_variance = self.encode(generated)
             loss = loss + kl_to_prior(mean, log_variance).mean() / self.latent_dim
         return loss, {"energy_data": real.mean(), "energy_samples": fake.mean()}
 
@@ -265,49 +263,40 @@ class BiDVL(EBLVM):
 
     def lower_loss(self, batch: Batch) -> Loss:
         """Eq. 13 (`offset`), Eq. 11 (`complete`), or Eq. 11 without its third term."""
-        mean, log_variance = self.network("posterior")(batch.visible)
-        h = mean + (log_variance / 2).exp() * batch.noise
-        reconstruction = (self.generate(h) - batch.visible).square().flatten(1).sum(dim=1)
-        vae = reconstruction + kl_to_prior(mean, log_variance)
-        weighted_vae = (self.importance_ratio(batch.visible) * vae).mean()
+        v, generated = batch.visible, batch.generated
+        generated = self.generate(batch.lower_latent) if generated is None else generated
+        if self.ratio_bias == "none":
+            ratio, energies = self.importance_ratio(v), self.free_energy(generated)
+        else:
+            real, energies = self._energies(v, generated)
+            ratio = self.importance_ratio(v, real)
 
-        generated = self.generate(batch.latent)
-        energy = self.free_energy(generated).mean()
+        mean, log_variance = self.encode(v)
+        h = mean + (log_variance / 2).exp() * batch.noise
+        reconstruction = (self.generate(h) - v).square().flatten(1).sum(dim=1)
+        vae = reconstruction + kl_to_prior(mean, log_variance)
         latent = self.latent_reconstruction(generated, batch).mean()
-        loss = energy + self.latent_weight * latent + weighted_vae
+        loss = energies.mean() + self.latent_weight * latent + (ratio * vae).mean()
         return loss, {"reconstruction": reconstruction.mean(), "latent_reconstruction": latent}
 
-    def importance_ratio(self, v: Tensor) -> Tensor:
-        """r(v) = r' bias(v) of Eq. 15, shape (n,) or a constant."""
+    def importance_ratio(self, v: Tensor, energy: Tensor | None = None) -> Tensor:
+        """r(v) = r' bias(v) of Eq. 15, shape (n,) or a constant; `energy` is E(v), if known."""
         if self.ratio_bias == "none":
-            return torch.as_tensor(self.ratio, dtype=v.dtype, device=v.device)
-        energy = self.free_energy(v)
+            return v.new_full((), self.ratio)  # made where v lies: a copy would wait for the device
+        energy = self.free_energy(v) if energy is None else energy
         return self.ratio * torch.sigmoid(energy.mean() - energy)
 
     def latent_reconstruction(self, generated: Tensor, batch: Batch) -> Tensor:
         r"""What is left of $-\log q_1(\hat h|\hat v)$: $\lVert h(\hat v) - \hat h \rVert^2$, (n,)."""
         if self.variant == "without":
-            return batch.latent.new_zeros(len(generated))
-        posterior = self.network("posterior")
+            return batch.lower_latent.new_zeros(len(generated))
         if self.variant == "offset":
             # gradients reach the generator through v_hat, never the posterior's weights
-            frozen = {name: p.detach() for name, p in posterior.named_parameters()}
-            recovered, _ = functional_call(posterior, frozen, (generated,))
+            recovered, _ = self.encode(generated, frozen=True)
         else:
-            mean, log_variance = posterior(generated)
+            mean, log_variance = self.encode(generated)
             recovered = mean + (log_variance / 2).exp() * batch.cycle_noise
-        difference: Tensor = recovered - batch.latent
-        return difference.square().sum(dim=1)
-
-    def generate(self, h: Tensor) -> Tensor:
-        """G(h), differentiable, in the mode the module is in."""
-        images: Tensor = self.network("generator")(h)
-        return images
-
-    def free_energy(self, v: Tensor) -> Tensor:
-        """E(v), differentiable, shape (n,)."""
-        energies: Tensor = self.network("energy")(v)
-        return energies.flatten()
+        return (recovered - batch.lower_latent).square().sum(dim=1)
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
         """Adam for both levels; weight decay in the lower one only (the official settings)."""
@@ -330,62 +319,6 @@ class BiDVL(EBLVM):
         )
         return upper, lower
 
-    # ------------------------------------------------------------------ the trained model
-
-    def energy(self, v: Tensor) -> Tensor:
-        """The marginal energy E(v), shape (n,); its negative scores how typical v is.
-
-        Batch norm, if the energy has any, always uses running statistics.
-        """
-        with self.evaluating("running"):
-            return chunked(self.free_energy, self.check(v))
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles G(h), h ~ N(0, I); in one pass, no Markov chain."""
-        if n < 1:
-            raise ValueError(f"`n` must be positive, got {n}")
-        p = next(self.network("generator").parameters())
-        h = torch.randn(n, self.latent_dim, generator=generator, dtype=p.dtype, device=p.device)
-        with self.evaluating():
-            return chunked(self.generate, h)
-
-    def posterior(self, v: Tensor) -> Distribution:
-        """q1(h|v), the model's own posterior: a diagonal Gaussian over (n, d)."""
-        with self.evaluating():
-            both = chunked(
-                lambda part: torch.stack(self.network("posterior")(part), 1), self.check(v)
-            )
-        mean, log_variance = both.unbind(1)
-        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
-
-    def reconstruct(self, v: Tensor) -> Tensor:
-        """G(mean of q1(h|v)), same shape as v."""
-        with self.evaluating():
-            return chunked(
-                lambda part: self.generate(self.network("posterior")(part)[0]), self.check(v)
-            )
-
-    def probe(self, v: Tensor) -> None:
-        self._find_latent_dim(v)
-        with self.evaluating("running"):
-            out = attempt("posterior", self.network("posterior"), v)
-            size = (len(v), self._latent_dim)
-            if not isinstance(out, tuple) or any(part.shape != size for part in out):
-                raise ValueError(
-                    "the posterior must give a mean and a log-variance, each of shape "
-                    f"(n, {self._latent_dim or 'd'})"
-                )
-            h = v.new_zeros(len(v), self.latent_dim)
-            generated = attempt("generator", self.network("generator"), h)
-            if generated.shape != v.shape:
-                raise ValueError(
-                    f"the generator maps {self.latent_dim} latents to visibles of shape "
-                    f"{tuple(generated.shape[1:])}, but the data have {tuple(v.shape[1:])}"
-                )
-            energy = attempt("energy", self.network("energy"), v)
-            if not isinstance(energy, Tensor) or energy.numel() != len(v):
-                raise ValueError("the energy must give one number per visible, shape (n,)")
-
 
 def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
     r"""$KL(N(\mu, \sigma^2) \| N(0, I))$ per sample, summed over the latent: shape (n,)."""
@@ -394,3 +327,10 @@ def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
+
+
+_RESNET_OPTIONS = {"upper": "hinge", "latent_weight": 1e-4, "ratio": 0.05, "fresh_latent": True}
+
+
+def _conv_options(shape: tuple[int, int, int]) -> dict[str, Any]:
+    return {"ratio": 0.1 if shape[1] >= 64 else 0.05}

@@ -22,13 +22,15 @@ def test_same_seed_same_run():
     assert all(first[name].equal(second[name]) for name in first)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_equals_the_uninterrupted_one(variant, tmp_path):
+@pytest.mark.parametrize(
+    "options", [*({"variant": variant} for variant in VARIANTS), {"family": "resnet"}]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(options, tmp_path):
     settings = {"batch_size": 20, "seed": 2, "checkpoint_every": 3, "log_every": 1}
     models = []
     for name, stops in (("whole", [6]), ("parts", [3, 6])):
         for part, stop in enumerate(stops):
-            model = BiDVL.for_images(SHAPE, latent_dim=3, width=4, variant=variant)
+            model = BiDVL.for_images(SHAPE, latent_dim=3, width=4, **options)
             model.fit(
                 images(50).float(),
                 num_steps=6,
@@ -53,6 +55,27 @@ def test_save_and_load(tmp_path):
     assert again.energy(v).equal(model.energy(v))
     assert again.reconstruct(v).equal(model.reconstruct(v))
     assert (again.ratio, again.variant) == (0.2, "complete")
+
+
+def test_a_residual_model_is_saved_with_its_settings(tmp_path):
+    model = BiDVL.for_images(SHAPE, family="resnet", latent_dim=3, width=4, seed=5)
+    model.save(tmp_path)
+    again = BiDVL.load(tmp_path)
+    v = images().float()
+    assert again.energy(v).equal(model.energy(v))
+    assert again.reconstruct(v).equal(model.reconstruct(v))
+    assert again.recipe == {**model.recipe, "shape": SHAPE}
+    kept = (again.upper_kind, again.latent_weight, again.ratio, again.fresh_latent)
+    assert kept == ("hinge", 1e-4, 0.05, True)
+
+
+@pytest.mark.parametrize("family", ["conv", "resnet"])
+def test_convolutions_lie_channels_last(family):
+    model = BiDVL.for_images(SHAPE, family=family, latent_dim=3, width=8)
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert model.generate(torch.zeros(2, 3)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_load_asks_for_the_modules_it_cannot_build(tmp_path):
@@ -117,6 +140,8 @@ def test_bad_data_are_refused_before_anything_is_written(data, error, words, tmp
         ({"ratio_bias": "sigmod"}, "did you mean `sigmoid`"),
         ({"statistics": "batches"}, "did you mean `batch`"),
         ({"ratio": -1.0}, "`ratio` not negative"),
+        ({"family": "resnets"}, "did you mean `resnet`"),
+        ({"family": "resnet", "width": 0}, "`width` must be positive"),
     ],
 )
 def test_unknown_options_name_the_nearest(options, words):
