@@ -32,3 +32,47 @@ def _speed(record: dict[str, Any]) -> str:
         cells += [f"{rate / 1e12 / peak:.0%}"] if peak else []
         table.append("| " + " | ".join(cells) + " |")
     return "\n".join(table)
+
+
+_COLUMNS = {
+    "frechet": "Fréchet",
+    "kid": "KID",
+    "density": "density",
+    "coverage": "coverage",
+    "smallest_class_share": "rarest class",
+    "rmse": "RMSE",
+    "auroc_uniform": "AUROC noise",
+    "auroc_constant": "constant",
+}
+
+
+def images_table(path: Path) -> str:
+    """The newest record of every preset, one Markdown table for each data set and feature space."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    newest = {record["preset"]: record for record in map(json.loads, lines)}
+    spaces: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in newest.values():
+        spaces.setdefault((record["data"], record["features"]), []).append(record)
+    return "\n\n".join(_compared(*space, records) for space, records in spaces.items())
+
+
+def _compared(data: str, features: str, records: list[dict[str, Any]]) -> str:
+    results = [record["results"] for record in records]
+    known = {name for numbers in results for name in numbers}
+    columns = {name: label for name, label in _COLUMNS.items() if name in known}
+    others = sorted(n for n in known if n.startswith("auroc_") and n not in _COLUMNS)
+    columns |= {name: name.removeprefix("auroc_") for name in others}
+    some = records[0]
+    table = [
+        f"{data}; features: {features}. torch {some['versions']['torch']}, "
+        f"{some['gpu'] or some['device']}, {some['threads']} threads. Training images in the place of "
+        f"samples: Fréchet {results[0]['frechet_reference']:.3g}.",
+        "",
+        "| preset | steps | seconds | " + " | ".join(columns.values()) + " |",
+        "| --- | ---: | ---: " + "| ---: " * len(columns) + "|",
+    ]
+    for record, numbers in zip(records, results, strict=True):
+        cells = [f"{numbers[name]:.3g}" if name in numbers else "-" for name in columns]
+        line = f"| {record['preset']} | {record['steps']:,} | {record['seconds']:.0f} | "
+        table.append(line + " | ".join(cells) + " |")
+    return "\n".join(table)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from benchmarks.dropped_page import dropped_table
-from benchmarks.image_page import image_speed_table
+from benchmarks.image_page import image_speed_table, images_table
 from benchmarks.likelihood_page import ais_table, reverse_table, suite_table
 from benchmarks.speed_page import speed_table
 
@@ -72,6 +72,7 @@ def everything() -> str:
         ("What the dropped term is worth", dropped_table, "dropped_term"),
         ("Steps per second of the learners", speed_table, "learner_speed"),
         ("A step on images", image_speed_table, "image_speed"),
+        ("Image models", images_table, "images"),
         ("Annealed importance sampling", ais_table, "ais"),
         ("The reverse KL of a machine", reverse_table, "reverse_kl"),
         ("Checkerboard", suite_table, "checkerboard"),

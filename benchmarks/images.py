@@ -1,0 +1,134 @@
+r"""Image models by preset: trained, looked at, measured, side by side.
+
+    python -m benchmarks.images mnist vae-mnist advil-mnist bism-mnist-small \
+        --data mnist.npz --outside fashion=fashion_mnist.npz --features mnist_classifier
+    python -m benchmarks.images cifar10 --data cifar10_train.zip --device cuda --compile \
+        --precision bfloat16 --curve 20000
+
+Every preset gets the seconds that it states (`--seconds` for another budget), on this machine, one
+after the other; steps it did not reach are not taken. All are judged in one feature space, whose name
+stands in the record: by default a classifier trained on the data set on the spot. With `--curve N` the
+model is judged every N steps as well, on a copy, while the clock of training stands still.
+
+Records go to `benchmarks/results/images.jsonl`, pictures to `benchmarks/results/images/`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.image_page import images_table
+from benchmarks.peers import RESULTS, environment
+from bilevel import Step
+from bilevel.methods import EBLVM
+from bilevel.methods.data import Images, load_images
+from bilevel.methods.evaluation import evaluate
+from bilevel.methods.features import FeatureNetwork, judge, load_classifier
+from bilevel.methods.pictures import save_grid, save_reconstructions
+from bilevel.methods.presets import PRESETS
+
+PICTURES = RESULTS.with_name("images")
+
+
+def trained(
+    name: str, images: Images, seen: FeatureNetwork, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one preset, evaluate it and draw it; its record."""
+    preset = PRESETS[name]
+    model = preset.build(seed=options.seed).to(options.device)
+    chosen = {"seed": options.seed, "max_seconds": options.seconds, "num_steps": options.steps}
+    chosen |= {"precision": options.precision, "compile": options.compile or None}
+    chosen |= {"evaluate_every": options.curve}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    settings = preset.settings(**given)
+    curve = {"evaluate": lambda copy: quick(copy, images, seen)} if options.curve else {}
+    history = model.fit(images.train, callbacks=[_shown], **settings.model_dump(), **curve)
+    outside = {key: load(path, preset).test for key, path in options.outside}
+    numbers = evaluate(model, images, options.seed, features=seen, outside=outside)
+    draw(model, images, name, options.seed)
+    return {
+        "preset": name,
+        "method": type(model).__name__,
+        "data": images.name,
+        "features": seen.label,
+        "statistics": model.statistics,
+        "steps": history.steps,
+        "seconds": history.seconds,
+        "steps_per_second": history.steps_per_second,
+        "batch_size": settings.batch_size,
+        "curve": history.evaluations,
+        **environment(),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "seed": options.seed,
+        "results": numbers,
+    }
+
+
+def quick(model: EBLVM, images: Images, seen: FeatureNetwork) -> dict[str, float]:
+    """A look at a model in training."""
+    return evaluate(model, images, features=seen, samples=2000)
+
+
+def draw(model: EBLVM, images: Images, name: str, seed: int) -> None:
+    """Samples and reconstructions."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    save_grid(model.sample(80, generator), PICTURES / f"{name}.png", columns=16, scale=1)
+    some = images.test[:16]
+    try:
+        copies: Tensor = model.reconstruct(some)
+    except NotImplementedError:
+        return
+    save_reconstructions(some, copies, PICTURES / f"{name}_reconstructions.png", scale=1)
+
+
+def load(path: str, preset: Any) -> Images:
+    """Images as the preset loads its own."""
+    return load_images(path, **preset.loading)
+
+
+def _shown(step: Step) -> None:
+    if step.number % 200 == 0:
+        losses = f"upper {float(step.upper_loss):.3f}"
+        losses += "" if step.lower_loss is None else f" lower {float(step.lower_loss):.3f}"
+        print(f"  step {step.number}, {step.seconds:.0f} s: {losses}", flush=True)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    return name, path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET")
+    parser.add_argument("--data", help="instead of the preset's own source")
+    parser.add_argument("--outside", type=_named, nargs="*", default=[], metavar="NAME=PATH")
+    parser.add_argument("--features", type=Path, help="a classifier that `bilevel features` wrote")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--curve", type=int, metavar="N")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    first = PRESETS[options.presets[0]]
+    images = load(options.data or first.data, first)
+    seen = load_classifier(options.features) if options.features else judge(images)
+    print(f"{images.name}: {len(images.train):,} images; judged by {seen.label}")
+    path = RESULTS.with_name("images.jsonl")
+    for name in options.presets:
+        print(name)
+        record = trained(name, images, seen, options)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    print(images_table(path))
+
+
+if __name__ == "__main__":
+    main()
