@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,8 @@ from safetensors.torch import load_file
 from bilevel import cli
 from bilevel.cli import main
 from bilevel.cli.options import methods, model_settings, training_settings
-from bilevel.methods import Training
-from bilevel.methods.config import validated
 from bilevel.methods.data import load_images
-from bilevel.methods.presets import DIGITS
+from bilevel.methods.presets import DIGITS, PRESETS
 
 TINY = ["--width", "2", "--latent-dim", "2", "--batch-size", "20", "--log-every", "2"]
 TINY += ["--checkpoint-every", "2"]
@@ -137,6 +137,16 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
         ("trian", "did you mean `train`?"),
         ("train bidv --data few.npz", "did you mean `bidvl`?"),
         ("train bidvl", "--data NAME|PATH is missing"),
+        ("train --preset digit", "did you mean `digits`?"),
+        ("train vae --preset digits", "`digits` is for `bidvl`, not for `vae`; leave `vae` out"),
+        ("train --preset=digits --sigma 1", "there is no option `--sigma`"),
+        ("train --preset cifar10 --data few.npz", "colour images of 32x32 pixels, but `few` holds"),
+        ("train --preset cifar10 --data few.npz", "make them so with `--side 32 --channels 3`"),
+        ("train --preset cifar10 --data few.npz --side 32", "with `--channels 3`, train on them"),
+        ("train --preset digits --num-steps 0", "`--num-steps`: input should be greater"),
+        ("train bidvl --data few.npz --crop 50", "`crop=50` is larger"),
+        ("train bidvl --data few.npz --channels 2", "`channels`"),
+        ("presets cifar", "there is no preset `cifar`; did you mean `cifar10`?"),
         ("train --data few.npz", "METHOD ("),
         ("train bidvl --dta few.npz", "did you mean `--data`?"),
         ("train bidvl --data few.npz extra", "`extra` is one argument too many"),
@@ -196,7 +206,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "train", "train bidvl", "sample", "evaluate", "report"]
+    "command",
+    ["", "demo", "train", "train bidvl", "train vae", "presets", "sample", "evaluate", "report"],
 )
 def test_help_is_short_and_has_examples(command: str, capsys: Capture) -> None:
     assert main([*command.split(), "--help"]) == 0
@@ -217,9 +228,68 @@ def test_every_setting_is_explained() -> None:
         assert all(setting.help for setting in model_settings(method))
 
 
-def test_the_preset_is_valid() -> None:
-    assert validated(Training, DIGITS.training).max_seconds == 90
-    assert DIGITS.model.keys() <= {setting.name for setting in model_settings(methods()["bidvl"])}
+# ---------------------------------------------------------------------- presets and data
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_a_preset_names_method_and_data_and_yields_to_the_command_line(home: Path) -> None:
+    few = ["--num-steps", "2", "--no-report"]
+    assert main(["train", "--preset", "digits", *few, "--ratio", "0.2"]) == 0
+    config = config_of(home / "runs" / "bidvl-digits-1")
+    assert (config["method"], config["notes"]["data"]) == ("BiDVL", "digits")
+    training = {**DIGITS.settings().model_dump(mode="json"), "num_steps": 2}
+    assert config["training"] == training
+    assert {name: config["model"][name] for name in DIGITS.model} == {**DIGITS.model, "ratio": 0.2}
+    small = ["--width", "4", "--latent-dim", "2", "--batch-size", "20"]
+    fits = ["--data", "few.npz", "--side", "32", *small]
+    assert main(["train", "--preset", "vae-mnist", *few, *fits]) == 0
+    config = config_of(home / "runs" / "vae-mnist-1")
+    assert (config["method"], config["model"]["shape"]) == ("VAE", [1, 32, 32])
+    # images of another shape, if they are asked for
+    kept = ["--data", "few.npz", "--side", "8", "--channels", "1", *small]
+    assert main(["train", "--preset", "advil-cifar10", *few, *kept]) == 0
+    config = config_of(home / "runs" / "advil-cifar10-1")
+    assert (config["method"], config["model"]["shape"]) == ("AdvIL", [1, 8, 8])
+    assert config["training"]["lower_steps"] == 1
+
+
+def test_images_are_loaded_the_same_way_when_a_run_is_resumed(home: Path, capsys: Capture) -> None:
+    assert train("--run", "r", "--no-report", "--side", "16", "--limit", "50") == 0
+    config = config_of(home / "r")
+    assert config["model"]["shape"] == [1, 16, 16]
+    assert config["notes"]["data_options"] == {"side": 16, "limit": 50}
+    assert "`--side` is 32, but" in refused(capsys, "train --run r --resume --side 32")
+    assert main(["train", "--run", "r", "--resume", "--side", "16", "--no-report"]) == 0
+
+
+def test_a_dry_run_writes_nothing(home: Path, capsys: Capture) -> None:
+    assert train("--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (home / "runs").exists()
+
+
+def test_presets_are_listed_and_shown_in_full(capsys: Capture) -> None:
+    assert main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    for preset in PRESETS.values():
+        assert preset.about in listed
+    assert main(["presets", "CelebA64"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("the code has 1.0", "celeba64", "crop      160", "ratio          0.1"):
+        assert words in shown
+    for name, value in PRESETS["celeba64"].settings().model_dump().items():
+        text = "-" if value is None else str(value)
+        assert isinstance(value, tuple) or re.search(rf"^  {name} +{text}$", shown, re.MULTILINE)
+
+
+def test_only_options_that_are_passed_on_are_offered() -> None:
+    names = {setting.name for setting in model_settings(methods()["vae"])}
+    assert names == {"latent_dim", "width", "statistics"}
+    assert "variant" in {setting.name for setting in model_settings(methods()["bidvl"])}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
