@@ -24,7 +24,8 @@ $(v + 1) / 2$. A noise level of the papers is therefore half as large as the sam
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, cast, final
+from collections.abc import Callable
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from bilevel.methods.models.base import check_dim
 from bilevel.methods.variational import GaussianPosterior
 
 Shape = tuple[int, int, int]
+Network = TypeVar("Network", bound=nn.Module)
 
 VISIBLE_RANGE = (-1.0, 1.0)
 """Range of the images that these networks take."""
@@ -169,13 +171,24 @@ def image_networks(
         TypeError: as `DeepEBLVM`.
         ValueError: as `DeepEBLVM`.
     """
+    energy = seeded(seed, lambda: DeepEBLVM(shape, latent_dim, width, blocks))
+    narrow = min(width, _POSTERIOR_WIDTH)
+    moments = seeded(seed + 1, lambda: ConvMoments(shape, latent_dim, narrow))
+    return energy, GaussianPosterior(moments, latent_dim)
+
+
+def seeded(seed: int, make: Callable[[], Network]) -> Network:
+    """A network with the weights of a seed, in the layout in which convolutions are faster.
+
+    Args:
+        seed: of the initial weights; torch's global generator is left as it was.
+        make: makes the network.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        energy = DeepEBLVM(shape, latent_dim, width, blocks)
-        moments = ConvMoments(shape, latent_dim, min(width, _POSTERIOR_WIDTH))
-    for network in (energy, moments):
-        cast(Any, network).to(memory_format=torch.channels_last)  # convolutions are faster in it
-    return energy, GaussianPosterior(moments, latent_dim)
+        network = make()
+    cast(Any, network).to(memory_format=torch.channels_last)
+    return network
 
 
 def trunk(shape: Shape, width: int, blocks: int) -> nn.Sequential:

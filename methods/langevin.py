@@ -11,7 +11,7 @@ what was blurred, given x.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ Steps: TypeAlias = tuple[int, int, int]
 
 PUBLISHED: Steps = (500, 2000, 200)
 """Steps of BiSM and VaGES at the highest temperature, from there down to 1, and from 1 to 0."""
+
+_CHAINS = 500  # run at a time
 
 
 def annealed_langevin(
@@ -70,47 +72,68 @@ def annealed_langevin(
     return [x - denoise**2 * g for x, g in zip(state, slopes(energy, state), strict=True)]
 
 
+class Chained(Protocol):
+    r"""What a model knows of its own Langevin dynamics.
+
+    Attributes:
+        visible_range: smallest and largest value of a visible, `None` if unbounded.
+        langevin: steps of `annealed_langevin`.
+        denoise: $\sigma_0$ of the last step, in the units of the visibles.
+    """
+
+    visible_range: tuple[float, float] | None
+    langevin: Steps
+    denoise: float
+
+
 def visible_chains(
+    model: Chained,
     energy: Callable[[Tensor, Tensor], Tensor],
     latent: Tensor,
-    shape: Sequence[int],
+    shape: tuple[int, ...] | None,
     generator: torch.Generator | None,
     *,
     given: bool,
-    value_range: tuple[float, float] | None,
-    steps: Steps,
-    denoise: float,
 ) -> Tensor:
-    r"""Visibles from noise by annealed Langevin dynamics, which runs in units of their range.
+    """Visibles from noise by annealed Langevin dynamics, which runs in units of their range.
 
     A range [a, b] becomes [0, 1], where the step and the temperatures of the papers belong. All
     variables start at N(1/2, 1).
 
     Args:
+        model: knows range and steps.
         energy: E(v, h), shape (n,).
         latent: h, shape (n, d): what the visibles are drawn given; otherwise only its shape counts.
         shape: of one visible.
         generator: draws the noise, on the device of `latent`.
         given: hold h where it is, instead of moving it along from noise.
-        value_range: smallest and largest value of a visible, to which the result is cut.
-        steps: as in `annealed_langevin`.
-        denoise: $\sigma_0$ of the last step, in the units of the visibles.
 
     Returns:
-        Visibles, shape (n, *shape).
+        Visibles, shape (n, *shape), cut to their range.
+
+    Raises:
+        NotImplementedError: if the shape is `None`.
     """
-    low, high = value_range or (0.0, 1.0)
-    start = [_normal(latent.new_empty(len(latent), *shape), generator) + 0.5]
-    if not given:
-        start.append(_normal(latent, generator) + 0.5)
+    if shape is None:
+        raise NotImplementedError(
+            "the shape of a visible is not known; set `visible_shape` before sampling"
+        )
+    low, high = model.visible_range or (0.0, 1.0)
+    denoise = model.denoise / (high - low)
 
-    def scaled(x: Tensor, *free: Tensor) -> Tensor:
-        return energy(low + (high - low) * x, *(free or (latent,)))
+    def chains(h: Tensor) -> Tensor:
+        start = [_normal(h.new_empty(len(h), *shape), generator) + 0.5]
+        if not given:
+            start.append(_normal(h, generator) + 0.5)
 
-    denoise = denoise / (high - low)
-    x = annealed_langevin(scaled, start, generator, steps=steps, denoise=denoise)[0]
-    v = low + (high - low) * x
-    return v if value_range is None else v.clamp(low, high)
+        def scaled(x: Tensor, *free: Tensor) -> Tensor:
+            return energy(low + (high - low) * x, *(free or (h,)))
+
+        x = annealed_langevin(scaled, start, generator, steps=model.langevin, denoise=denoise)[0]
+        return low + (high - low) * x
+
+    v = torch.cat([chains(part) for part in latent.split(_CHAINS)])
+    return v if model.visible_range is None else v.clamp(low, high)
 
 
 def temperatures(steps: Steps, hottest: float = 100.0) -> list[float]:

@@ -51,7 +51,6 @@ Expectation: TypeAlias = Literal["sampled", "exact"]
 ENERGY_SAMPLES = 100
 """Draws of the importance-weighted bound that `energy` is where there is no free energy."""
 
-_CHAINS = 500  # Langevin chains run at a time
 _BLURRED = ("denoising", "multiscale")  # objectives that fit the density of the data plus noise
 _ROWS = 50  # visibles whose bound is evaluated at a time, each with `ENERGY_SAMPLES` latents
 
@@ -88,6 +87,7 @@ class ScoreLearner(ModelLearner):
     divergence: Divergence
     expectation: Expectation
     langevin: Steps
+    denoise: float
 
     @abstractmethod
     def draw_lower(self, batch: Any, generator: torch.Generator, step: int) -> LowerBatch:
@@ -315,13 +315,10 @@ class ScoreLearner(ModelLearner):
             return ModelLearner.sample(self, n, generator)
         if n < 1:
             raise ValueError(f"`n` must be positive, got {n}")
-        latent_dim, like = self._gaussian().latent_dim, next(self.parameters())
-        if self.visible_shape is None:
-            raise NotImplementedError(
-                "the shape of a visible is not known; set `visible_shape` before sampling"
-            )
+        latent = next(self.parameters()).new_empty(n, self._gaussian().latent_dim)
         with self.evaluating():
-            return self._chains(like.new_empty(n, latent_dim), self.visible_shape, generator)
+            shape = self.visible_shape
+            return visible_chains(self, self.joint_energy, latent, shape, generator, given=False)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """Of a machine the visibles' mean given the latents'; else draws given the mean of q(h|v).
@@ -336,31 +333,9 @@ class ScoreLearner(ModelLearner):
         posterior, v = self._gaussian(), self.check(v)
         generator = torch.Generator(v.device).manual_seed(0)
         with self.evaluating():
-            mean = torch.cat([posterior.moments(part)[0] for part in v.split(_CHAINS)])
-            return self._chains(mean, v.shape[1:], generator, given=True)
-
-    def _chains(
-        self,
-        latents: Tensor,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None,
-        given: bool = False,
-    ) -> Tensor:
-        """Visibles with latents like these, or given these, a few chains at a time."""
-        parts = [
-            visible_chains(
-                self.joint_energy,
-                h,
-                shape,
-                generator,
-                given=given,
-                value_range=self.visible_range,
-                steps=self.langevin,
-                denoise=self.denoise,
-            )
-            for h in latents.split(_CHAINS)
-        ]
-        return torch.cat(parts)
+            mean = torch.cat([posterior.moments(part)[0] for part in v.split(_ROWS)])
+            shape = tuple(v.shape[1:])
+            return visible_chains(self, self.joint_energy, mean, shape, generator, given=True)
 
     def _gaussian(self) -> GaussianPosterior:
         if not isinstance(self.encoder, GaussianPosterior):

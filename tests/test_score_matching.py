@@ -145,6 +145,16 @@ def test_multiscale_grid_is_geometric_and_deterministic() -> None:
     assert images.gain.shape == (5, 1, 1, 1)
 
 
+def test_multiscale_grid_may_be_linear() -> None:
+    objective = MultiScale(0.1, (0.05, 1.2), "linear")
+    levels = objective.levels(normal(6, 3, 2, 2))
+    expected = torch.tensor([0.05, 0.28, 0.51, 0.74, 0.97, 1.2], dtype=torch.float64)
+    torch.testing.assert_close(levels.flatten(), expected, **TIGHT)
+    points = objective.draw(torch.zeros(6, 3), torch.Generator())
+    torch.testing.assert_close(points.gain.flatten().double(), 1 / expected, rtol=1e-6, atol=0)
+    assert score_objective("multiscale", 0.1, (0.05, 1.2), "linear") == objective
+
+
 def test_multiscale_at_one_level_is_denoising_over_its_variance() -> None:
     model, v, sigma = machine(), normal(6, 2, seed=3), 0.3
     one = Denoising(sigma).draw(v, torch.Generator().manual_seed(0))
@@ -273,5 +283,9 @@ def test_refusals() -> None:
         score_objective("multiscale", 0.1, (0.0, 1.0))
     with pytest.raises(ValueError, match="a first and a last level"):
         score_objective("multiscale", 0.1, (0.1, 0.2, 0.3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`model` must be a module, got `str`"):
+        ScoreMatching("energy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the model must give one number per visible"):
+        ScoreMatching(torch.nn.Linear(2, 3)).fit(torch.rand(9, 2), num_steps=1, batch_size=3)
     with pytest.raises(ValueError, match="needs a lower level"):
         learner().float().fit(torch.rand(64, 2), num_steps=1, batch_size=8, solver=Implicit())

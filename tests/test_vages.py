@@ -220,6 +220,19 @@ def test_12_one_sample_is_refused() -> None:
         VaGES(machine(), num_samples=0, covariance=False)
 
 
+def test_4_variance_reduced_score_is_exact_for_every_draw() -> None:
+    """At the exact posterior the score of p~ / q does not depend on h."""
+    v = data()
+    truth = free_score(machine(), data())
+    for seed in range(3):
+        reduced, plain = sampled(variance_reduced=True), sampled()
+        noise = reduced.encoder.noise(12, generator(seed), v).view(6, 2, UNITS)
+        still = noise.new_zeros(0, *noise.shape)
+        samples = reduced.samples(v, noise, still)
+        torch.testing.assert_close(reduced.score(samples), truth, **TIGHT)
+        assert (plain.score(plain.samples(v, noise, still)) - truth).abs().max() > 1e-2
+
+
 def test_groups_are_independent() -> None:
     made = sampled()
     batch = made.draw(data(), generator())
