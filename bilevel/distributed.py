@@ -14,8 +14,10 @@ A wrapper that hooks `.backward()` sees none of these gradients: they come from 
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,10 @@ from torch import Tensor, nn
 
 from bilevel.tracing import tracing
 
+_LOST = (
+    "process {} of {} lost contact with another one, which failed or was killed{}; start the run again "
+    "with `--resume`, with any number of processes"
+)
 _PATIENCE = timedelta(minutes=30)  # a rank may evaluate for long; one that dies is noticed at once
 
 
@@ -55,7 +61,8 @@ def processes(device: str | None = None) -> Iterator[str | None]:
             of its own.
 
     Yields:
-        The device of this process ("cuda:1"), or `device` if there is only one process.
+        "cpu" or "cuda", where "cuda" is now this process's own device; `device` as it was given if there
+        is only one process.
 
     Raises:
         ValueError: if "cuda" is asked for and there are fewer devices than processes.
@@ -70,16 +77,27 @@ def processes(device: str | None = None) -> Iterator[str | None]:
             f"{here} processes share this machine, but it has {count} CUDA devices; start one for each "
             "device (`torchrun --nproc-per-node`), or use `--device cpu`"
         )
-    if device is None:
-        device = "cuda" if 0 < here <= count else "cpu"
+    device = device or ("cuda" if 0 < here <= count else "cpu")
     if device == "cuda":
         torch.cuda.set_device(own)
-        device = f"cuda:{own}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
-    try:
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    with _terminated_aloud():
         yield device
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _terminated_aloud() -> Iterator[None]:
+    """`torchrun` ends the processes that are left when one dies; let them say why."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise LostRankError(_LOST.format(os.environ.get("RANK"), os.environ.get("WORLD_SIZE"), ""))
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
-        dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)
 
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,9 +187,8 @@ def from_main(value: Any) -> Any:
 def _watched() -> Iterator[None]:
     try:
         yield
+    except LostRankError:
+        raise
     except RuntimeError as error:
-        raise LostRankError(
-            f"process {rank()} of {world_size()} lost contact with another one, which ended or was "
-            "killed; start the run again with `--resume` (the number of processes may differ): "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
+        reason = f" ({str(error).strip().splitlines()[0]})"
+        raise LostRankError(_LOST.format(rank(), world_size(), reason)) from error

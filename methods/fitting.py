@@ -30,10 +30,12 @@ from bilevel import (
     train,
 )
 from bilevel.batches import Source
+from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.methods.config import Training
 from bilevel.methods.run import Run, better
 from bilevel.optimizers import Optimizers, listed
 from bilevel.state import read_checkpoint
+from bilevel.sync_batch_norm import synchronise_batch_norm
 
 if TYPE_CHECKING:
     from bilevel.methods.eblvm import EBLVM
@@ -108,7 +110,7 @@ def fit(
     solver = Alternating() if solver is None else solver
     _check(data, training, resume, run, evaluate)
     folder = Run(run) if run is not None else None
-    if folder is not None:
+    if folder is not None and is_main():
         folder.claim(resume=resume, overwrite=overwrite)
     model.probe(model.as_visibles(data[:2]))
     levels = optimizers if optimizers is not None else model.optimizers(training)
@@ -123,7 +125,7 @@ def fit(
         resume=folder.checkpoint_path if folder is not None and resume else None,
         check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
     )
-    if folder is not None and not resume:
+    if folder is not None and not resume and is_main():
         folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
     steps = _advised(steps, model, training, solver, tuple(data.shape[1:]))
     return _follow(model, steps, training, list(callbacks), evaluate, folder, resume)
@@ -142,6 +144,8 @@ def begin(
 ) -> Iterator[Step]:
     """The steps of a training, none of them taken yet."""
     upper, lower = optimizers
+    if training.sync_batch_norm and world_size() > 1:
+        synchronise_batch_norm(model)
     model.train()
     two_levels = bool(model.variables("lower"))
     lower_moves = two_levels and training.lower_steps > 0
@@ -186,9 +190,11 @@ def _check(
     run: str | os.PathLike[str] | None,
     evaluate: Evaluate | None,
 ) -> None:
-    if len(data) < training.batch_size:
+    refuse_small(data, training)
+    if training.batch_size % (ranks := world_size()):
         raise ValueError(
-            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
+            f"`batch_size` is that of all processes together, and {training.batch_size} cannot be "
+            f"shared out equally among {ranks}; use {max(1, training.batch_size // ranks) * ranks}"
         )
     if resume and run is None:
         raise ValueError("`resume=True` needs the folder of the run: `run=...`")
@@ -197,6 +203,18 @@ def _check(
         if evaluate is None:
             given, missing = "`evaluate_every`", "`evaluate`, a function of the model"
         raise ValueError(f"{given} is given, but not {missing}; give both or neither")
+
+
+def refuse_small(data: Tensor, training: Training) -> None:
+    """Refuse data that do not fill a batch.
+
+    Raises:
+        ValueError: if there are fewer visibles than in a batch.
+    """
+    if len(data) < training.batch_size:
+        raise ValueError(
+            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
+        )
 
 
 # ---------------------------------------------------------------------- the run
@@ -217,16 +235,17 @@ def _follow(
         for step in steps:
             if first is None:
                 first = step.number - 1
-                if folder is not None and resume:
+                if folder is not None and resume and is_main():
                     folder.rewind(first)
                     records, evaluations = _so_far(folder)
-            ended = step.number == training.num_steps or (
-                training.max_seconds is not None and step.seconds >= training.max_seconds
-            )
             stops = [callback(step) is True for callback in callbacks]  # call every one
-            ended |= any(stops)
+            ended = _ended(step, training, any(stops))
             measured = None
-            if evaluate is not None and step.number % (training.evaluate_every or 1) == 0:
+            if (
+                evaluate is not None
+                and is_main()
+                and step.number % (training.evaluate_every or 1) == 0
+            ):
                 measured = _measured(model, step, evaluate)
                 evaluations += [measured.record] if measured is not None else []
             if ended or step.number % training.log_every == 0:
@@ -242,11 +261,20 @@ def _follow(
     model.eval()
     if training.ema is not None:
         model.load_state_dict(_average(step, folder))
-    if folder is not None:
+    if folder is not None and is_main():
         model.save(folder.model_path)
     if step is None or first is None:  # a finished run was resumed
         return History(records, evaluations=evaluations)
     return History(records, step.number - first, step.seconds, evaluations)
+
+
+def _ended(step: Step, training: Training, stopped: bool) -> bool:
+    """Whether this step is the last one; all ranks must say the same of the same step."""
+    late = training.max_seconds is not None and step.seconds >= training.max_seconds
+    wished = stopped or late
+    if world_size() > 1:  # asking the others costs an exchange
+        wished = step.number % training.log_every == 0 and any_rank(wished)
+    return wished or step.number == training.num_steps
 
 
 def _so_far(folder: Run | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -265,13 +293,18 @@ def _write(
 
     The checkpoint comes last: whatever was recorded up to it is there when the run is resumed from it.
     """
+    due = ended or step.number % training.checkpoint_every == 0
+    if not is_main():
+        if due:
+            step.state.save(folder.checkpoint_path)  # takes part; the first process writes
+        return
     if records and records[-1]["step"] == step.number:
         folder.append(records[-1])
     if measured is not None:
         folder.append_evaluation(measured.record)
         if better(measured.record, folder.best()):
             folder.keep_best(measured.model.save, measured.record)
-    if ended or step.number % training.checkpoint_every == 0:
+    if due:
         # variables that are not finite: the next step's losses say so better, if there is one
         with contextlib.nullcontext() if ended else contextlib.suppress(CheckpointError):
             folder.checkpoint(step.state, training.keep_checkpoints)

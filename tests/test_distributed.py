@@ -1,7 +1,12 @@
 """Several processes are one: the same variables from the same global batches."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from bilevel import Problem
+from bilevel.cli import main
+from bilevel.methods import BiDVL
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
-from tests.distributed_worker import SOLVERS, everything, trained
+from tests.distributed_worker import IMAGES, SOLVERS, everything, trained
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
@@ -87,7 +94,7 @@ def test_the_sum_of_shares_is_the_batch() -> None:
 
 def test_unequal_shares_are_refused() -> None:
     problem = Problem.from_functions(lambda x, y, b: b, lambda x, y, b: b, {}, {})
-    with pytest.raises(ValueError, match="7 rows cannot be shared out .* batch size of 6"):
+    with pytest.raises(ValueError, match=r"7 rows cannot be shared out .* batch size of 6"):
         problem.shard(torch.zeros(7, 2), 0, 3)
     with pytest.raises(ValueError, match=r"\[4, 6\] rows.*override `shard`"):
         problem.shard((torch.zeros(4), torch.zeros(6)), 0, 2)
@@ -102,3 +109,59 @@ def test_synchronising_keeps_tensors_and_names() -> None:
     assert isinstance(module[2][0], SyncBatchNorm)
     assert list(module.state_dict()) == state
     assert all(p is before[name] for name, p in module.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
+def test_when_one_rank_is_killed_the_others_say_so_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = "--data digits --device cpu --latent-dim 2 --width 2 --checkpoint-every 5 --no-report"
+    asked = ["train", "bidvl", *options.split(), "--num-steps", "200", "--batch-size", "400"]
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m bilevel"
+    begun = subprocess.Popen(
+        [sys.executable, "-m", *launcher.split(), *asked, "--folder", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    checkpoint = run / "checkpoints" / "last.pt"
+    try:
+        _wait_for(checkpoint.exists, seconds=200)
+        _kill_rank(1, begun.pid)
+        said, _ = begun.communicate(timeout=60)
+    finally:
+        begun.kill()
+        begun.communicate()
+    assert begun.returncode != 0
+    assert "process 0 of 2 lost contact with another one" in said
+    assert "`--resume`, with any number of processes" in said
+    assert not (run / "model").exists()
+    assert main(["train", "--run", str(run), "--resume", "--no-report"]) == 0
+    assert (run / "model" / "model.json").exists()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [50, 100, 150, 200]
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _kill_rank(rank: int, launcher: int) -> None:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            os.kill(int(child), signal.SIGKILL)
+            return
+    raise AssertionError(children)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilevel.methods.fitting.world_size", lambda: 3)
+    model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
+    with pytest.raises(ValueError, match="100 cannot be shared out equally among 3; use 99"):
+        model.fit(IMAGES.float().repeat(5, 1, 1, 1), num_steps=1)

@@ -8,6 +8,7 @@ from types import ModuleType
 from bilevel import DivergenceError, HypergradientError, __version__
 from bilevel.cli import bench, demo, evaluate, features, presets, report, sample, train
 from bilevel.cli.options import UsageError
+from bilevel.distributed import LostRankError
 from bilevel.methods.config import nearest
 
 OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
+    except LostRankError as error:
+        return _complain(error, FAILED, everywhere=True)
     except (DivergenceError, HypergradientError) as error:
         return _complain(error, FAILED)
     except (ValueError, OSError, ImportError) as error:
@@ -79,7 +82,9 @@ def _dispatch(arguments: list[str]) -> int:
     return status
 
 
-def _complain(problem: object, status: int) -> int:
+def _complain(problem: object, status: int, *, everywhere: bool = False) -> int:
+    if int(os.environ.get("RANK", 0)) and not everywhere:
+        return status  # the first process says the same
     if os.environ.get("BILEVEL_TRACEBACK") and isinstance(problem, BaseException):
         raise problem
     sentences = [str(problem), *getattr(problem, "__notes__", [])]

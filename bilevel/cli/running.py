@@ -11,6 +11,7 @@ from bilevel import DivergenceError, Solver
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, show
 from bilevel.cli.progress import Progress, Stop
+from bilevel.distributed import is_main
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.config import validated
 from bilevel.methods.data import Images
@@ -86,7 +87,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         raise
     if stop.asked and done < training.num_steps:
         return _interrupted(plan.run)
-    if not report:
+    if not report or not is_main():
         print(f"done: {folder}")
         return 0
     results = finish(plan.run, plan.model, plan.images, training.seed, history)
@@ -116,6 +117,7 @@ def _train(plan: Plan, training: Training, stop: Stop) -> tuple[int, History]:
     progress = Progress(training, first)
     notes = {
         "data": images.source,
+        "data_options": images.options,
         "name": images.name,
         "note": images.note,
         "solver": plan.solver_options,

@@ -1,9 +1,11 @@
 """`bilevel train`: start a run, or take one up again."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from bilevel.cli.options import (
 )
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
+from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.config import nearest
 from bilevel.methods.data import Images, load_images
 from bilevel.methods.presets import PRESETS, Preset
@@ -47,7 +50,27 @@ def command(arguments: list[str]) -> int:
         raise UsageError(
             f"there is no method `{args.method}`; {nearest(args.method.lower(), methods())}"
         )
-    return _resume(args) if hasattr(args, "resume") else _start(args)
+    with processes(_device(args)) as device, _main_speaks():
+        if device is not None:
+            args.device = device
+        return _resume(args) if hasattr(args, "resume") else _start(args)
+
+
+def _device(args: argparse.Namespace) -> str | None:
+    """The device that was asked for, now or when the run was started."""
+    if hasattr(args, "device") or not (hasattr(args, "resume") and hasattr(args, "run")):
+        return getattr(args, "device", None)
+    device: str | None = existing(args.run).config().get("notes", {}).get("device")
+    return device
+
+
+@contextlib.contextmanager
+def _main_speaks() -> Iterator[None]:
+    """Of several processes only the first prints."""
+    with open(os.devnull, "w") as nothing, contextlib.ExitStack() as stack:
+        if not is_main():
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+        yield
 
 
 def _named(arguments: list[str]) -> str | None:
@@ -73,7 +96,10 @@ def _parser(method: str | None) -> Parser:
     )
     _add_data(parser)
     parser.add_argument(
-        "--run", metavar="FOLDER", help="where to write (default: runs/METHOD-DATA-NUMBER)"
+        "--run",
+        "--folder",  # `torchrun` takes `--run` for an option of its own
+        metavar="FOLDER",
+        help="where to write (default: runs/METHOD-DATA-NUMBER)",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in --run")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run")
@@ -156,7 +182,7 @@ def _start(args: argparse.Namespace) -> int:
         _refuse_other_images(preset, images, args)
     plain = preset is None or preset.name == images.name
     stem = f"{method.__name__.lower()}-{images.name}" if plain or preset is None else preset.name
-    folder = Path(args.run) if hasattr(args, "run") else fresh(stem)
+    folder = Path(args.run) if hasattr(args, "run") else from_main(fresh(stem))
     model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)  # type: ignore[attr-defined]
     if preset is not None:
         print(f"{preset.name}: {preset.about}")
