@@ -145,20 +145,22 @@ class AdvIL(ModelLearner):
         latent_dim: int = 100,
         width: float = 64,
         sigma: float = 0.01,
+        proper: bool = False,
         seed: int = 0,
         statistics: Statistics = "running",
     ) -> Self:
         r"""AdvIL of an undecoupled energy E(v, h), with BiDVL's networks: the paper's unstable rival.
 
-        Nothing keeps it in place: $KL(Q \| p(h|v))$ rewards a wide Q, and spectral normalisation lets
-        the energy grow at most linearly in h, so the posterior's variance may run away. Watch
-        `energy_data` and `energy_samples`.
+        As published nothing keeps it in place: the energy grows at most linearly in h, and
+        $KL(Q \,\Vert\, p(h|v))$ rewards a wide Q, so that its variance runs away and `energy_data` goes to 0.
+        `proper` cures that, and no more.
 
         Args:
             shape: (channels, side, side) of images in [-1, 1].
             latent_dim: dimension of the latent; 100 in the BiDVL paper.
             width: first channels of the energy, as in `BiDVL.for_images`.
             sigma: standard deviation of the sampler's pixels; 0.01 is about one grey level of 256.
+            proper: add $\frac12 \lVert h \rVert^2$ to the energy, with which p(h|v) is proper; ours.
             seed: seed of the initial weights; torch's global generator is left as it was.
             statistics: batch-norm statistics of samples and reconstructions.
 
@@ -169,15 +171,16 @@ class AdvIL(ModelLearner):
         narrow = max(1, round(width * 3 / 4))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            energy = JointEnergy(shape, latent_dim, round(width))
+            energy: nn.Module = JointEnergy(shape, latent_dim, max(1, round(width)))
             posterior = GaussianPosterior(Posterior(shape, latent_dim, narrow), latent_dim)
             generator = Generator(shape, latent_dim, narrow)
+        energy = _Proper(energy) if proper else energy
         model = cls(energy, posterior, GaussianJoint(generator, latent_dim, shape, sigma))
         cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
         model.visible_shape, model.visible_range = shape, (-1.0, 1.0)
         model.statistics, model.latent_dim = statistics, latent_dim
         sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "sigma": sigma}
-        model.recipe = {**sizes, "seed": seed, "statistics": statistics}
+        model.recipe = {**sizes, "proper": proper, "seed": seed, "statistics": statistics}
         return model
 
     @classmethod
@@ -340,3 +343,16 @@ class AdvIL(ModelLearner):
 
     def _energies(self, draws: Draws) -> Tensor:
         return self.joint_energy(draws.visible, draws.latent)
+
+
+@final
+class _Proper(nn.Module):
+    r"""An energy plus $\frac12 \lVert h \rVert^2$."""
+
+    def __init__(self, energy: nn.Module) -> None:
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, v: Tensor, h: Tensor) -> Tensor:
+        energies: Tensor = self.energy(v, h) + 0.5 * h.square().sum(1)
+        return energies

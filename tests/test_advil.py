@@ -323,6 +323,15 @@ def test_the_entropy_of_the_image_sampler_is_constant() -> None:
     assert any(float(g.abs().max()) > 0 for g in found)
 
 
+def test_a_proper_energy_has_half_the_square_of_the_latent_beside_it(tmp_path: Path) -> None:
+    plain, proper = small().eval(), small(proper=True).eval()
+    v, h = images(5), torch.randn(5, 3, generator=rng())
+    difference = proper.joint_energy(v, h) - plain.joint_energy(v, h)
+    torch.testing.assert_close(difference, h.square().sum(1) / 2, rtol=1e-5, atol=1e-5)
+    proper.save(tmp_path)
+    torch.testing.assert_close(AdvIL.load(tmp_path).energy(v), proper.energy(v), rtol=0, atol=0)
+
+
 def test_images_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     advil, before = small(statistics="batch"), small().state_dict()
     history = advil.fit(images(), num_steps=2, batch_size=20, lower_steps=1, log_every=1)
