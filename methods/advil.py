@@ -152,8 +152,8 @@ class AdvIL(ModelLearner):
         r"""AdvIL of an undecoupled energy E(v, h), with BiDVL's networks: the paper's unstable rival.
 
         As published nothing keeps it in place: the energy grows at most linearly in h, and
-        $KL(Q \,\Vert\, p(h|v))$ rewards a wide Q, so that its variance runs away and `energy_data` goes to 0.
-        `proper` cures that, and no more.
+        $KL(Q \,\Vert\, p(h|v))$ rewards a wide Q, so that its variance runs away and `energy_data`
+        goes to 0. `proper` cures that, and no more.
 
         Args:
             shape: (channels, side, side) of images in [-1, 1].
