@@ -8,10 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Training(BaseModel):
-    """How a model is trained; everything `fit` accepts by keyword.
+    r"""How a model is trained; everything `fit` accepts by keyword.
 
     Steps are upper-level steps. The defaults are BiDVL's for 32 pixel images (Kan et al., 2022,
-    official code).
+    official code), which has neither moving average nor mixed precision.
+
+    With `ema` the trained model, like the ones evaluated on the way, has averaged weights; batch-norm
+    statistics are those of the last step. The average looks back over some 1 / (1 - ema) steps and
+    begins at the initial weights, so it is for runs of many times that length. Checkpoints hold both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +59,7 @@ class Training(BaseModel):
         False, description="with several processes: batch norm over the whole batch"
     )
     evaluate_every: int | None = Field(
-        None, gt=0, description="steps between two evaluations of a copy; the best model is kept"
+        None, gt=0, description="steps between two evaluations of a copy; the best one is kept"
     )
     log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")

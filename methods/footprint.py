@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bilevel import Alternating, Solver
+from bilevel.distributed import world_size
 from bilevel.methods.config import Training
 from bilevel.methods.fitting import begin
 from bilevel.optimizers import listed
@@ -94,7 +95,8 @@ def footprint(
         The cost of the second step: in the first one the optimizers' averages are not there yet.
 
     Raises:
-        ValueError: if the batch size is not positive, or the shape of a visible is not known.
+        ValueError: if the batch size is not positive, or the shape of a visible is not known; among
+            several processes, whose steps exchange numbers.
 
     Example:
         >>> from bilevel.methods import BiDVL
@@ -107,6 +109,11 @@ def footprint(
     shape = model.visible_shape if shape is None else shape
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be positive, got {batch_size}")
+    if world_size() > 1:
+        raise ValueError(
+            "a step is counted in one process, without `torchrun`; each of several processes takes its "
+            "share of the batch, so count with that"
+        )
     if shape is None:
         raise ValueError("this model takes visibles of any shape; say which one by `shape=...`")
     training = Training(**model.training_defaults) if training is None else training
