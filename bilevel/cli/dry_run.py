@@ -2,6 +2,7 @@
 
 from bilevel.cli.progress import duration
 from bilevel.cli.running import Plan
+from bilevel.methods.fitting import refuse_small
 from bilevel.methods.footprint import Footprint, amount, available, footprint, largest_batch
 
 _SPEEDS = (
@@ -21,8 +22,12 @@ def dry_run(plan: Plan) -> int:
 
     Returns:
         The exit status: 0.
+
+    Raises:
+        ValueError: if there are fewer images than in a batch.
     """
     training, images = plan.training, plan.images
+    refuse_small(images.train, training)
     shape = tuple(images.train.shape[1:])
     cost = footprint(
         plan.model, training.batch_size, training=training, solver=plan.solver, shape=shape
