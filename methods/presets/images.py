@@ -163,7 +163,8 @@ _ADVIL_CIFAR10 = replace(
     source=f"{_BIDVL}, Sec. 4: its canonical-KL model, called unstable; the joint energy is one that "
     "the official code defines and never trains; settings are those of its CIFAR-10 script",
     model={"latent_dim": 100, "width": 64},
-    note="expected to fail: the paper says that it diverges, and prints no number",
+    note="expected to fail: the paper says that it diverges, and prints no number. `--proper` (ours) "
+    "keeps the posterior's variance from running away",
 )
 
 EXPERIMENTS = [

@@ -77,7 +77,7 @@ _ADVIL_MNIST = replace(
     method=AdvIL,
     model={"latent_dim": 32, "width": 16},
     training={**_MNIST.training, "num_steps": 4000, "betas": (0.0, 0.9), "lower_steps": 1},
-    note=_EQUAL,
+    note=f"{_EQUAL}; it may diverge, see `advil-cifar10`",
 )
 _BISM_MNIST_SMALL = replace(
     BISM_MNIST,
