@@ -70,6 +70,16 @@ def test_a_residual_model_is_saved_with_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["conv", "resnet"])
+def test_mixed_precision_trains_float32_weights(family):
+    model = BiDVL.for_images(SHAPE, family=family, latent_dim=3, width=4)
+    history = model.fit(
+        images(40).float(), num_steps=3, batch_size=20, precision="bfloat16", log_every=1
+    )
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert len(history.records) == 3
+
+
+@pytest.mark.parametrize("family", ["conv", "resnet"])
 def test_convolutions_lie_channels_last(family):
     model = BiDVL.for_images(SHAPE, family=family, latent_dim=3, width=8)
     weights = [p for p in model.parameters() if p.ndim == 4]
