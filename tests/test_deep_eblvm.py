@@ -269,6 +269,26 @@ def test_gradient_of_vages_equals_finite_differences_of_its_surrogate() -> None:
     assert_slopes(surrogate, parameters, grads)
 
 
+def test_losses_are_those_of_the_papers_in_their_units() -> None:
+    """Images x = (v + 1) / 2 and half the noise: 1/16 of the upper loss, 1/2 of the lower one."""
+    made = small(BiSM, sigma=0.2, sigma_range=(0.1, 2.4), grid="linear")
+    batch = made.draw(images(), generator())
+    noised, levels = (
+        batch.points.visible,
+        torch.linspace(0.05, 1.2, 6, dtype=torch.float64)[:, None],
+    )
+    epsilon = ((noised - images()) / 2).flatten(1) / levels
+    h = made.encoder.draws(noised, batch.latent).latent.detach()
+    x = ((noised + 1) / 2).detach().requires_grad_()
+    log_ratio = -made.joint_energy(2 * x - 1, h) - made.encoder.log_prob(2 * x - 1, h)
+    (s,) = torch.autograd.grad(log_ratio.sum(), x)
+    published = 0.5 * (s.flatten(1) / levels + epsilon / 0.1**2).square().sum(1).mean()
+    torch.testing.assert_close(16 * made.upper_loss(batch), published, **TIGHT)
+    lower = made.draw_lower(batch, generator(), 0)
+    assert lower.gain is not None
+    torch.testing.assert_close(2 * lower.gain.flatten(), 1 / levels.flatten(), **TIGHT)
+
+
 def test_features_of_the_visible_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of latents, of groups and of Langevin steps on them."""
     calls = []
