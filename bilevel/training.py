@@ -4,7 +4,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -154,37 +154,45 @@ def train(
         {"upper": listed(upper_scheduler), "lower": listed(lower_scheduler)},
         sources,
         torch.Generator(problem.device).manual_seed(seed),
-        {
-            "problem": type(problem).__name__,
-            "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
-            "solver": re.sub(r" at 0x[0-9a-f]+", "", repr(solver)),  # functions print their address
-            "optimizers": repr({n: [type(o).__name__ for o in g] for n, g in optimizers.items()}),
-            "order": order,
-            "lower_steps": str(lower_steps),
-            "batch_size": str(batch_size),
-            "clipping": repr({"upper": clip_upper, "lower": clip_lower}),
-            "seed": str(seed),
-            **({"compile": "True"} if compile else {}),
-            **({"precision": str(precision)} if precision is not None else {}),
-            **({"ema": str(ema)} if ema is not None else {}),
-        },
+        _configuration(
+            problem,
+            solver,
+            optimizers,
+            order=order,
+            lower_steps=lower_steps,
+            batch_size=str(batch_size),
+            clipping={"upper": clip_upper, "lower": clip_lower},
+            seed=seed,
+            compile=compile,
+            precision=precision,
+            ema=ema,
+        ),
         ema,
     )
     agree(problem)
     if resume is not None:
         state.load(resume)
+    first = order == "upper_first"
     turn = Turn(
-        state,
-        solver,
-        lower_steps,
-        order == "upper_first",
-        clip_upper,
-        clip_lower,
-        throw,
-        compile,
-        precision,
+        state, solver, lower_steps, first, clip_upper, clip_lower, throw, compile, precision
     )
     return _loop(turn, num_steps, check_every, seed)
+
+
+def _configuration(
+    problem: Problem,
+    solver: Solver,
+    optimizers: Mapping[Level, Sequence[torch.optim.Optimizer]],
+    **settings: Any,
+) -> dict[str, str]:
+    """What must be the same when a run is resumed; settings that are off are not mentioned."""
+    return {
+        "problem": type(problem).__name__,
+        "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
+        "solver": re.sub(r" at 0x[0-9a-f]+", "", repr(solver)),  # functions print their address
+        "optimizers": repr({n: [type(o).__name__ for o in g] for n, g in optimizers.items()}),
+        **{n: str(v) for n, v in settings.items() if v is not None and v is not False},
+    }
 
 
 def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
