@@ -187,16 +187,7 @@ class VaGES(ScoreLearner):
             )
         if not 0 < width < float("inf"):
             raise ValueError(f"`width` must be positive and finite, got {width!r}")
-        if variance_reduced and latent_steps:
-            raise ValueError(
-                "`variance_reduced=True` needs latents of q, but `latent_steps` moves them away from "
-                "it; use one of the two"
-            )
-        if min(latent_steps, latent_rate, latent_noise) < 0:
-            raise ValueError(
-                "`latent_steps`, `latent_rate` and `latent_noise` cannot be negative, got "
-                f"{latent_steps}, {latent_rate} and {latent_noise}"
-            )
+        _check_refinement(variance_reduced, latent_steps, latent_rate, latent_noise)
         self.num_samples, self.covariance, self.width = num_samples, covariance, width
         self.variance_reduced, self.latent_steps = variance_reduced, latent_steps
         self.latent_rate, self.latent_noise = latent_rate, latent_noise
@@ -382,3 +373,16 @@ def hard_draws(posterior: VariationalPosterior, v: Tensor, noise: Tensor) -> tup
         draws = posterior.draws(v.repeat_interleave(copies, 0), noise.flatten(0, 1))
         return draws.latent.unflatten(0, (n, -1)), n * draws.weight.view(n, -1)
     return h, h.new_full(h.shape[:2], 1 / copies)
+
+
+def _check_refinement(variance_reduced: bool, steps: int, rate: float, noise: float) -> None:
+    if variance_reduced and steps:
+        raise ValueError(
+            "`variance_reduced=True` needs latents of q, but `latent_steps` moves them away from it; "
+            "use one of the two"
+        )
+    if min(steps, rate, noise) < 0:
+        raise ValueError(
+            "`latent_steps`, `latent_rate` and `latent_noise` cannot be negative, got "
+            f"{steps}, {rate} and {noise}"
+        )
