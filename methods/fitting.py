@@ -83,20 +83,9 @@ def fit(
 ) -> History:
     """Train `model` on checked data; see `EBLVM.fit`.
 
-    Args:
-        model: trained in place; with `training.ema` it has the averaged weights at the end.
-        data: visibles that `model.admit` let through.
-        training: the settings.
-        solver: as there, like all that follow but the last.
-        callbacks: as there.
-        run: as there.
-        resume: as there.
-        overwrite: as there.
-        optimizers: as there.
-        notes: as there.
-        evaluate: called every `training.evaluate_every` steps with a copy of the model (of the moving
-            average, if there is one); returns numbers by name. Training does not notice: it is the
-            same to the bit without. The best copy (see `better`) is kept in `run/best`.
+    `evaluate` is called every `training.evaluate_every` steps with a copy of the model (of the moving
+    average, if there is one) and returns numbers by name. Training does not notice: it is the same to
+    the bit without. The best copy (see `better`) is kept in `run/best`.
 
     Returns:
         The history.
