@@ -4,8 +4,9 @@
     python -m benchmarks.image_speed --device cuda --batch 100 --peak 990 [--profile FILE]
 
 The yardstick is `benchmarks.transcription` in eager float32, on the same networks as one would write
-them: every convolution a convolution, contiguous images, Adam with its defaults. That both move the
-variables alike is a test (`tests/test_bidvl_parity.py`); here a step is compared once more, in float64.
+them: every convolution a convolution, torch's spectral norm, contiguous images, Adam with its
+defaults. That both move the variables alike is a test (`tests/test_bidvl_parity.py`); here a step is
+compared once more, in float64.
 Competitors take turns; times are medians of rounds. On CUDA the clock waits for the device at both ends
 of a round.
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from benchmarks.image_page import image_speed_table
 from benchmarks.peers import RESULTS, environment
@@ -41,13 +43,16 @@ TRAINING = CIFAR10.settings()
 
 def plain(model: BiDVL) -> PlainBiDVL:
     """The straightforward loop on a copy of the networks, written out plainly."""
-    copied = copy.deepcopy(model)
-    copied.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    copied = CIFAR10.build()  # not a deep copy, which shares the classes that torch parametrizes
+    assert isinstance(copied, BiDVL)
+    copied.to(next(model.parameters())).train()
+    copied.load_state_dict(model.state_dict())
     for module in copied.modules():
-        if type(module).__name__.endswith("_WholeConv2d"):
-            module.forward = partial(nn.Conv2d.forward, module)
-        elif type(module).__name__.endswith("_WholeConvTranspose2d"):
+        if type(module).__name__ == "_WholeConv2d" or hasattr(module, "parametrizations"):
+            _write_out(module)
+        elif type(module).__name__ == "_WholeConvTranspose2d":
             module.forward = partial(nn.ConvTranspose2d.forward, module)
+    copied.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     networks = (copied.network(name) for name in ("energy", "posterior", "generator"))
     upper = torch.optim.Adam(copied.upper.parameters(), TRAINING.upper_lr, TRAINING.betas)
     decay = TRAINING.lower_weight_decay
@@ -55,6 +60,25 @@ def plain(model: BiDVL) -> PlainBiDVL:
         copied.lower.parameters(), TRAINING.lower_lr, TRAINING.betas, weight_decay=decay
     )
     return PlainBiDVL(*networks, upper, lower, copied.ratio, copied.latent_weight, one_pass=True)
+
+
+def _write_out(module: nn.Module) -> None:
+    """A convolution that is computed as one, under torch's own spectral norm if under any."""
+    if isinstance(module, nn.Conv2d):
+        module.forward = partial(nn.Conv2d.forward, module)
+    if not hasattr(module, "parametrizations"):
+        return
+    ours = module.parametrizations.weight[0]
+    u, v = ours._u.clone(), ours._v.clone()
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    nn.utils.parametrizations.spectral_norm(module)
+    if isinstance(module, nn.Conv2d):  # theirs has the channels before the pixels
+        _, inputs, height, width = module.weight.shape
+        v = v.view(height, width, inputs).permute(2, 0, 1).flatten()
+    theirs = module.parametrizations.weight[0]
+    with torch.no_grad():
+        theirs._u.copy_(u)
+        theirs._v.copy_(v)
 
 
 def library(model: BiDVL, images: Tensor, batch: int, **options: Any) -> Iterator[Step]:
