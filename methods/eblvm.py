@@ -17,7 +17,7 @@ from bilevel import Problem, Solver, Step
 from bilevel.batches import not_finite
 from bilevel.methods.config import Training, one_of, validated
 from bilevel.methods.data import scaled
-from bilevel.methods.fitting import History, fit
+from bilevel.methods.fitting import Evaluate, History, fit
 from bilevel.methods.run import write_text
 from bilevel.optimizers import Optimizers
 
@@ -89,9 +89,10 @@ class EBLVM(Problem):
         overwrite: bool = False,
         optimizers: tuple[Optimizers, Optimizers] | None = None,
         notes: dict[str, Any] | None = None,
+        evaluate: Evaluate | None = None,
         **settings: Any,
     ) -> History:
-        """Train the model in place.
+        """Train the model in place; with `ema` it has the averaged weights at the end.
 
         Args:
             data: visibles, shape (n, *visible_shape), floating point, within `visible_range`; images
@@ -103,6 +104,8 @@ class EBLVM(Problem):
             overwrite: replace the run in that folder.
             optimizers: the upper and lower optimizer(s), if not the method's own.
             notes: plain values to keep in the run's `config.json`, such as where the data came from.
+            evaluate: called every `evaluate_every` steps with a copy of the model; returns numbers by
+                name. The run is the same to the bit without; the best copy is kept in `run/best`.
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
@@ -125,6 +128,7 @@ class EBLVM(Problem):
             overwrite=overwrite,
             optimizers=optimizers,
             notes=notes,
+            evaluate=evaluate,
         )
 
     @final
