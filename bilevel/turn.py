@@ -58,6 +58,7 @@ class Turn:
         self._wiring = Wiring(self.state.problem)
         self._move_lower, self._move_upper = self._lower_step, self._upper_step
         self._move_both = self._both_steps
+        self._fused = all(o.defaults.get("fused") for o in self.state.optimizers["upper"])
         if self.compile:
             self._move_lower = Compiled(self._lower_step, self.state)
             self._move_upper = Compiled(self._upper_step, self.state)
@@ -202,8 +203,10 @@ class Turn:
             lower_optimizer=self.state.optimizers["lower"] or None,
             throw=self.throw,
         )
-        # copies: clipping and some optimizers write into the gradients, the record is the caller's
-        grads = {name: g.clone() for name, g in hypergradient.grad.items()}
+        grads = hypergradient.grad
+        if self.clip_upper is not None or not self._fused:
+            # copies: clipping and some optimizers write into the gradients, the record is the caller's
+            grads = {name: g.clone() for name, g in grads.items()}
         self._apply("upper", grads, self.clip_upper)
         self._wiring.commit(hypergradient.buffers)
         return hypergradient
