@@ -65,8 +65,9 @@ def _compared(data: str, features: str, records: list[dict[str, Any]]) -> str:
     some = records[0]
     table = [
         f"{data}; features: {features}. torch {some['versions']['torch']}, "
-        f"{some['gpu'] or some['device']}, {some['threads']} threads. Training images in the place of "
-        f"samples: Fréchet {results[0]['frechet_reference']:.3g}.",
+        f"{some['gpu'] or some['device']}, {some['threads']} thread(s) each; "
+        f"{some['samples'] or 'up to 10,000'} samples and images of each set. Training images in the "
+        f"place of samples: Fréchet {results[0]['frechet_reference']:.3g}.",
         "",
         "| preset | steps | seconds | " + " | ".join(columns.values()) + " |",
         "| --- | ---: | ---: " + "| ---: " * len(columns) + "|",

@@ -48,7 +48,8 @@ def trained(
     curve = {"evaluate": lambda copy: quick(copy, images, seen)} if options.curve else {}
     history = model.fit(images.train, callbacks=[_shown], **settings.model_dump(), **curve)
     outside = {key: load(path, preset).test for key, path in options.outside}
-    numbers = evaluate(model, images, options.seed, features=seen, outside=outside)
+    looked_at = {"features": seen, "outside": outside, "samples": options.samples}
+    numbers = evaluate(model, images, options.seed, **looked_at)
     draw(model, images, name, options.seed)
     return {
         "preset": name,
@@ -56,6 +57,7 @@ def trained(
         "data": images.name,
         "features": seen.label,
         "statistics": model.statistics,
+        "samples": options.samples,
         "steps": history.steps,
         "seconds": history.seconds,
         "steps_per_second": history.steps_per_second,
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, help="and images of each set, at most")
     parser.add_argument("--curve", type=int, metavar="N")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision")

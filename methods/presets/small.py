@@ -54,7 +54,7 @@ _MNIST = Preset(
     model={"latent_dim": 32, "width": 16, "ratio": 0.05},
     training={
         **_QUARTER,
-        "num_steps": 3600,
+        "num_steps": 2400,
         "upper_lr": 4e-4,
         "lower_lr": 1e-3,
         "lower_weight_decay": 0.0,
@@ -67,7 +67,7 @@ _VAE_MNIST = replace(
     about="VAE on MNIST padded to 32 pixels, as long as `mnist`",
     method=VAE,
     model={"latent_dim": 32, "width": 16},
-    training={**_QUARTER, "num_steps": 11_000, "upper_lr": 1e-3},
+    training={**_QUARTER, "num_steps": 7000, "upper_lr": 1e-3},
     note=_EQUAL,
 )
 _ADVIL_MNIST = replace(
@@ -76,7 +76,7 @@ _ADVIL_MNIST = replace(
     about="undecoupled BiDVL with KL, approximately AdvIL, on MNIST, as long as `mnist`",
     method=AdvIL,
     model={"latent_dim": 32, "width": 16},
-    training={**_MNIST.training, "num_steps": 4000, "betas": (0.0, 0.9), "lower_steps": 1},
+    training={**_MNIST.training, "num_steps": 2400, "betas": (0.0, 0.9), "lower_steps": 1},
     note=f"{_EQUAL}; it may diverge, see `advil-cifar10`",
 )
 _BISM_MNIST_SMALL = replace(
@@ -84,8 +84,15 @@ _BISM_MNIST_SMALL = replace(
     name="bism-mnist-small",
     about="BiSM (BiMDSM) on MNIST padded to 32 pixels, a narrow deep energy, as long as `mnist`",
     source="ours; the published settings of `bism-mnist`, narrower and shorter",
-    model={**SMALL_DEEP, "latent_dim": 32, "width": 16, "blocks": 1},
-    training={**SCORE_MNIST, **_QUARTER, "num_steps": 3200, "upper_lr": 1e-3, "lower_lr": 1e-3},
+    model={**SMALL_DEEP, "latent_dim": 20, "width": 8, "langevin": (50, 300, 50)},
+    training={
+        **SCORE_MNIST,
+        **_QUARTER,
+        "num_steps": 3000,
+        "batch_size": 50,
+        "upper_lr": 6e-4,
+        "lower_lr": 1e-3,
+    },
     note="the same time as the preset `mnist`, not counting Langevin dynamics at the end",
 )
 
