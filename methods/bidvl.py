@@ -103,6 +103,8 @@ class BiDVL(DecoupledEBLVM):
           (`order="lower_first"`);
         - the upper level evaluates the energy on data and samples in one pass (if it has no batch
           norm), so spectral norm advances by one power iteration there, not two;
+        - the generator's batch norm sees h_hat once a turn where both levels share G(h_hat), not twice:
+          its running averages move slower, to the same place;
         - `latent` is the official code's squared error of the posterior *mean* times 1/d, not the
           Gaussian log-density of Eq. 11 (weight 1/2, variance term): the published coefficients;
         - $p_2(v|h)$ has a fixed variance of 1/2 (squared error with weight one), so the entropy of

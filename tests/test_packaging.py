@@ -137,3 +137,10 @@ def test_methods_refuses_its_other_name() -> None:
     done = run(sys.executable, "-c", "import methods", cwd=ROOT, PYTHONPATH=str(ROOT))
     assert done.returncode != 0
     assert "ImportError: import `bilevel.methods`, not `methods`" in done.stderr
+
+
+def test_importing_loads_nothing_that_is_not_needed() -> None:
+    heavy = "torch._inductor torch._dynamo torchvision torchmetrics sklearn matplotlib rich"
+    code = f"import sys, bilevel.cli; print([m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
