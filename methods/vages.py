@@ -68,7 +68,7 @@ class Batch(NamedTuple):
         data: the clean visibles, from which every lower step draws its own noise.
         points: where the score is taken and what it is compared with.
         latent: noise of the posterior's draws, the groups one after the other, shape (n, 3 L, d).
-        langevin: noise of the Langevin steps on them, shape (steps, n, 3 L, d).
+        langevin: noise of the Langevin steps on them, shape (n, steps, 3 L, d).
     """
 
     data: Tensor
@@ -228,7 +228,7 @@ class VaGES(ScoreLearner):
             points = Pairs(data[:half], data[half : 2 * half])
         n, copies = len(points.visible), GROUPS * self.num_samples
         latent = self.encoder.noise(n * copies, generator, data).unflatten(0, (n, copies))
-        size = (self.latent_steps, *latent.shape)
+        size = (len(latent), self.latent_steps, *latent.shape[1:])
         langevin = torch.randn(size, generator=generator, dtype=latent.dtype, device=latent.device)
         return Batch(data, points, latent, langevin)
 
@@ -268,13 +268,13 @@ class VaGES(ScoreLearner):
         Args:
             v: visibles, shape (n, ...).
             noise: the posterior's, shape (n, S, d).
-            langevin: of the steps, shape (steps, n, S, d).
+            langevin: of the steps, shape (n, steps, S, d).
         """
         h, weight = hard_draws(self.encoder, v, noise)
         with torch.enable_grad():
             v = v.detach().requires_grad_()
             energies = self.energies_of(v)
-            h = refined(energies, h, langevin, self.latent_rate, self.latent_noise)
+            h = refined(energies, h, langevin.transpose(0, 1), self.latent_rate, self.latent_noise)
             return Samples(v, h, -energies(h), weight)
 
     def score(self, samples: Samples) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 
 from bilevel import Problem
 from bilevel.cli import main
-from bilevel.methods import BiDVL
+from bilevel.methods import VAE, AdvIL, BiDVL, BiSM, ScoreMatching, VaGES
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from tests.distributed_worker import IMAGES, SOLVERS, everything, trained
 
@@ -165,3 +166,19 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.Monkey
     model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
     with pytest.raises(ValueError, match="100 cannot be shared out equally among 3; use 99"):
         model.fit(IMAGES.float().repeat(5, 1, 1, 1), num_steps=1)
+
+
+@pytest.mark.parametrize("method", [BiDVL, AdvIL, BiSM, VaGES, VAE, ScoreMatching])
+def test_the_batches_of_image_models_can_be_shared_out(method: Any) -> None:
+    more = {"latent_steps": 3} if method is VaGES else {}
+    model = method.for_images((1, 8, 8), width=4, **more)
+    generator = torch.Generator().manual_seed(0)
+    batch = model.draw(IMAGES[:4].float(), generator)
+    batches = (
+        [batch, model.draw_lower(batch, generator, 0)] if model.variables("lower") else [batch]
+    )
+    for whole in batches:
+        shares = [model.shard(whole, rank, 2) for rank in range(2)]
+        leaves = [optree.tree_leaves(tree) for tree in (whole, *shares)]
+        for both, first, second in zip(*leaves, strict=True):
+            assert torch.equal(torch.cat([first, second]), both)

@@ -197,7 +197,7 @@ def test_12_vages_with_two_draws_is_unbiased() -> None:
     made = sampled(sigma=0.3)
     one = made.draw(data(), generator())
     repeated = [x.repeat(2000, 1) for x in (one.data, one.points.visible, one.points.target)]  # type: ignore[union-attr]
-    still = one.langevin.new_zeros(0, len(repeated[0]), 6, UNITS)
+    still = one.langevin.new_zeros(len(repeated[0]), 0, 6, UNITS)
     points = one.points._replace(visible=repeated[1], target=repeated[2])  # type: ignore[union-attr]
     answers = []
     for seed in range(40):
