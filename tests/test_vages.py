@@ -133,7 +133,7 @@ def free_score(model: GaussianRBM, v: Tensor) -> Tensor:
 def test_2_vaes_with_all_latents_is_the_score() -> None:
     made = exact()
     v = data()
-    samples = made.samples(v, v.new_zeros(len(v), 2, 0), v.new_zeros(0, len(v), 2, 0))
+    samples = made.samples(v, v.new_zeros(len(v), 2, 0), v.new_zeros(len(v), 0, 2, 0))
     torch.testing.assert_close(made.score(samples), free_score(made.model, v), **TIGHT)
 
 
@@ -167,7 +167,7 @@ def test_12_sample_covariance_of_two_draws_is_unbiased() -> None:
     """Averaged over all pairs of latents under the posterior: the true covariance."""
     made = exact()
     v = data(1)
-    states = made.samples(v, v.new_zeros(1, 1, 0), v.new_zeros(0, 1, 1, 0))
+    states = made.samples(v, v.new_zeros(1, 1, 0), v.new_zeros(1, 0, 1, 0))
     slope, directions = slope_and_directions(states, states)
     z = normal(1, 2, seed=9)
     (along,) = torch.autograd.grad((z * slope).sum(), directions)
@@ -227,7 +227,7 @@ def test_4_variance_reduced_score_is_exact_for_every_draw() -> None:
     for seed in range(3):
         reduced, plain = sampled(variance_reduced=True), sampled()
         noise = reduced.encoder.noise(12, generator(seed), v).view(6, 2, UNITS)
-        still = noise.new_zeros(0, *noise.shape)
+        still = noise.new_zeros(len(noise), 0, *noise.shape[1:])
         samples = reduced.samples(v, noise, still)
         torch.testing.assert_close(reduced.score(samples), truth, **TIGHT)
         assert (plain.score(plain.samples(v, noise, still)) - truth).abs().max() > 1e-2
