@@ -282,7 +282,7 @@ def stein_kernel(model: GaussianRBM, v: Tensor, other: Tensor, width: float) -> 
 def test_13_both_orders_together_have_the_gradient_of_the_stein_discrepancy() -> None:
     made = exact(objective="stein", width=0.6)
     v, other = data(5), 0.8 * normal(5, 2, seed=51)
-    noise = v.new_zeros(5, 6, 0), v.new_zeros(0, 5, 6, 0)
+    noise = v.new_zeros(5, 6, 0), v.new_zeros(5, 0, 6, 0)
     orders = [Batch(v, Pairs(a, b), *noise) for a, b in ((v, other), (other, v))]
     kernel = stein_kernel(made.model, v, other, 0.6).mean()
     names, leaves = zip(*made.model.named_parameters(), strict=True)
