@@ -23,23 +23,10 @@ from bilevel.methods.score_objectives import Noised
 from bilevel.methods.variational import BernoulliPosterior, GaussianPosterior
 from bilevel.oracles import Oracles
 from bilevel.tree import Layout, Tree
+from tests.devices import DEVICES, generator
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 TEMPERATURE = 0.1
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

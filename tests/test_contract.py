@@ -25,6 +25,7 @@ from bilevel import (
     check_hypergradient,
 )
 from bilevel.oracles import Oracles
+from tests.devices import DEVICES
 from tests.problems import ROWS, Row
 
 Optimizer = Callable[[Problem], torch.optim.Optimizer]
@@ -71,16 +72,6 @@ SOLUTIONS = {"implicit cg": Implicit(ConjugateGradient(rtol=1e-12))} | {
     "implicit gmres": Implicit(GMRES(rtol=1e-12)),
     "implicit neumann": Implicit(Neumann(num_steps=2000, step_size=0.1, rtol=1e-9)),
 }
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 
 
 def to(device: str, batch: Any) -> Any:

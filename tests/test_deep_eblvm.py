@@ -24,25 +24,12 @@ from bilevel.methods.score_learner import ScoreLearner
 from bilevel.methods.score_matching import ScoreMatching
 from bilevel.methods.score_objectives import MultiScale
 from bilevel.methods.vages import VaGES
+from tests.devices import DEVICES, generator
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 SHAPE = (1, 8, 8)
 SMALL: dict[str, Any] = {"latent_dim": 3, "width": 2, "langevin": (2, 4, 2)}
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 METHODS = [BiSM, VaGES]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

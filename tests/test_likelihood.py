@@ -32,22 +32,9 @@ from bilevel.methods.variational import (
     TabularEnergy,
     TabularJoint,
 )
+from tests.devices import DEVICES, generator
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 KINDS = ["RBM", "GaussianRBM", "DBM", "GaussianDBM"]
-
-
-def generator(seed: int = 0, device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
 
 
 def randomized(model: LatentVariableModel, scale: float = 0.7, seed: int = 1) -> Any:

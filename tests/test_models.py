@@ -29,17 +29,8 @@ from bilevel.methods.models import (
     enumeration,
     from_recipe,
 )
+from tests.devices import DEVICES, generator
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 MACHINES = {
     "RBM": lambda: RBM(5, 3),
     "RBM with few visibles": lambda: RBM(3, 5),
@@ -56,10 +47,6 @@ EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def generator(seed: int = 0, device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:

@@ -28,17 +28,8 @@ from bilevel.methods.score_objectives import (
     score,
     score_objective,
 )
+from tests.devices import DEVICES
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
 OBJECTIVES = ("denoising", "sliced", "multiscale", "exact")
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 

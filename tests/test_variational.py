@@ -18,23 +18,11 @@ from bilevel.methods.variational import (
     TabularJoint,
     TabularPosterior,
 )
+from tests.devices import DEVICES
+from tests.machines import rng
 
 NV = 3
 TIGHT = {"atol": 1e-8, "rtol": 1e-7}  # what central differences with steps of 1e-6 resolve
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
