@@ -230,7 +230,9 @@ class Oracles:
         if world_size() == 1:
             return evaluation, list(grads)
         logs, used = evaluation.logs, [g for g in grads if g is not None]
-        means = iter(average([evaluation.loss.detach(), *logs.values(), *used]))
+        value = evaluation.loss.detach()
+        logged = [v.to(value.device) for v in logs.values()]  # a Python number is on the processor
+        means = iter(average([value, *logged, *used]))
         loss, logs = next(means), {name: next(means) for name in logs}
         mean_grads = [None if g is None else next(means) for g in grads]
         return Evaluation(loss, logs, evaluation.buffers), mean_grads

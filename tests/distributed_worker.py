@@ -36,8 +36,9 @@ class Cleaning(Problem):
         self.upper = nn.Linear(3, 1).double()
         self.lower = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
-    def upper_loss(self, batch: Tensor) -> Tensor:
-        return (self.lower(batch) - batch.sum(1, keepdim=True)).square().mean()
+    def upper_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        loss = (self.lower(batch) - batch.sum(1, keepdim=True)).square().mean()
+        return loss, {"sum": batch.sum(), "rows": len(batch)}
 
     def lower_loss(self, batch: Tensor) -> Tensor:
         weights = self.upper(batch).exp()
@@ -58,8 +59,9 @@ def cleaned(solver: Solver, *, compile: bool = False) -> dict[str, Any]:
         num_steps=2,
         compile=compile,
     )
-    last = [float(step.upper_loss) for step in steps_taken]
-    return {**problem.state_dict(), "loss": torch.tensor(last[-1], dtype=torch.double)}
+    *_, last = steps_taken
+    mean = last.logs["sum"] / last.logs["rows"]
+    return {**problem.state_dict(), "loss": last.upper_loss, "mean": mean}
 
 
 def trained(folder: Path | None, steps: int, resume: Path | None = None) -> dict[str, Any]:
