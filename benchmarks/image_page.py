@@ -63,16 +63,21 @@ def _compared(data: str, features: str, records: list[dict[str, Any]]) -> str:
     others = sorted(n for n in known if n.startswith("auroc_") and n not in _COLUMNS)
     columns |= {name: name.removeprefix("auroc_") for name in others}
     some = records[0]
+    real = next((numbers["frechet_reference"] for numbers in results if numbers), float("nan"))
     table = [
         f"{data}; features: {features}. torch {some['versions']['torch']}, "
         f"{some['gpu'] or some['device']}, {some['threads']} thread(s) each; "
         f"{some['samples'] or 'up to 10,000'} samples and images of each set. Training images in the "
-        f"place of samples: Fréchet {results[0]['frechet_reference']:.3g}.",
+        f"place of samples: Fréchet {real:.3g}.",
         "",
         "| preset | steps | seconds | " + " | ".join(columns.values()) + " |",
         "| --- | ---: | ---: " + "| ---: " * len(columns) + "|",
     ]
     for record, numbers in zip(records, results, strict=True):
+        if record.get("diverged") is not None:
+            empty = "| ".join(["", *(" " for _ in columns)])
+            table.append(f"| {record['preset']} | diverged at {record["diverged"]:,} | {empty}|")
+            continue
         cells = [f"{numbers[name]:.3g}" if name in numbers else "-" for name in columns]
         line = f"| {record['preset']} | {record['steps']:,} | {record['seconds']:.0f} | "
         table.append(line + " | ".join(cells) + " |")

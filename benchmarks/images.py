@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.image_page import images_table
 from benchmarks.peers import RESULTS, environment
-from bilevel import Step
-from bilevel.methods import EBLVM
+from bilevel import DivergenceError, Step
+from bilevel.methods import EBLVM, History
 from bilevel.methods.data import Images, load_images
 from bilevel.methods.evaluation import evaluate
 from bilevel.methods.features import FeatureNetwork, judge, load_classifier
@@ -46,11 +46,16 @@ def trained(
     given = {key: value for key, value in chosen.items() if value is not None}
     settings = preset.settings(**given)
     curve = {"evaluate": lambda copy: quick(copy, images, seen)} if options.curve else {}
-    history = model.fit(images.train, callbacks=[_shown], **settings.model_dump(), **curve)
-    outside = {key: load(path, preset).test for key, path in options.outside}
-    looked_at = {"features": seen, "outside": outside, "samples": options.samples}
-    numbers = evaluate(model, images, options.seed, **looked_at)
-    draw(model, images, name, options.seed)
+    numbers, diverged, history = {}, None, History()
+    try:
+        history = model.fit(images.train, callbacks=[_shown], **settings.model_dump(), **curve)
+        outside = {key: load(path, preset).test for key, path in options.outside}
+        looked_at = {"features": seen, "outside": outside, "samples": options.samples}
+        numbers = evaluate(model, images, options.seed, **looked_at)
+        draw(model, images, name, options.seed)
+    except DivergenceError as error:
+        print(f"  {error}")
+        diverged = error.step
     return {
         "preset": name,
         "method": type(model).__name__,
@@ -66,6 +71,7 @@ def trained(
         **environment(),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "seed": options.seed,
+        "diverged": diverged,
         "results": numbers,
     }
 

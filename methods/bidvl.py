@@ -29,7 +29,7 @@ from torch.nn.functional import relu
 
 from bilevel.methods.config import Training, one_of
 from bilevel.methods.decoupled import DecoupledEBLVM
-from bilevel.methods.eblvm import BATCH_NORMS, Statistics
+from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics, trainable
 from bilevel.methods.networks import conv_networks
 from bilevel.methods.resnets import residual_networks
 from bilevel.optimizers import Optimizers
@@ -302,33 +302,23 @@ class BiDVL(DecoupledEBLVM):
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
         """Adam for both levels; weight decay in the lower one only (the official settings)."""
-        groups: list[dict[str, Any]] = [{"params": _trainable(self.network("energy"))}]
+        upper, lower = EBLVM.optimizers(self, training)
         if self.variant == "complete":  # Algorithm 1: omega1 moves at the lower rate in both levels
-            groups.append(
-                {
-                    "params": _trainable(self.network("posterior")),
-                    "lr": training.lower_lr,
-                    "weight_decay": training.lower_weight_decay,
-                }
+            posterior: dict[str, Any] = {
+                "params": trainable(self.network("posterior")),
+                "lr": training.lower_lr,
+                "weight_decay": training.lower_weight_decay,
+            }
+            energy: dict[str, Any] = {"params": trainable(self.network("energy"))}
+            upper = torch.optim.Adam(
+                [energy, posterior], lr=training.upper_lr, betas=training.betas, fused=True
             )
-        upper = torch.optim.Adam(groups, lr=training.upper_lr, betas=training.betas, fused=True)
-        lower = torch.optim.Adam(
-            _trainable(self.lower),
-            lr=training.lower_lr,
-            betas=training.betas,
-            weight_decay=training.lower_weight_decay,
-            fused=True,
-        )
         return upper, lower
 
 
 def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
     r"""$KL(N(\mu, \sigma^2) \| N(0, I))$ per sample, summed over the latent: shape (n,)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 _RESNET_OPTIONS = {"upper": "hinge", "latent_weight": 1e-4, "ratio": 0.05, "fresh_latent": True}

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.linear.base import positive
-from bilevel.methods.config import Training, one_of
+from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
 from bilevel.methods.variational import (
@@ -58,7 +58,6 @@ from bilevel.methods.variational import (
     VariationalPosterior,
     enumerated,
 )
-from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 
@@ -315,18 +314,6 @@ class GeneralBiDVL(EBLVM):
 
     def _mean_energy(self, draws: Draws) -> Tensor:
         return draws.mean(self.joint_energy(draws.visible, draws.latent))
-
-    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        upper = torch.optim.Adam(
-            self.upper.parameters(), lr=training.upper_lr, betas=training.betas
-        )
-        lower = torch.optim.Adam(
-            self.lower.parameters(),
-            lr=training.lower_lr,
-            betas=training.betas,
-            weight_decay=training.lower_weight_decay,
-        )
-        return upper, lower
 
     # ------------------------------------------------------------------ the trained model
 

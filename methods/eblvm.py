@@ -60,9 +60,19 @@ class EBLVM(Problem):
     def reconstruct(self, v: Tensor) -> Tensor:
         """Visibles from the posterior mean of visibles, same shape."""
 
-    @abstractmethod
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        """The upper and the lower optimizer this method uses by default."""
+        """The upper and the lower optimizer this method uses by default.
+
+        Adam in fused kernels for both levels, weight decay in the lower one only.
+        """
+        settings: dict[str, Any] = {"betas": training.betas, "fused": True}
+        upper = torch.optim.Adam(trainable(self.upper), lr=training.upper_lr, **settings)
+        if not (variables := trainable(self.lower)):
+            return upper, []
+        decay = training.lower_weight_decay
+        return upper, torch.optim.Adam(
+            variables, lr=training.lower_lr, weight_decay=decay, **settings
+        )
 
     @classmethod
     @abstractmethod
@@ -269,6 +279,11 @@ class EBLVM(Problem):
 
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that require grad."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:

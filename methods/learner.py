@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 
-from bilevel.methods.config import Training
 from bilevel.methods.eblvm import EBLVM, chunked
 from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
 from bilevel.methods.variational import VariationalPosterior
-from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 SWEEPS = 1000
@@ -80,20 +78,6 @@ class ModelLearner(EBLVM):
     def lower_loss(self, batch: Any) -> Loss:
         """The loss of the lower level; a method with a single level has none."""
         raise NotImplementedError(f"`{type(self).__name__}` has a single level")
-
-    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        upper = torch.optim.Adam(
-            self.upper.parameters(), lr=training.upper_lr, betas=training.betas
-        )
-        if not list(self.lower.parameters()):
-            return upper, []
-        lower = torch.optim.Adam(
-            self.lower.parameters(),
-            lr=training.lower_lr,
-            betas=training.betas,
-            weight_decay=training.lower_weight_decay,
-        )
-        return upper, lower
 
     # ------------------------------------------------------------------ the trained model
 

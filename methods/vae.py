@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from bilevel.methods.config import Training, one_of
+from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import EBLVM, Statistics, attempt, chunked
 from bilevel.methods.models.base import check_dim
 from bilevel.methods.networks import Generator, Posterior
@@ -30,7 +30,6 @@ from bilevel.methods.vae_networks import FixedVariance, LearnedVariance, Moments
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
-from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 
 Visible = Literal["bernoulli", "gaussian"]
@@ -250,10 +249,6 @@ class VAE(EBLVM):
             NotImplementedError: always.
         """
         raise NotImplementedError("`VAE` has a single level")
-
-    def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        parameters = self.upper.parameters()
-        return torch.optim.Adam(parameters, lr=training.upper_lr, betas=training.betas), []
 
     # ------------------------------------------------------------------ the trained model
 
