@@ -76,7 +76,7 @@ def _compared(data: str, features: str, records: list[dict[str, Any]]) -> str:
     for record, numbers in zip(records, results, strict=True):
         if record.get("diverged") is not None:
             empty = "| ".join(["", *(" " for _ in columns)])
-            table.append(f"| {record['preset']} | diverged at {record["diverged"]:,} | {empty}|")
+            table.append(f"| {record['preset']} | diverged at {record['diverged']:,} | {empty}|")
             continue
         cells = [f"{numbers[name]:.3g}" if name in numbers else "-" for name in columns]
         line = f"| {record['preset']} | {record['steps']:,} | {record['seconds']:.0f} | "
