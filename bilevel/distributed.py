@@ -37,9 +37,24 @@ class LostRankError(RuntimeError):
     """Another process of the run ended, or cannot be reached any more."""
 
 
+_alone = False
+
+
 def world_size() -> int:
     """Number of processes that train together; 1 without `torch.distributed`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    together = not _alone and dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if together else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Exchange nothing inside: what one process does while the others wait, such as an evaluation."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:

@@ -137,14 +137,7 @@ def train(
     """
     solver = Alternating() if solver is None else solver
     _check(num_steps, lower_steps, order, check_every, lower_optimizer)
-    optimizers: dict[Level, list[torch.optim.Optimizer]] = {
-        "upper": listed(upper_optimizer),
-        "lower": listed(lower_optimizer or ()),
-    }
-    solver.check(Oracles(problem, None, [None]), optimizers["lower"])
-    for level, group in optimizers.items():
-        for optimizer in group:
-            _check_ownership(problem, level, optimizer)
+    optimizers = _owned(problem, solver, upper_optimizer, lower_optimizer)
     sources = {"data": as_source(data, batch_size, seed)}
     if upper_data is not None:
         sources["upper_data"] = as_source(upper_data, batch_size, seed + 1)
@@ -177,6 +170,21 @@ def train(
         state, solver, lower_steps, first, clip_upper, clip_lower, throw, compile, precision
     )
     return _loop(turn, num_steps, check_every, seed)
+
+
+def _owned(
+    problem: Problem, solver: Solver, upper: Optimizers, lower: Optimizers | None
+) -> dict[Level, list[torch.optim.Optimizer]]:
+    """The optimizers of both levels, if solver and problem can do with them."""
+    optimizers: dict[Level, list[torch.optim.Optimizer]] = {
+        "upper": listed(upper),
+        "lower": listed(lower or ()),
+    }
+    solver.check(Oracles(problem, None, [None]), optimizers["lower"])
+    for level, group in optimizers.items():
+        for optimizer in group:
+            _check_ownership(problem, level, optimizer)
+    return optimizers
 
 
 def _configuration(

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from bilevel import Problem, Solver, Step
 from bilevel.batches import not_finite
+from bilevel.distributed import alone
 from bilevel.methods.config import Training, one_of, validated
 from bilevel.methods.data import scaled
 from bilevel.methods.fitting import Evaluate, History, fit
@@ -225,7 +226,7 @@ class EBLVM(Problem):
         for module, _ in modes:
             module.training = statistics == "batch" and isinstance(module, BATCH_NORMS)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), alone():
                 yield
         finally:
             for module, training in modes:

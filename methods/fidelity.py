@@ -85,7 +85,9 @@ def fid(a: ArrayLike, b: ArrayLike) -> float:
     library = torchmetrics("fid")
     if library is None:
         return frechet_distance(x, y)
-    metric = library.FrechetInceptionDistance(_Given(x.shape[1])).set_dtype(torch.float64)
+    # of several processes one evaluates: nothing to synchronise with
+    metric = library.FrechetInceptionDistance(_Given(x.shape[1]), sync_on_compute=False)
+    metric.set_dtype(torch.float64)
     metric.update(torch.from_numpy(x), real=True)
     metric.update(torch.from_numpy(y), real=False)
     return max(0.0, float(metric.compute()))

@@ -19,6 +19,8 @@ from torch.testing import assert_close
 from bilevel import Problem
 from bilevel.cli import main
 from bilevel.methods import VAE, AdvIL, BiDVL, BiSM, ScoreMatching, VaGES
+from bilevel.methods.data import load_images
+from bilevel.methods.evaluation import evaluate
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 from tests.distributed_worker import IMAGES, SOLVERS, everything, trained
 
@@ -182,3 +184,22 @@ def test_the_batches_of_image_models_can_be_shared_out(method: Any) -> None:
         leaves = [optree.tree_leaves(tree) for tree in (whole, *shares)]
         for both, first, second in zip(*leaves, strict=True):
             assert torch.equal(torch.cat([first, second]), both)
+
+
+def test_one_rank_may_evaluate_while_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in an evaluation exchanges anything, synchronised batch norm included."""
+
+    def exchange(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
+    synchronise_batch_norm(model)
+    model.eval()
+    for name in ("all_reduce", "barrier", "all_gather"):
+        monkeypatch.setattr(torch.distributed, name, exchange)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    images = load_images("digits")
+    for statistics in ("batch", "running"):
+        found = evaluate(model, images, statistics=statistics, samples=100)
+        assert found["rmse"] > 0
