@@ -39,6 +39,7 @@ from bilevel.methods.fidelity import FEWEST, fid, kid, neighbourhoods
 Array: TypeAlias = NDArray[np.float64]
 
 _MOST = 10_000  # images of a set that are looked at, and samples drawn, if nothing else is asked
+_MOST_CHAINS = 500  # the same, where every sample and every reconstruction is a Markov chain
 _NEIGHBOURS = 5_000  # of these: distances of all pairs are taken
 _BATCH = 100  # images that share batch-norm statistics: the paper's batch on CIFAR-10
 _AT_ONCE = 500
@@ -83,7 +84,8 @@ def evaluate(
         features: what samples are judged by; `judge(images)` by default, a small classifier trained
             on the spot. Its `label` belongs into the record.
         samples: how many samples are drawn, and images of each set looked at, at most; by default as
-            many as there are training images, at most 10,000. 1,000 are a quick look.
+            many as there are training images, at most 10,000 (500 of a model that draws them by Langevin
+            dynamics). 1,000 are a quick look.
         outside: further images by name, in the shape of the model's, bytes or in [-1, 1], that its
             energy should tell from the data.
 
@@ -105,7 +107,8 @@ def evaluate(
     if samples is not None and samples < 2:
         raise ValueError(f"`samples` must be at least 2, got {samples}")
     seen = (judge(images) if features is None else features).to(model.device)
-    most = samples if samples is not None else _MOST
+    usual = _MOST_CHAINS if hasattr(model, "langevin") else _MOST
+    most = samples if samples is not None else usual
     train, test = some(images.train, most), some(images.test, most)
     count = samples if samples is not None else len(train)
     chosen = statistics if statistics is not None else model.statistics

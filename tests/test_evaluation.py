@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from bilevel.cli import main
 from bilevel.cli.features import feature_network
-from bilevel.methods import BiDVL, fidelity
+from bilevel.methods import BiDVL, BiSM, fidelity
 from bilevel.methods import features as features_module
 from bilevel.methods.data import Images, load_images
 from bilevel.methods.evaluation import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
@@ -471,3 +472,19 @@ def test_the_features_command_and_what_reads_it(
     assert main(["evaluate", "r", "--samples", "1"]) == 2
     with pytest.raises(FileNotFoundError, match="no Inception weights in `w"):
         feature_network("w.pth")
+
+
+def test_models_that_draw_by_chains_are_asked_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilevel.methods.evaluation._MOST_CHAINS", 20)
+    asked: list[int] = []
+
+    def counted(model: Any, policy: Any, seen: Any, count: int, seed: int) -> Any:
+        asked.append(count)
+        raise NotImplementedError
+
+    monkeypatch.setattr("bilevel.methods.evaluation._features", counted)
+    model = BiSM.for_images((1, 8, 8), latent_dim=2, width=2, langevin=(1, 1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so few images
+        evaluate(model, load_images("digits"))
+    assert set(asked) == {20}
