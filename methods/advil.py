@@ -33,7 +33,7 @@ from torch.distributions import Distribution
 from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import Statistics, chunked
 from bilevel.methods.learner import ModelLearner
-from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.networks import Generator, JointEnergy, Posterior
 from bilevel.methods.variational import (
     BernoulliPosterior,
@@ -183,13 +183,6 @@ class AdvIL(ModelLearner):
         model.recipe = {**sizes, "proper": proper, "seed": seed, "statistics": statistics}
         return model
 
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        if "shape" in recipe:
-            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
-        options = {name: value for name, value in recipe.items() if name != "model"}
-        return cls(from_recipe(recipe["model"]), **options)
-
     @property
     def sampler(self) -> VariationalJoint:
         """The sampler q(v, h)."""
@@ -241,19 +234,11 @@ class AdvIL(ModelLearner):
 
     # ------------------------------------------------------------------ the trained model
 
-    @property
-    def model(self) -> LatentVariableModel:
-        """The Boltzmann machine.
-
-        Raises:
-            NotImplementedError: if the energy is another module.
-        """
-        if not self._is_machine:
-            raise NotImplementedError(
-                f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.models`; "
-                "use `joint_energy(v, h)` and `posterior(v)`"
-            )
-        return cast(LatentVariableModel, self._network)
+    def _no_machine(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.models`; "
+            "use `joint_energy(v, h)` and `posterior(v)`"
+        )
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
@@ -332,14 +317,6 @@ class AdvIL(ModelLearner):
                 f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
                 f"for {len(v)} pairs"
             )
-
-    @property
-    def _network(self) -> nn.Module:
-        return self.upper.get_submodule("model")
-
-    @property
-    def _is_machine(self) -> bool:
-        return isinstance(self._network, LatentVariableModel)
 
     def _energies(self, draws: Draws) -> Tensor:
         return self.joint_energy(draws.visible, draws.latent)

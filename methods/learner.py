@@ -56,8 +56,26 @@ class ModelLearner(EBLVM):
 
     @property
     def model(self) -> LatentVariableModel:
-        """The Boltzmann machine."""
-        return cast(LatentVariableModel, self.upper._modules["model"])
+        """The Boltzmann machine.
+
+        Raises:
+            NotImplementedError: if the energy is another module.
+        """
+        if not self._is_machine:
+            raise self._no_machine()
+        return cast(LatentVariableModel, self._network)
+
+    @property
+    def _network(self) -> nn.Module:
+        return cast(nn.Module, self.upper._modules["model"])
+
+    @property
+    def _is_machine(self) -> bool:
+        return isinstance(self._network, LatentVariableModel)
+
+    def _no_machine(self) -> NotImplementedError:
+        """What to raise where a machine is needed; a method that takes other modules says more."""
+        return NotImplementedError(f"`{type(self._network).__name__}` is no Boltzmann machine")
 
     @property
     def encoder(self) -> VariationalPosterior:
@@ -120,6 +138,9 @@ class ModelLearner(EBLVM):
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        if "shape" in recipe:  # networks that `for_images` made
+            make = cast(Any, cls).for_images
+            return cast(Self, make(**{**recipe, "shape": tuple(recipe["shape"])}))
         options = {name: value for name, value in recipe.items() if name != "model"}
         return cls(from_recipe(recipe["model"]), **options)
 

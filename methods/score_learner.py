@@ -33,7 +33,7 @@ from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_netwo
 from bilevel.methods.eblvm import chunked
 from bilevel.methods.langevin import Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner
-from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Grid,
     check_closed,
@@ -145,13 +145,6 @@ class ScoreLearner(ModelLearner):
         learner.recipe = {"shape": shape, **sizes, **options}
         return learner
 
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        if "shape" in recipe:
-            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
-        options = {name: value for name, value in recipe.items() if name != "model"}
-        return cls(from_recipe(recipe["model"]), **options)
-
     @final
     def take(
         self, model: nn.Module, posterior: VariationalPosterior | None, options: dict[str, Any]
@@ -203,7 +196,7 @@ class ScoreLearner(ModelLearner):
     @final
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
-        energies: Tensor = cast(nn.Module, self.upper._modules["model"])(v, h)
+        energies: Tensor = self._network(v, h)
         return energies
 
     @final
@@ -212,7 +205,7 @@ class ScoreLearner(ModelLearner):
 
         What a `CoupledEnergy` needs of v is computed here, once.
         """
-        model = self.upper._modules["model"]
+        model = self._network
         if isinstance(model, CoupledEnergy):
             features = model.features(v)[:, None]
             return lambda h: model.coupled(features, h)
@@ -259,22 +252,6 @@ class ScoreLearner(ModelLearner):
         return (weight * (rows if batch.gain is None else rows * batch.gain.flatten())).sum()
 
     # ------------------------------------------------------------------ the trained model
-
-    @property
-    def model(self) -> LatentVariableModel:
-        """The Boltzmann machine.
-
-        Raises:
-            NotImplementedError: if the energy is another module.
-        """
-        model = self.upper._modules["model"]
-        if not isinstance(model, LatentVariableModel):
-            raise self._no_machine()
-        return model
-
-    @property
-    def _is_machine(self) -> bool:
-        return isinstance(self.upper.get_submodule("model"), LatentVariableModel)
 
     def energy(self, v: Tensor) -> Tensor:
         """The free energy of a machine; of real latents an importance-weighted bound on it.

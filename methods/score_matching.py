@@ -7,7 +7,7 @@ are measured against: with a machine's exact F, or with a network for F, which t
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self, cast, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from bilevel.methods.deep_eblvm import VISIBLE_RANGE, DeepEnergy, seeded
 from bilevel.methods.eblvm import attempt, chunked
 from bilevel.methods.langevin import PUBLISHED, Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.models import LatentVariableModel, from_recipe
+from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Grid,
     Noised,
@@ -130,22 +130,12 @@ class ScoreMatching(ModelLearner):
         learner.recipe = {"shape": shape, **sizes, "grid": grid, **options}
         return learner
 
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        if "shape" in recipe:
-            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
-        options = {name: value for name, value in recipe.items() if name != "model"}
-        return cls(from_recipe(recipe["model"]), **options)
-
     # ------------------------------------------------------------------ the learning problem
 
     @property
     def free_energy(self) -> Callable[[Tensor], Tensor]:
         """F, (n, ...) -> (n,), differentiable."""
-        model = self.upper._modules["model"]
-        if isinstance(model, LatentVariableModel):
-            return model.free_energy
-        return cast(nn.Module, model)
+        return self.model.free_energy if self._is_machine else self._network
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Probed | Noised:
         return self.objective.draw(data, generator)
@@ -157,24 +147,11 @@ class ScoreMatching(ModelLearner):
 
     # ------------------------------------------------------------------ the trained model
 
-    @property
-    def model(self) -> LatentVariableModel:
-        """The Boltzmann machine.
-
-        Raises:
-            NotImplementedError: if the model is another module.
-        """
-        model = self.upper._modules["model"]
-        if not isinstance(model, LatentVariableModel):
-            raise NotImplementedError(
-                f"this needs a latent, which `ScoreMatching` of a `{type(model).__name__}` does not "
-                "have; use `BiSM` or `VaGES`"
-            )
-        return model
-
-    @property
-    def _is_machine(self) -> bool:
-        return isinstance(self.upper.get_submodule("model"), LatentVariableModel)
+    def _no_machine(self) -> NotImplementedError:
+        return NotImplementedError(
+            f"this needs a latent, which `ScoreMatching` of a `{type(self._network).__name__}` does not "
+            "have; use `BiSM` or `VaGES`"
+        )
 
     def energy(self, v: Tensor) -> Tensor:
         """F(v)."""
