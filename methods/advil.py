@@ -32,7 +32,7 @@ from torch.distributions import Distribution
 
 from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import Statistics, chunked
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_pairs
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.networks import Generator, JointEnergy, Posterior
 from bilevel.methods.variational import (
@@ -312,11 +312,7 @@ class AdvIL(ModelLearner):
                     f"the posterior {tuple(below.latent.shape[1:])}"
                 )
             energies = self._energies(below)
-        if energies.shape != below.log_prob.shape:
-            raise ValueError(
-                f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
-                f"for {len(v)} pairs"
-            )
+        check_pairs(energies, below.log_prob)
 
     def _energies(self, draws: Draws) -> Tensor:
         return self.joint_energy(draws.visible, draws.latent)

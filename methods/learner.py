@@ -173,6 +173,23 @@ def check_machine(model: nn.Module, learner: str, without_free_energy: str | Non
         )
 
 
+def check_pairs(energies: Tensor, log_prob: Tensor) -> None:
+    """Refuse an energy that does not give one number for each pair (v, h).
+
+    Args:
+        energies: what it gave.
+        log_prob: of the latents of these pairs, shape (n,).
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if energies.shape != log_prob.shape:
+        raise ValueError(
+            f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
+            f"for {len(log_prob)} pairs"
+        )
+
+
 def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]

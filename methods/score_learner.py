@@ -32,7 +32,7 @@ from bilevel.methods.config import one_of
 from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_networks
 from bilevel.methods.eblvm import chunked
 from bilevel.methods.langevin import Steps, check_steps, visible_chains
-from bilevel.methods.learner import ModelLearner
+from bilevel.methods.learner import ModelLearner, check_pairs
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Grid,
@@ -341,8 +341,4 @@ class ScoreLearner(ModelLearner):
         with self.evaluating():
             draws = self.encoder.draws(v, self.encoder.noise(len(v), generator, v))
             energies = self.joint_energy(draws.visible, draws.latent)
-        if energies.shape != draws.log_prob.shape:
-            raise ValueError(
-                f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
-                f"for {len(draws.log_prob)} pairs"
-            )
+        check_pairs(energies, draws.log_prob)
