@@ -14,10 +14,10 @@ from torch import Tensor
 from bilevel.batches import as_source
 from bilevel.distributed import agree
 from bilevel.errors import DivergenceError, HypergradientError
-from bilevel.linear.base import positive
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
+from bilevel.refusals import positive
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import Scheduler, State
 from bilevel.turn import Turn

@@ -1,10 +1,11 @@
 """Settings of a training run: plain values, the same in Python, JSON and on the command line."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bilevel.refusals import nearest as nearest
+from bilevel.refusals import one_of as one_of
 
 
 class Training(BaseModel):
@@ -89,28 +90,3 @@ def _sentence(kind: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"there is no setting `{name}`; {nearest(name, kind.model_fields)}"
     return f"`{name}`: {error['msg'].lower()}, got {error['input']!r}"
-
-
-def nearest(name: str, options: Iterable[str]) -> str:
-    """A hint at the valid name closest to `name`, or at all of them.
-
-    Example:
-        >>> nearest("ofset", ["offset", "complete", "without"])
-        'did you mean `offset`?'
-    """
-    options = list(options)
-    close = difflib.get_close_matches(name, options, n=1)
-    if close:
-        return f"did you mean `{close[0]}`?"
-    return "choose one of " + ", ".join(f"`{option}`" for option in options)
-
-
-def one_of(setting: str, value: str, options: Iterable[str]) -> None:
-    """Refuse a value that is not among the options.
-
-    Raises:
-        ValueError: with the nearest valid value.
-    """
-    options = list(options)
-    if value not in options:
-        raise ValueError(f"`{setting}` cannot be {value!r}; {nearest(str(value), options)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import Result
+from bilevel.refusals import positive as positive
 from bilevel.tracing import tracing
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
@@ -51,13 +52,6 @@ class LinearSolver(ABC):
         Returns:
             The solution and how the solve ended.
         """
-
-
-def positive(name: str, value: float, *, zero: bool = False) -> None:
-    """Refuse a setting that is not positive (or, with `zero`, is negative)."""
-    if not (value >= 0 if zero else value > 0):
-        wanted = "zero or more" if zero else "positive"
-        raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
 
 
 def relative(residual: Tensor, scale: Tensor) -> Tensor:
