@@ -1,12 +1,9 @@
 """`State`: everything a run needs to go on as if it had never stopped."""
 
-import contextlib
 import copy
 import os
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +12,10 @@ import torch
 
 from bilevel.averaging import Average
 from bilevel.batches import Source
+from bilevel.checkpoint import FORMAT, read_checkpoint, write_atomically
 from bilevel.distributed import agree, is_main
 from bilevel.errors import CheckpointError
 from bilevel.problem import Problem
-
-_FORMAT = "bilevel-checkpoint-1"
 
 
 class Scheduler(Protocol):
@@ -75,7 +71,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that it loads with `weights_only=True`."""
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "configuration": self.configuration,
             "step": self.step,
             "problem": self.problem.state_dict(),
@@ -194,49 +190,3 @@ def _plain(value: Any, path: str) -> Any:
             "keep tensors and plain numbers in the state"
         )
     return value
-
-
-def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
-    """`torch.save` into a temporary file beside `path`, flushed to disk, then renamed over it.
-
-    Temporary files that a killed process left there more than an hour ago are removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def read_checkpoint(
-    path: str | os.PathLike[str], map_location: torch.device | str | None = None
-) -> dict[str, Any]:
-    """A checkpoint's content, loaded with `weights_only=True`.
-
-    Raises:
-        CheckpointError: if the file is missing, truncated or something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint at `{path}`")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds of error here
-        raise CheckpointError(
-            f"`{path}` ({path.stat().st_size} bytes) is truncated or not a checkpoint; "
-            f"use an earlier one ({type(error).__name__})"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"`{path}` is not a checkpoint of `bilevel.train`")
-    return content

@@ -30,11 +30,11 @@ from bilevel import (
     train,
 )
 from bilevel.batches import Source
+from bilevel.checkpoint import read_checkpoint
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.methods.config import Training
 from bilevel.methods.run import Run, better
 from bilevel.optimizers import Optimizers, listed
-from bilevel.state import read_checkpoint
 from bilevel.sync_batch_norm import synchronise_batch_norm
 
 if TYPE_CHECKING:

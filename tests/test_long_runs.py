@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bilevel import Alternating, CheckpointError, ConjugateGradient, Implicit
+from bilevel.checkpoint import read_checkpoint
 from bilevel.cli import progress as progress_module
 from bilevel.cli.dry_run import dry_run
 from bilevel.cli.options import UsageError
@@ -30,7 +31,6 @@ from bilevel.methods.features import FeatureNetwork
 from bilevel.methods.fitting import begin, fit
 from bilevel.methods.footprint import Footprint, advice, asked, footprint, largest_batch
 from bilevel.methods.run import Run, better
-from bilevel.state import read_checkpoint
 
 SHAPE = (1, 8, 8)
 SHORT = {"num_steps": 6, "batch_size": 10, "log_every": 1, "checkpoint_every": 2}
