@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import optree
@@ -67,10 +68,17 @@ class Turn:
     @property
     def _sharing(self) -> bool:
         """Whether the two losses can have computations in common in this turn."""
-        problem = self.state.problem
-        one_batch = self._one_source and not problem.draws_every_lower_step
         first_order = isinstance(self.solver, Alternating) and self.upper_first
-        return problem.shares and one_batch and first_order and self.lower_steps > 0
+        possible = self.state.problem.shares and self._one_source and first_order
+        return possible and self.lower_steps > 0 and self._first_is_the_turns
+
+    @cached_property
+    def _first_is_the_turns(self) -> bool:
+        """Whether the first lower step sees the batch of the turn itself; asked once."""
+        problem, generator = self.state.problem, self.state.generator
+        if not problem.draws_every_lower_step:
+            return True
+        return problem.draw_lower(self._batch, generator.clone_state(), 0) is self._batch
 
     def begin(self, seed: int) -> None:
         """Draw this turn's upper batch and seeds."""
@@ -137,7 +145,7 @@ class Turn:
         return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _solver_batches(self) -> list[Any]:
-        one_for_all = self._one_source and not self.state.problem.draws_every_lower_step
+        one_for_all = self._one_source and self._first_is_the_turns
         count = 1 if one_for_all else self.solver.num_lower_batches()
         return [self._lower_batch(0) for _ in range(count)] or [None]
 

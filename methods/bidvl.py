@@ -42,7 +42,7 @@ Family = Literal["conv", "resnet"]
 
 
 class Batch(NamedTuple):
-    """Images and the noise of one turn, the same in both levels and in every lower step."""
+    """Images and the noise of one turn, the same in the upper level and in the first lower step."""
 
     visible: Tensor
     latent: Tensor  # h_hat ~ p(h), shape (n, d)
@@ -98,7 +98,8 @@ class BiDVL(DecoupledEBLVM):
         Zhang, Zhu, Huang, Ding, Chen, CVPR 2022), https://arxiv.org/abs/2203.14702
         Differs from the paper in:
         - the dropped best-response term can be kept: `fit(solver=Implicit(...))` or `Unrolled(...)`
-          (Algorithm 1, line 6, of which no public implementation exists);
+          (Algorithm 1, line 6, of which no public implementation exists); their hypothetical lower
+          steps all see the noise of the turn, those of the loop new noise each;
         - upper level first by default, as the official code; Algorithm 1 starts with the lower one
           (`order="lower_first"`);
         - the upper level evaluates the energy on data and samples in one pass (if it has no batch
@@ -231,11 +232,28 @@ class BiDVL(DecoupledEBLVM):
         self.find_latent_dim(data)
 
         def normal() -> Tensor:
-            size = (len(data), self.latent_dim)
-            return torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
+            return self._normal(data, generator)
 
         batch = Batch(data, latent=normal(), noise=normal(), cycle_noise=normal())
         return batch._replace(fresh_latent=normal()) if self.fresh_latent else batch
+
+    def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
+        """The turn's batch in the first lower step; in the others new noise of q1 at the same h_hat.
+
+        With `fresh_latent` the others have a new h_hat of their own, too.
+        """
+        if step == 0:
+            return batch
+        v = batch.visible
+        noise, cycle_noise = self._normal(v, generator), self._normal(v, generator)
+        batch = batch._replace(noise=noise, cycle_noise=cycle_noise)
+        if batch.fresh_latent is None:
+            return batch
+        return batch._replace(fresh_latent=self._normal(v, generator))
+
+    def _normal(self, v: Tensor, generator: torch.Generator) -> Tensor:
+        size = (len(v), self.latent_dim)
+        return torch.randn(size, generator=generator, dtype=v.dtype, device=v.device)
 
     def share(self, batch: Batch) -> Batch:
         """G(h_hat), unless the lower level has an h_hat of its own."""
