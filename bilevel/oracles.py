@@ -2,10 +2,11 @@
 
 A solver touches nothing else. Whatever must be done alike by every solver is done here, once:
 
-- variables and buffers are substituted (`torch.func.functional_call`), never written: batch-norm
+- variables and buffers are substituted (`bilevel.substitution`), never written: batch-norm
   statistics and power iterations advance on copies, and `train` commits them once a step;
+- a loss is always evaluated as in training: with gradients enabled, at variables that require grad;
 - random numbers inside a loss (dropout) come from a fixed seed, so that every product of one
-  hypergradient sees the same masks;
+  hypergradient sees the same masks, also where several threads evaluate;
 - where second derivatives are taken, attention uses its differentiable kernel, cuDNN is off for
   recurrent layers, power iterations stand still, and layers whose second derivative torch gets
   silently wrong are refused;
@@ -19,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import average, rank, world_size
 from bilevel.problem import Level, Problem
 from bilevel.second_order import differentiable_twice, second_order_context
+from bilevel.substitution import Substitution
 from bilevel.tree import Layout, Tree
 from bilevel.wiring import Wiring
 
@@ -181,12 +182,15 @@ class Oracles:
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
         """The loss of one level at (upper, lower), on this rank's share of the batch.
 
+        A caller under `torch.no_grad()` gets the same number, without its graph.
+
         Raises:
             TypeError: if the loss is neither a scalar nor a pair of a scalar and a dict.
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         out, buffers = self._call(level, batch, upper, lower, index)
-        return Evaluation(*_scalar(out, level, self.problem), buffers)
+        loss, logs = _scalar(out, level, self.problem)
+        return Evaluation(loss if torch.is_grad_enabled() else loss.detach(), logs, buffers)
 
     def share(self, upper: Tree, lower: Tree) -> tuple[Any, Tree]:
         """The upper batch with what both losses compute alike, and the buffers this left behind."""
@@ -196,20 +200,22 @@ class Oracles:
         self, what: Level | Literal["share"], batch: Any, upper: Tree, lower: Tree, index: int
     ) -> tuple[Any, Tree]:
         """What the problem answers at (upper, lower), and the buffers that this left behind."""
-        values: dict[str, Tensor] = {}
-        self.wiring.fill(values, self._upper, upper)
-        self.wiring.fill(values, self._lower, lower)
-        copies = {id(b): b.clone() for b in self._buffers.values()}  # tied buffers stay tied
-        values.update({name: copies[id(b)] for name, b in self._buffers.items()})
+        pairs = (self._upper, upper), (self._lower, lower)
+        return self.run(self.wiring.substitute(*pairs), what, batch, index)
+
+    def run(
+        self, values: Substitution, what: Level | Literal["share"], batch: Any, index: int = 0
+    ) -> tuple[Any, Tree]:
+        """What the problem answers with these values in their places, and the buffers it left."""
         seed = self.seed + index + rank() * _SEEDS_APART
         with (
+            values.in_place(),
             _fixed_seed(seed, self._devices),
-            _flat_weights_kept(self.wiring.recurrent),
             self._arithmetic(),
+            torch.enable_grad(),
         ):
-            out = functional_call(self.problem, values, (what, batch), tie_weights=False)
-        # `functional_call` wrote back what the forward pass assigned (`self.average = ...`)
-        return out, {name: values[name].detach() for name in self._buffers}
+            out = self.problem(what, batch)
+        return out, dict(zip(self._buffers, values.buffers, strict=True))
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
@@ -299,17 +305,6 @@ class Oracles:
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield
-
-
-@contextlib.contextmanager
-def _flat_weights_kept(modules: list[nn.RNNBase]) -> Iterator[None]:
-    """Recurrent layers cache the tensors of their last call, and with them a whole graph."""
-    before = [list(module._flat_weights) for module in modules]
-    try:
-        yield
-    finally:
-        for module, weights in zip(modules, before, strict=True):
-            module._flat_weights = weights
 
 
 @contextlib.contextmanager

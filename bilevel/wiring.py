@@ -1,9 +1,10 @@
 """`Wiring`: where the modules of a problem hold its variables and buffers, found by one walk."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bilevel.problem import Level, Problem
+from bilevel.substitution import Slot, Substitution
 from bilevel.tree import Tree
 
 
@@ -13,23 +14,20 @@ class Wiring:
     Walking the modules costs as much as a small network's forward pass, so `train` walks once. Which
     variables require grad is read anew each time; modules and parameters must stay the same objects.
 
-    Attributes:
-        slots: for each parameter (by identity) the full names under which modules hold it.
-        recurrent: the recurrent layers, which keep a list of their weights.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.slots: dict[int, list[str]] = {}
-        self.recurrent: list[nn.RNNBase] = []
-        self._buffers: list[tuple[str, nn.Module, str]] = []
+        self._slots: dict[int, list[Slot]] = {}  # where modules hold a parameter, by its identity
+        self._recurrent: list[nn.RNNBase] = []
+        self._buffers: dict[str, Slot] = {}
         for path, module in problem.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                self.slots.setdefault(id(parameter), []).append(prefix + name)
+                self._slots.setdefault(id(parameter), []).append((module._parameters, name))
             for name, _ in module.named_buffers(recurse=False, remove_duplicate=False):
-                self._buffers.append((prefix + name, module, name))
+                self._buffers[prefix + name] = (module._buffers, name)
             if isinstance(module, nn.RNNBase):
-                self.recurrent.append(module)
+                self._recurrent.append(module)
         self._levels: dict[Level, list[tuple[str, nn.Parameter]]] = {
             "upper": list(problem.upper.named_parameters()),
             "lower": list(problem.lower.named_parameters()),
@@ -41,7 +39,7 @@ class Wiring:
 
     def buffers(self) -> Tree:
         """The buffers by full name; a tied one under each of its names."""
-        return {full: getattr(module, name) for full, module, name in self._buffers}
+        return {full: store[name] for full, (store, name) in self._buffers.items()}
 
     def commit(self, buffers: Tree) -> None:
         """Write buffers that an evaluation advanced on copies back into the modules."""
@@ -50,8 +48,16 @@ class Wiring:
             for name, value in buffers.items():
                 mine[name].copy_(value)
 
-    def fill(self, values: dict[str, Tensor], variables: Tree, tree: Tree) -> None:
-        """Put the tensors of `tree` at every place where `variables` are held."""
-        for name, parameter in variables.items():
-            for slot in self.slots[id(parameter)]:
-                values[slot] = tree[name]
+    def substitute(self, *pairs: tuple[Tree, Tree]) -> Substitution:
+        """The tensors of the second tree at every place where those of the first are held.
+
+        What does not require grad is put there as a leaf that does: a loss must not see a difference
+        between the variables of an evaluation and the module's parameters, which do require grad.
+        """
+        variables = []
+        for parameters, tree in pairs:
+            for name, parameter in parameters.items():
+                value = tree[name]
+                value = value if value.requires_grad else value.detach().requires_grad_()
+                variables += [(slot, value) for slot in self._slots[id(parameter)]]
+        return Substitution(variables, list(self._buffers.values()), self._recurrent)

@@ -206,10 +206,10 @@ class Solver(ABC):
     def _assemble(self, oracles: Oracles, response: Response) -> Hypergradient:
         upper, shared = oracles.upper, oracles.shared
         lower = {name: y.detach() for name, y in response.lower.items()}
+        wanted = {}
         for name in lower if response.vjp is not None else shared.values():
-            lower[name].requires_grad_()
+            wanted[name] = lower[name].requires_grad_()
         evaluation = oracles.evaluate("upper", upper, lower)
-        wanted = {name: y for name, y in lower.items() if y.requires_grad}
         leaves = [*upper.values(), *wanted.values()]
         evaluation, found = oracles.averaged(evaluation, gradients(evaluation.loss, leaves))
         grads = fill(found, leaves)

@@ -1,0 +1,216 @@
+"""`Substitution`: tensors in the places of a problem's variables while code of the problem runs.
+
+The code of a loss may run again when its gradient is taken, long after the loss was returned:
+activation checkpointing recomputes a part of a network, a hook on saved tensors recomputes what it did
+not keep, the `backward` of a `torch.autograd.Function` calls a module, a hook on a tensor calls one.
+All of these are registered while the loss runs. They are wrapped there, so that whenever they run they
+find what the loss found: its values of the variables and of the buffers. The buffers they advance are
+copies of copies, so that a batch norm that is computed twice counts once.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
+
+Slot: TypeAlias = tuple[MutableMapping[str, Any], str]  # a module's dict and a name in it
+
+# One evaluation at a time: it occupies the modules and the global random generators.
+_LOCK = threading.RLock()
+
+
+class _Current(threading.local):
+    """The substitution whose code this thread runs."""
+
+    substitution: "Substitution | None" = None
+
+
+_current = _Current()
+
+
+class Substitution:
+    """Values for the variables of a problem, and copies of its buffers.
+
+    Args:
+        variables: the places of the variables and what to put there.
+        buffers: the places of the buffers; copies are put there, tied ones stay tied.
+        recurrent: the recurrent layers, which keep a list of their weights.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[tuple[Slot, Tensor]],
+        buffers: Sequence[Slot],
+        recurrent: Sequence[nn.RNNBase],
+    ) -> None:
+        self._slots = [slot for slot, _ in variables]
+        self._values: list[Any] = [value for _, value in variables]
+        self._buffer_slots = buffers
+        self._recurrent = recurrent
+        self._copies = _clones([store[name] for store, name in buffers])
+        self._kept: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._running = False
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers as the code left them."""
+        return [buffer.detach() for buffer in self._copies]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Run code of the problem with the values in their places."""
+        with _LOCK, self._put():
+            before = _swap(self._buffer_slots, self._copies)
+            try:
+                yield
+            finally:  # code may have assigned (`self.average = ...`)
+                self._copies = _swap(self._buffer_slots, before)
+
+    @contextlib.contextmanager
+    def _put(self) -> Iterator[None]:
+        if self._running:  # a gradient inside the loss; maybe in a thread of the autograd engine
+            with _noticing(self):
+                yield
+            return
+        flat = [list(module._flat_weights) for module in self._recurrent]
+        before = _swap(self._slots, self._values)
+        self._running = True
+        try:
+            with _noticing(self):
+                yield
+        finally:
+            self._running = False
+            _swap(self._slots, before)
+            # recurrent layers cache the tensors of their last call, and with them a whole graph
+            for module, weights in zip(self._recurrent, flat, strict=True):
+                module._flat_weights = weights
+
+    def again(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """What to enter when code that is registered now runs: the values, the buffers as of now."""
+        state = [self._keep(store[name]) for store, name in self._buffer_slots]
+        scratch: list[Tensor] = []
+
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            nonlocal scratch
+            with contextlib.nullcontext() if self._running else _LOCK, self._put():
+                scratch = scratch or _clones(state)
+                versions = [tensor._version for tensor in scratch]
+                before = _swap(self._buffer_slots, scratch)
+                try:
+                    yield
+                finally:
+                    _swap(self._buffer_slots, before)
+                    if versions != [tensor._version for tensor in scratch]:
+                        scratch = []
+
+        return context
+
+    def _keep(self, buffer: Tensor) -> Tensor:
+        """A copy of a buffer that the code is about to advance, made once for each change."""
+        known = self._kept.get(id(buffer))
+        if known is None or known[0] is not buffer or known[1] != buffer._version:
+            known = (buffer, buffer._version, buffer.detach().clone())
+            self._kept[id(buffer)] = known
+        return known[2]
+
+
+def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    copies = {id(t): t.detach().clone() for t in tensors}
+    return [copies[id(t)] for t in tensors]
+
+
+def _swap(slots: Sequence[Slot], values: Sequence[Any]) -> list[Any]:
+    """Put values into slots, get back what was there."""
+    before = [store[name] for store, name in slots]
+    for (store, name), value in zip(slots, values, strict=True):
+        store[name] = value
+    return before
+
+
+# ---------------------------------------------------------- what is registered while a loss runs
+
+_ENTER = saved_tensors_hooks.__enter__
+_REGISTER: Any = torch.Tensor.register_hook
+_APPLY: Any = torch.autograd.Function.__dict__["apply"]
+
+_depth = 0
+
+
+@contextlib.contextmanager
+def _noticing(substitution: Substitution) -> Iterator[None]:
+    """Notice what this thread registers to be run when a gradient is taken."""
+    global _depth
+    before, _current.substitution = _current.substitution, substitution
+    if not _depth:
+        _install(_enter, _register, classmethod(_apply))
+    _depth += 1
+    try:
+        yield
+    finally:
+        _current.substitution = before
+        _depth -= 1
+        if not _depth:
+            _install(_ENTER, _REGISTER, _APPLY)
+
+
+def _install(enter: Any, register: Any, apply: Any) -> None:
+    setattr(saved_tensors_hooks, "__enter__", enter)  # noqa: B010 - not a method of ours
+    setattr(torch.Tensor, "register_hook", register)  # noqa: B010
+    setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
+
+
+def _enter(hooks: saved_tensors_hooks) -> None:
+    substitution, unpack = _current.substitution, hooks.unpack_hook
+    if substitution is not None:
+        hooks.unpack_hook = _within(substitution.again(), unpack)
+    try:
+        _ENTER(hooks)
+    finally:
+        hooks.unpack_hook = unpack  # the same object may be entered in another evaluation
+
+
+def _register(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    substitution = _current.substitution
+    return _REGISTER(tensor, hook if substitution is None else _within(substitution.again(), hook))
+
+
+def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+    answer = _APPLY.__func__(function, *args, **kwargs)
+    substitution = _current.substitution
+    if substitution is None:
+        return answer
+    for tensor in answer if isinstance(answer, tuple) else (answer,):
+        node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+        if isinstance(node, BackwardCFunction) and "apply" not in vars(node):
+            vars(node)["apply"] = _backward_within(substitution.again(), node)
+    return answer
+
+
+def _backward_within(
+    again: Callable[[], contextlib.AbstractContextManager[None]], node: Any
+) -> Callable[..., Any]:
+    reference = weakref.ref(node)  # the node holds this function
+
+    def apply(*grads: Any) -> Any:
+        node: Any = reference()
+        with again():
+            return type(node).apply(node, *grads)
+
+    return apply
+
+
+def _within(
+    again: Callable[[], contextlib.AbstractContextManager[None]], function: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    def run(argument: Any) -> Any:
+        with again():
+            return function(argument)
+
+    return run
