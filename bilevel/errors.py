@@ -1,7 +1,12 @@
 """What can go wrong, as sentences: outcomes of a numerical procedure and the errors they become."""
 
+import copyreg
 import enum
+import pickle
 from typing import Any
+
+import optree
+import torch
 
 
 class Result(enum.Enum):
@@ -27,11 +32,19 @@ class Result(enum.Enum):
 
 
 class HypergradientError(RuntimeError):
-    """A hypergradient whose computation did not succeed; `hypergradient` holds what it got to."""
+    """A hypergradient whose computation did not succeed; `hypergradient` holds what it got to.
+
+    When it is pickled (a worker of a process pool sends it home), the tensors of the record come
+    without their graphs and on the processor.
+    """
 
     def __init__(self, message: str, hypergradient: Any) -> None:
         super().__init__(message)
         self.hypergradient = hypergradient
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        others = {name: value for name, value in vars(self).items() if name != "hypergradient"}
+        return _error_with_record, (type(self), self.args, others, _pickled(self.hypergradient))
 
 
 class DivergenceError(RuntimeError):
@@ -44,6 +57,34 @@ class DivergenceError(RuntimeError):
         self.step = step
         self.term = term
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # an exception is made anew from its message, which is not what `__init__` takes
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that belongs to another configuration."""
+
+
+def _pickled(record: Any) -> bytes:
+    """The record as bytes; of `None` where a solver of the user's keeps what no pickle can hold.
+
+    Bytes, because what is sent between processes otherwise takes tensors by a handle, which is void
+    once the sender has ended.
+    """
+
+    def plain(leaf: Any) -> Any:
+        return leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf
+
+    try:
+        return pickle.dumps(optree.tree_map(plain, record, namespace="bilevel"))
+    except Exception:  # pickle has a dozen ways to refuse; the message must arrive in any case
+        return pickle.dumps(None)
+
+
+def _error_with_record(
+    kind: type[HypergradientError], args: tuple[Any, ...], others: dict[str, Any], record: bytes
+) -> HypergradientError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(others, hypergradient=pickle.loads(record))
+    return error

@@ -20,9 +20,10 @@ def positive(name: str, value: Any, *, zero: bool = False) -> None:
     wanted = "zero or more" if zero else "positive"
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be {wanted}: a number, got {shown(value)}")
-    if not (value >= 0 if zero else value > 0):
+    number = float(value)
+    if not (number >= 0 if zero else number > 0):
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
-    if not math.isfinite(value):
+    if not math.isfinite(number):
         raise ValueError(f"`{name}` must be {wanted} and finite, got {value!r}")
 
 
