@@ -1,13 +1,17 @@
 """Endless streams of minibatches that know their position: what a run reads its data from."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import optree
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from bilevel.errors import CheckpointError
+from bilevel.refusals import shown, whole
+from bilevel.repeated import Repeated, Stateful
 
 _AT_ONCE = 4096  # rows looked at together
 
@@ -56,17 +60,21 @@ class Batches:
         seed: int = 0,
         convert: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.length = _check(data)
+        if batch_size is not None:
+            batch_size = whole("batch_size", batch_size, least=-(2**63))
+        self.length = _check(data, batch_size)
         if batch_size is not None and not 1 <= batch_size <= self.length:
             raise ValueError(
                 f"`batch_size` must lie between 1 and the number of rows, {self.length}; "
                 f"got {batch_size}"
             )
-        self.data = data
+        self.data = optree.tree_map(_ordinary, data)
         self.batch_size = batch_size
         self.convert = convert if convert is not None else _as_they_are
         leaf: Tensor = optree.tree_leaves(data)[0]
-        self._generator = torch.Generator(leaf.device).manual_seed(seed)
+        self._generator = torch.Generator(leaf.device).manual_seed(
+            whole("seed", seed, least=-(2**63))
+        )
         self._order = torch.randperm(0)
         self._position = self.length
 
@@ -82,7 +90,7 @@ class Batches:
             self._position = 0
         rows = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
-        return self.convert(optree.tree_map(lambda leaf: leaf[rows], self.data))
+        return self.convert(optree.tree_map(lambda leaf: _selected(leaf, rows), self.data))
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the epoch, order of the epoch and state of the generator."""
@@ -109,93 +117,6 @@ class Batches:
         self._position = state["position"]
 
 
-class Repeated:
-    """An iterable (a `DataLoader`, say) started again whenever it ends.
-
-    To be resumable it must give the same batches again: either it does not shuffle, or it is a
-    `DataLoader` with its own `generator`, whose state is then saved at the start of each epoch.
-
-    Args:
-        iterable: yields the batches of one epoch each time it is iterated.
-
-    Raises:
-        ValueError: when asked for a batch, if an epoch is empty.
-    """
-
-    def __init__(self, iterable: Iterable[Any]) -> None:
-        self._iterable = iterable
-        self._epoch: Iterator[Any] | None = None
-        self._drawn = 0
-        self._start: Tensor | None = None
-
-    def __next__(self) -> Any:
-        if self._epoch is None:
-            self._begin()
-        assert self._epoch is not None
-        try:
-            batch = next(self._epoch)
-        except StopIteration:
-            if self._drawn == 0:
-                raise ValueError(
-                    "the data are empty: an epoch gave no batch (an iterator can be read once only; "
-                    "give the iterable it came from)"
-                ) from None
-            self._begin()
-            self._drawn = 0
-            return next(self)
-        self._drawn += 1
-        return batch
-
-    def _begin(self) -> None:
-        generator = self._generator()
-        self._start = generator.get_state() if generator is not None else None
-        self._epoch = iter(self._iterable)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Batches drawn in this epoch and the loader's generator, at its start and now.
-
-        Raises:
-            CheckpointError: if the iterable shuffles from the global generator.
-        """
-        sampler = type(getattr(self._iterable, "sampler", None)).__name__
-        if sampler == "RandomSampler" and self._generator() is None:
-            raise CheckpointError(
-                "this `DataLoader` shuffles from torch's global generator, so the run could not be "
-                "resumed; give it `generator=torch.Generator().manual_seed(...)`"
-            )
-        now = generator.get_state() if (generator := self._generator()) is not None else None
-        return {
-            "drawn": self._drawn,
-            "start": now if self._epoch is None else self._start,
-            "now": now,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the saved epoch again and skip the batches that were drawn.
-
-        Raises:
-            CheckpointError: if an epoch has fewer batches now than were drawn then.
-        """
-        generator = self._generator()
-        if state["start"] is not None and generator is not None:
-            generator.set_state(state["start"].cpu())
-        self._epoch = None
-        self._drawn = 0
-        for _ in range(state["drawn"]):
-            next(self)
-        if self._drawn != state["drawn"]:
-            raise CheckpointError(
-                f"the checkpoint was written {state['drawn']} batches into an epoch, which has fewer "
-                "now; resume with the same data"
-            )
-        if state["now"] is not None and generator is not None:
-            generator.set_state(state["now"].cpu())  # two streams may share one generator
-
-    def _generator(self) -> torch.Generator | None:
-        generator = getattr(self._iterable, "generator", None)
-        return generator if isinstance(generator, torch.Generator) else None
-
-
 class Nothing:
     """The source of problems that need no data: every batch is `None`."""
 
@@ -209,25 +130,119 @@ class Nothing:
         pass
 
 
-def as_source(data: Any, batch_size: int | None, seed: int) -> Source:
+def sources_of(data: Any, upper_data: Any, batch_size: Any, seed: int) -> dict[str, Source]:
+    """The sources of both levels, of one if there are no data of the upper level's own.
+
+    Args:
+        data: what `train` was given.
+        upper_data: likewise.
+        batch_size: likewise.
+        seed: of the order of the data; their neighbour's for the upper level's.
+
+    Raises:
+        TypeError: as `as_source`.
+        ValueError: as `as_source`; if there are no tensors that could be cut into batches.
+    """
+    sources = {"data": as_source("data", data, batch_size, seed)}
+    if upper_data is not None:
+        sources["upper_data"] = as_source("upper_data", upper_data, batch_size, seed + 1)
+    given = (data, upper_data)
+    ours = [
+        s for s in sources.values() if isinstance(s, Batches) and all(s is not g for g in given)
+    ]
+    if batch_size is not None and not ours:
+        what = "there are no data" if data is None else "the data come in batches already"
+        raise ValueError(
+            f"`batch_size` is {batch_size}, but {what}; set it where they are made "
+            "(`DataLoader(..., batch_size=...)`) and leave it out here"
+        )
+    return sources
+
+
+def as_source(name: str, data: Any, batch_size: int | None, seed: int) -> Source:
     """What `train` accepts as data, as a `Source`.
+
+    Args:
+        name: name of the argument.
+        data: what was given.
+        batch_size: rows per batch, if data are tensors.
+        seed: of their order.
 
     Raises:
         TypeError: if `data` is neither tensors, nor a source, nor an iterable of batches.
+        ValueError: as `Batches`.
     """
     if data is None:
         return Nothing()
+    if isinstance(data, type):
+        raise TypeError(f"`{name}` {_WANTED}; got {shown(data)}")
     if isinstance(data, Source):
         return data
+    rows = not isinstance(data, (list, deque, set, frozenset))
     leaves = optree.tree_leaves(data)
-    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+    if rows and leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
         return Batches(data, batch_size, seed=seed)
-    if isinstance(data, Iterable) and not isinstance(data, (list, tuple, dict, str)):
-        return Repeated(data)
-    raise TypeError(
-        "`data` must be a pytree of tensors, a `DataLoader` (or another iterable of batches), or "
-        f"`None`; got {type(data).__name__}. Convert arrays with `torch.as_tensor`"
-    )
+    single = hasattr(data, "__getitem__") or isinstance(data, (set, frozenset, Mapping))
+    loader = isinstance(data, Iterable) and (isinstance(data, DataLoader) or not single)
+    if not loader:
+        raise TypeError(f"`{name}` {_WANTED}; got {shown(data)}. {_advice(data)}")
+    stateful = all(callable(getattr(data, n, None)) for n in ("state_dict", "load_state_dict"))
+    return Stateful(data) if stateful else Repeated(data)
+
+
+_WANTED = "must be a pytree of tensors, a `DataLoader` (or another iterable of batches), or `None`"
+
+
+def _advice(data: Any) -> str:
+    """What to do with data that `train` does not take."""
+    if isinstance(data, (list, deque, set, frozenset)):
+        return (
+            "It could be one data set or many batches: write a tuple for the columns of one data set, "
+            "`DataLoader(batches, batch_size=None)` for a list of batches"
+        )
+    if isinstance(data, Mapping) and not isinstance(data, dict):
+        return "Give `dict(data)`"
+    if isinstance(data, Dataset) or (
+        hasattr(data, "__getitem__")
+        and not hasattr(data, "__array__")
+        and not isinstance(data, (str, bytes, tuple, dict))
+    ):
+        return "What has rows by index goes into a `DataLoader(data, batch_size=...)`"
+    if callable(data):
+        return "Call it, and give what it returns"
+    return "Convert arrays with `torch.as_tensor`"
+
+
+def refuse_no_list(lower_batches: Any, upper_batch: Any = None) -> None:
+    """Refuse what is one batch rather than a list of lower batches.
+
+    Args:
+        lower_batches: what was given.
+        upper_batch: the batch of the upper loss; batches of both levels often look alike.
+
+    Raises:
+        TypeError: for everything but a list, and for a list that looks like `upper_batch` itself.
+    """
+    nothing = isinstance(lower_batches, tuple) and all(batch is None for batch in lower_batches)
+    if not isinstance(lower_batches, list) and not nothing:
+        raise TypeError(
+            "`lower_batches` must be a list of batches, since a batch may be anything else; got "
+            f"{shown(lower_batches)}. Write `[batch]` for one batch"
+        )
+    if not nothing and isinstance(upper_batch, (list, tuple)) and lower_batches:
+        columns, wanted = _looks(list(lower_batches)), _looks(list(upper_batch))
+        if columns == wanted and _looks(lower_batches[0]) != wanted:
+            raise TypeError(
+                "`lower_batches` looks like one batch (it is built as `upper_batch` is), but must be a "
+                "list of batches; write `[batch]`"
+            )
+
+
+def _looks(batch: Any) -> Any:
+    """How a batch is built, a tuple and a list being alike."""
+    if isinstance(batch, (list, tuple)):
+        return [_looks(part) for part in batch]
+    return type(batch), batch.ndim if isinstance(batch, Tensor) else None
 
 
 def not_finite(rows: Tensor) -> tuple[int, str]:
@@ -239,6 +254,12 @@ def not_finite(rows: Tensor) -> tuple[int, str]:
     """
     if not (rows.is_floating_point() or rows.is_complex()):
         return 0, indices([])
+    if rows.layout is not torch.strided:
+        entries = rows.to_sparse().coalesce()
+        wrong = ~entries.values().isfinite().flatten(1 if entries.dense_dim() else 0)
+        wrong = wrong.any(dim=1) if entries.dense_dim() else wrong
+        bad = entries.indices()[0][wrong].unique().tolist()
+        return len(bad), indices(bad)
     # in pieces: `isfinite` makes copies of what it is given
     pieces = [part.isfinite().reshape(len(part), -1).all(dim=1) for part in rows.split(_AT_ONCE)]
     bad = (~torch.cat(pieces)).nonzero()[:, 0].tolist()
@@ -254,12 +275,17 @@ def _as_they_are(rows: Any) -> Any:
     return rows
 
 
-def _check(data: Any) -> int:
+def _selected(leaf: Tensor, rows: Tensor) -> Tensor:
+    return leaf.index_select(0, rows) if leaf.is_sparse else leaf[rows]
+
+
+def _check(data: Any, batch_size: int | None) -> int:
     leaves = optree.tree_leaves(data)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"the data must be tensors, got a {type(leaf).__name__} among them")
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+        _refuse_kind(leaf, batch_size)
+    lengths = {len(leaf) for leaf in leaves}
     if len(lengths) != 1:
         raise ValueError(
             "the tensors of the data must share their first dimension, got lengths "
@@ -276,3 +302,29 @@ def _check(data: Any) -> int:
                 f"({which}); drop or repair these rows"
             )
     return length
+
+
+def _refuse_kind(leaf: Tensor, batch_size: int | None) -> None:
+    """Tensors that are no rows, or whose rows cannot be had."""
+    if leaf.is_nested:
+        raise TypeError("the data hold a nested tensor, whose rows torch cannot select; pad them")
+    if leaf.ndim == 0:
+        raise ValueError(
+            "the data hold a tensor without dimensions, which has no rows; keep single numbers as "
+            "attributes of the problem"
+        )
+    if leaf.layout not in (torch.strided, torch.sparse_coo) and batch_size is not None:
+        raise TypeError(
+            f"torch cannot select rows of a `{leaf.layout}` tensor; convert it with `.to_sparse_coo()`, "
+            "or leave out `batch_size` to use all rows in every step"
+        )
+    if leaf.requires_grad:
+        raise ValueError(
+            "the data require grad, but no gradient would reach them: they are constants here. "
+            "`.detach()` them, or make them variables of a level if they are to be learned"
+        )
+
+
+def _ordinary(leaf: Tensor) -> Tensor:
+    """The tensor; made under `inference_mode` a copy, for autograd takes no others."""
+    return leaf.clone() if leaf.is_inference() else leaf

@@ -1,14 +1,181 @@
-"""One optimizer per level, or several: how that is written and read."""
+"""Optimizers and schedulers of a level: one or several, and whether the loop can work with them."""
 
-from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+import optree
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bilevel.refusals import shown
+
+if TYPE_CHECKING:
+    from bilevel.problem import Level, Problem
 
 T = TypeVar("T")
-Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer]
+
+
+class Scheduler(Protocol):
+    """A learning-rate scheduler: `torch.optim.lr_scheduler` or anything that looks like one."""
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
 
 
 def listed(one_or_more: T | Sequence[T]) -> list[T]:
     """What was given as one thing or as a sequence of them, as a list."""
     return list(one_or_more) if isinstance(one_or_more, Sequence) else [one_or_more]
+
+
+def optimizers_of(name: str, given: Any) -> list[Optimizer]:
+    """One optimizer or several as a list; none for `None`.
+
+    Args:
+        name: name of the argument.
+        given: what was given.
+
+    Raises:
+        TypeError: for anything that is no `torch.optim` optimizer.
+    """
+    if given is None:
+        return []
+    transformation = callable(getattr(given, "init", None)) and hasattr(given, "update")
+    found: list[Any] = [given] if transformation else listed(given)
+    for one in found:
+        if isinstance(one, Optimizer):
+            continue
+        advice = f"for example `torch.optim.Adam(problem.{name.split('_')[0]}.parameters(), 1e-3)`"
+        if transformation:
+            advice = (
+                "a torchopt transformation is for `Unrolled(num_steps, optimizer)`, "
+                f"the loop needs {advice}"
+            )
+        raise TypeError(
+            f"`{name}` must be a `torch.optim` optimizer or a list of them, got {shown(one)}; {advice}"
+        )
+    return found
+
+
+def check_optimizers(problem: "Problem", level: "Level", optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that would not do for a level what they are there for.
+
+    Raises:
+        TypeError: for one that evaluates the loss by itself.
+        ValueError: for one that holds no variable of the level, or others than these.
+    """
+    mine = {id(p) for p in problem.variables(level).values()}
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        _check_step(level, optimizer)
+        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        if not held.keys() & mine:
+            raise ValueError(
+                f"`{level}_optimizer` holds none of the {level} variables; build it from "
+                f"`problem.{level}.parameters()`"
+            )
+        _check_others(problem, level, [p for i, p in held.items() if i not in mine])
+        if seen & held.keys() & mine:
+            raise ValueError(f"two optimizers in `{level}_optimizer` hold the same variables")
+        seen |= held.keys()
+        for option in learned_options(optimizer, problem.parameters()):
+            raise ValueError(
+                f"`{option}` of `{level}_optimizer` is a tensor that is learned or belongs to the "
+                "problem; `train` moves the lower variables by its value and no gradient would come "
+                f"back through it. Give the number (`float({option})`), or enter the rate through "
+                "the lower loss"
+            )
+
+
+def _check_step(level: str, optimizer: Optimizer) -> None:
+    needed = _required(type(optimizer).step)[1:]  # schedulers hide the bound one's signature
+    if isinstance(optimizer, torch.optim.LBFGS) or needed:
+        raise TypeError(
+            f"`{level}_optimizer` is `{type(optimizer).__name__}`, which evaluates the loss by itself; "
+            "use an optimizer that steps from gradients"
+        )
+
+
+def _check_others(problem: "Problem", level: "Level", others: Sequence[Tensor]) -> None:
+    """Refuse to hold the other level's variables, or what is no part of the problem (any more)."""
+    names = {id(p): name for name, p in problem.named_parameters()}
+    trained = [p for p in others if p.requires_grad]
+    if not trained:
+        return
+    known = [f"`{names[id(p)]}`" for p in trained if id(p) in names][:3]
+    first = f"{len(trained)} tensors (the first of shape {tuple(trained[0].shape)})"
+    raise ValueError(
+        f"`{level}_optimizer` also holds {', '.join(known) if known else first}, which the {level} "
+        f"level does not; build it from `problem.{level}.parameters()`, after the last "
+        "`copy.deepcopy` or replaced layer"
+    )
+
+
+def learned_options(optimizer: Optimizer, variables: Iterable[Tensor] = ()) -> Iterator[str]:
+    """Names of the options (`lr`, `weight_decay`, ...) that are tensors to be learned.
+
+    Args:
+        optimizer: the optimizer.
+        variables: tensors that are learned even where an option that shares their memory does not say
+            so (`x.detach()`).
+    """
+    memory = {p.untyped_storage().data_ptr() for p in variables if p.layout is torch.strided}
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            tensors = [t for t in optree.tree_leaves(value) if isinstance(t, Tensor)]
+            if name != "params" and any(
+                t.requires_grad or t.untyped_storage().data_ptr() in memory for t in tensors
+            ):
+                yield name
+
+
+def schedulers_of(name: str, given: Any, optimizers: Sequence[Optimizer]) -> list[Scheduler]:
+    """One scheduler or several as a list; none for `None`.
+
+    Args:
+        name: name of the argument.
+        given: what was given.
+        optimizers: those of the level.
+
+    Raises:
+        TypeError: for anything that is no scheduler, or whose step takes an argument.
+        ValueError: for the scheduler of another optimizer, or one that is given twice.
+    """
+    found: list[Any] = [] if given is None else listed(given)
+    for one in found:
+        wanted = ("step", "state_dict", "load_state_dict")
+        if isinstance(one, type) or not all(callable(getattr(one, part, None)) for part in wanted):
+            raise TypeError(
+                f"`{name}` must be a scheduler of `torch.optim.lr_scheduler` or a list of them, got "
+                f"{shown(one)}"
+            )
+        if needed := _required(one.step):
+            raise TypeError(
+                f"`{name}` is `{type(one).__name__}`, whose `step` needs `{needed[0]}`; leave it out "
+                "and step it in the loop, after each `Step`"
+            )
+        inner = getattr(one, "optimizer", None)
+        if isinstance(inner, Optimizer) and all(inner is not optimizer for optimizer in optimizers):
+            raise ValueError(
+                f"`{name}` is the scheduler of another optimizer than "
+                f"`{name.replace('scheduler', 'optimizer')}`; make it from that one"
+            )
+    if len({id(one) for one in found}) < len(found):
+        raise ValueError(f"`{name}` holds the same scheduler twice")
+    return found
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, or otherwise without a signature
+        return []
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in positional]

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def positive(name: str, value: Any, *, zero: bool = False) -> None:
@@ -93,6 +94,19 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f"did you mean `{close[0]}`?"
     return "choose one of " + ", ".join(f"`{option}`" for option in options)
+
+
+def outside_inference_mode() -> None:
+    """Refuse to differentiate where torch records nothing, `enable_grad` or not.
+
+    Raises:
+        RuntimeError: inside `torch.inference_mode()`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "inside `torch.inference_mode()` nothing can be differentiated; leave it, or use "
+            "`torch.no_grad()`, which does no harm here"
+        )
 
 
 def shown(value: Any) -> str:

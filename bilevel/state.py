@@ -4,7 +4,7 @@ import copy
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optree
@@ -15,15 +15,8 @@ from bilevel.batches import Source
 from bilevel.checkpoint import FORMAT, read_checkpoint, write_atomically
 from bilevel.distributed import agree, is_main
 from bilevel.errors import CheckpointError
+from bilevel.optimizers import Scheduler
 from bilevel.problem import Problem
-
-
-class Scheduler(Protocol):
-    """A learning-rate scheduler: `torch.optim.lr_scheduler` or anything that looks like one."""
-
-    def step(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class State:

@@ -6,23 +6,28 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bilevel.batches import as_source
+from bilevel.batches import sources_of
 from bilevel.distributed import agree
 from bilevel.errors import DivergenceError, HypergradientError
-from bilevel.optimizers import Optimizers, listed
+from bilevel.linear.base import LinearSolver
+from bilevel.optimizers import (
+    Optimizers,
+    Schedulers,
+    check_optimizers,
+    optimizers_of,
+    schedulers_of,
+)
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
-from bilevel.refusals import positive
+from bilevel.refusals import flag, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
-from bilevel.state import Scheduler, State
+from bilevel.state import State
 from bilevel.turn import Turn
-
-Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def train(
     upper_data: Any = None,
     batch_size: int | None = None,
     order: Literal["lower_first", "upper_first"] = "lower_first",
-    upper_scheduler: Schedulers = (),
-    lower_scheduler: Schedulers = (),
+    upper_scheduler: Schedulers | None = None,
+    lower_scheduler: Schedulers | None = None,
     clip_upper: float | None = None,
     clip_lower: float | None = None,
     seed: int = 0,
@@ -135,17 +140,20 @@ def train(
         >>> problem.upper.x.detach().round(decimals=4)
         tensor(3.)
     """
-    solver = Alternating() if solver is None else solver
-    _check(num_steps, lower_steps, order, check_every, lower_optimizer)
-    optimizers = _owned(problem, solver, upper_optimizer, lower_optimizer)
-    sources = {"data": as_source(data, batch_size, seed)}
-    if upper_data is not None:
-        sources["upper_data"] = as_source(upper_data, batch_size, seed + 1)
+    outside_inference_mode()
+    solver = _solver(solver)
+    num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
+    check_every, seed = whole("check_every", check_every), whole("seed", seed, *_SEEDS)
+    _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
+    optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     state = State(
         problem,
         {str(level): group for level, group in optimizers.items()},
-        {"upper": listed(upper_scheduler), "lower": listed(lower_scheduler)},
-        sources,
+        {
+            "upper": schedulers_of("upper_scheduler", upper_scheduler, optimizers["upper"]),
+            "lower": schedulers_of("lower_scheduler", lower_scheduler, optimizers["lower"]),
+        },
+        sources_of(data, upper_data, batch_size, seed),
         torch.Generator(problem.device).manual_seed(seed),
         _configuration(
             problem,
@@ -164,7 +172,7 @@ def train(
     )
     agree(problem)
     if resume is not None:
-        state.load(resume)
+        _continue(state, resume, num_steps)
     first = order == "upper_first"
     turn = Turn(
         state, solver, lower_steps, first, clip_upper, clip_lower, throw, compile, precision
@@ -173,18 +181,45 @@ def train(
 
 
 def _owned(
-    problem: Problem, solver: Solver, upper: Optimizers, lower: Optimizers | None
+    problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
 ) -> dict[Level, list[torch.optim.Optimizer]]:
     """The optimizers of both levels, if solver and problem can do with them."""
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"`problem` must be a `Problem`, got {shown(problem)}; subclass `Problem`, or make one from "
+            "two losses with `Problem.from_functions`"
+        )
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
-        "upper": listed(upper),
-        "lower": listed(lower or ()),
+        "upper": optimizers_of("upper_optimizer", upper),
+        "lower": optimizers_of("lower_optimizer", lower),
     }
+    if lower_steps and not optimizers["lower"]:
+        raise ValueError(
+            f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
+            "`lower_steps=0` to leave the lower variables where they are"
+        )
     solver.check(Oracles(problem, None, [None]), optimizers["lower"])
+    if not optimizers["upper"]:
+        raise ValueError(
+            "there is no `upper_optimizer`, so the upper variables would not move; give one, for "
+            "example `torch.optim.Adam(problem.upper.parameters(), 1e-3)`"
+        )
     for level, group in optimizers.items():
-        for optimizer in group:
-            _check_ownership(problem, level, optimizer)
+        check_optimizers(problem, level, group)
     return optimizers
+
+
+def _continue(state: State, resume: Any, num_steps: int) -> None:
+    if not isinstance(resume, (str, os.PathLike)):
+        raise TypeError(
+            f"`resume` must be the path of a checkpoint that `state.save` wrote, got {shown(resume)}"
+        )
+    state.load(resume)
+    if state.step > num_steps:
+        raise ValueError(
+            f"the checkpoint was written after {state.step} steps, but `num_steps`, the steps in "
+            f"total, is {num_steps}"
+        )
 
 
 def _configuration(
@@ -263,34 +298,31 @@ class _Watch:
         return values
 
 
+_SEEDS = -(2**63), 2**63 - 1  # what torch's generators take
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
 
 
+def _solver(given: Any) -> Solver:
+    """The solver that was given, `Alternating()` for `None`."""
+    if given is None or isinstance(given, Solver):
+        return given or Alternating()
+    advice = "give one of the solvers: `Alternating()`, `Implicit()` or `Unrolled(num_steps)`"
+    if isinstance(given, LinearSolver):
+        advice = (
+            f"a linear solver goes into `Implicit`: `solver=Implicit({type(given).__name__}())`"
+        )
+    elif isinstance(given, type) and issubclass(given, Solver):
+        advice = f"give an instance, `{given.__name__}(...)`"
+    raise TypeError(f"`solver` must be a solver, got {shown(given)}; {advice}")
+
+
 def _check(
-    num_steps: int, lower_steps: int, order: str, check_every: int, lower_optimizer: Any
+    order: Any, clip_upper: Any, clip_lower: Any, ema: Any, flags: Mapping[str, Any]
 ) -> None:
-    positive("num_steps", num_steps)
-    positive("lower_steps", lower_steps, zero=True)
-    positive("check_every", check_every)
     if order not in ("lower_first", "upper_first"):
         raise ValueError(f'`order` must be "lower_first" or "upper_first", got {order!r}')
-    if lower_steps and not lower_optimizer:
-        raise ValueError(
-            f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
-            "`lower_steps=0` to leave the lower variables where they are"
-        )
-
-
-def _check_ownership(problem: Problem, level: Level, optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            f"`{level}_optimizer` is `LBFGS`, which evaluates the loss by itself; use an optimizer "
-            "that steps from gradients"
-        )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    mine = problem.variables(level)
-    if not held & {id(p) for p in mine.values()}:
-        raise ValueError(
-            f"`{level}_optimizer` holds none of the {level} variables; build it from "
-            f"`problem.{level}.parameters()`"
-        )
+    for name, most in (("clip_upper", clip_upper), ("clip_lower", clip_lower), ("ema", ema)):
+        if most is not None:
+            positive(name, most)
+    for name, value in flags.items():
+        flag(name, value)
