@@ -16,7 +16,8 @@ of the marginal, and its total derivative along $\phi^*(\theta)$ the gradient of
 partial derivative, `Alternating`, is not: it lacks the covariance of $\nabla_v \log \tilde p$ and
 $\nabla_\theta \log \tilde p$ under the posterior, and so never moves the hidden biases of a machine. The
 paper unrolls N Adam steps from the current $\phi$ (`Unrolled(N)`); `Implicit` takes the exact best
-response, with the lower expectation in closed form ("exact") without any noise.
+response, with the lower expectation in closed form ("exact") without any noise. On a machine the
+default is one of these two (`BiSM.default_solver`).
 """
 
 from typing import Any, Literal, NamedTuple, cast, final
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
+from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Solver, Unrolled
 from bilevel.methods.langevin import PUBLISHED, Steps
 from bilevel.methods.models.hidden import OneHidden
 from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
@@ -31,6 +33,12 @@ from bilevel.methods.score_objectives import Grid, Noised, Probed, score_objecti
 from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.tree import Tree
+
+UNROLLED_STEPS = 5
+"""N of the paper's runs on machines."""
+DAMPING = 1e-4
+"""Of the exact best response: two visibles of a batch may be nearly alike."""
+_DENSE = 500  # lower variables up to which a factorization costs less than the products it saves
 
 
 class Batch(NamedTuple):
@@ -69,10 +77,11 @@ class BiSM(ScoreLearner):
         ValueError: for an energy and a posterior that do not fit, or a bad setting.
 
     Example:
-        >>> from bilevel import Unrolled
         >>> from bilevel.methods.models import GaussianRBM
         >>> learner = BiSM(GaussianRBM(2, 4), objective="denoising", sigma=0.05)
-        >>> history = learner.fit(torch.rand(200, 2), num_steps=3, solver=Unrolled(num_steps=5))
+        >>> history = learner.fit(torch.rand(200, 2), num_steps=3)
+        >>> type(history.solver).__name__, history.solver.num_steps
+        ('Unrolled', 5)
         >>> learner.energy(torch.rand(5, 2)).shape
         torch.Size([5])
 
@@ -109,6 +118,21 @@ class BiSM(ScoreLearner):
             "langevin": list(langevin),
         }
         self.take(model, posterior, options)
+
+    def default_solver(self) -> Solver:
+        """On a machine one that keeps the response, else the paper's N = 0, `Alternating()`.
+
+        For expectation="exact" the exact best response: `Implicit` with `Cholesky`, or from 500 lower
+        variables on with `ConjugateGradient`; for relaxed draws the paper's `Unrolled(5)`.
+        """
+        if not self._is_machine:
+            return Alternating()
+        if self.expectation == "sampled":
+            return Unrolled(UNROLLED_STEPS)
+        size = sum(p.numel() for p in self.variables("lower").values())
+        if size <= _DENSE:
+            return Implicit(Cholesky(damping=DAMPING))
+        return Implicit(ConjugateGradient(damping=DAMPING))
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         points = self.objective.draw(data, generator)

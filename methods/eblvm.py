@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bilevel import Problem, Solver, Step
+from bilevel import Alternating, Problem, Solver, Step
 from bilevel.batches import not_finite
 from bilevel.distributed import alone
 from bilevel.methods.config import Training, one_of, validated
@@ -75,6 +75,10 @@ class EBLVM(Problem):
             variables, lr=training.lower_lr, weight_decay=decay, **settings
         )
 
+    def default_solver(self) -> Solver:
+        """The solver `fit` takes where none is given: `Alternating()` for most methods."""
+        return Alternating()
+
     @classmethod
     @abstractmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
@@ -108,7 +112,7 @@ class EBLVM(Problem):
         Args:
             data: visibles, shape (n, *visible_shape), floating point, within `visible_range`; images
                 may be bytes, which stay bytes on the model's device until a batch is drawn.
-            solver: how the hypergradient is computed; `Alternating()` by default.
+            solver: how the hypergradient is computed; `default_solver()` if not given.
             callbacks: called with every `Step`; one that returns `True` ends the training.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
             resume: continue the run in that folder from its newest checkpoint, to the bit.
@@ -120,7 +124,7 @@ class EBLVM(Problem):
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
-            The history: one record per `log_every` steps.
+            The history: one record per `log_every` steps, and the solver that was used.
 
         Raises:
             ValueError: for bad data or settings, before the first step.

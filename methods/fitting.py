@@ -12,7 +12,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from bilevel import (
-    Alternating,
     Batches,
     CheckpointError,
     DivergenceError,
@@ -54,12 +53,14 @@ class History:
         steps: upper steps taken in all.
         seconds: training time of this call.
         evaluations: one dict of plain numbers per `evaluate_every` steps.
+        solver: how the hypergradient was computed.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    solver: Solver | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -96,7 +97,7 @@ def fit(
         DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         MemoryError: if memory runs out, with the batch size that would fit.
     """
-    solver = Alternating() if solver is None else solver
+    solver = model.default_solver() if solver is None else solver
     _check(data, training, resume, run, evaluate)
     folder = Run(run) if run is not None else None
     if folder is not None and is_main():
@@ -117,7 +118,8 @@ def fit(
     if folder is not None and not resume and is_main():
         folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
     steps = _advised(steps, model, training, solver, tuple(data.shape[1:]))
-    return _follow(model, steps, training, list(callbacks), evaluate, folder, resume)
+    history = _follow(model, steps, training, list(callbacks), evaluate, folder, resume)
+    return replace(history, solver=solver)
 
 
 def begin(

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bilevel import Alternating, Solver
+from bilevel import Solver
 from bilevel.distributed import world_size
 from bilevel.methods.config import Training
 from bilevel.methods.fitting import begin
@@ -88,7 +88,7 @@ def footprint(
         model: the model, which is left as it is.
         batch_size: visibles per batch.
         training: its settings; the method's own by default.
-        solver: how the hypergradient is computed; `Alternating()` by default.
+        solver: how the hypergradient is computed; the method's own by default.
         shape: of one visible, if the model does not know it.
 
     Returns:
@@ -117,6 +117,7 @@ def footprint(
     if shape is None:
         raise ValueError("this model takes visibles of any shape; say which one by `shape=...`")
     training = Training(**model.training_defaults) if training is None else training
+    solver = model.default_solver() if solver is None else solver
     simple = training.model_copy(update={"num_steps": 3, "compile": False, "ema": None})
     parameter = next(model.parameters())
     mode, tally = FakeTensorMode(), _Tally()
@@ -125,9 +126,7 @@ def footprint(
     with mode, tally:
         batch = torch.zeros(batch_size, *shape, dtype=parameter.dtype, device=parameter.device)
         optimizers = counted.optimizers(simple)
-        steps = begin(
-            counted, _Same(batch), simple, solver or Alternating(), optimizers, check_every=10**9
-        )
+        steps = begin(counted, _Same(batch), simple, solver, optimizers, check_every=10**9)
         next(steps)
         tally.restart()
         next(steps)
@@ -164,7 +163,7 @@ def largest_batch(
         model: the model.
         available: bytes.
         training: its settings; the method's own by default.
-        solver: how the hypergradient is computed; `Alternating()` by default.
+        solver: how the hypergradient is computed; the method's own by default.
         shape: of one visible, if the model does not know it.
 
     Returns:

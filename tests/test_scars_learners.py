@@ -1,17 +1,175 @@
 """Learners: no default drops a term in silence, no noise serves twice, and nobody loses to coins."""
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Batches, train
-from bilevel.methods import BiDVL, Training
+from bilevel import (
+    Alternating,
+    Batches,
+    Cholesky,
+    ConjugateGradient,
+    Implicit,
+    Unrolled,
+    train,
+)
+from bilevel.methods import RBM, AdvIL, BiDVL, BiSM, GaussianRBM, Training, VaGES
+from bilevel.methods.suite.config import MethodConfig
+from bilevel.methods.suite.learners import make_solver
+from bilevel.methods.suite.presets import METHOD_PRESETS
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------- BiSM on a machine
+
+
+def bism(expectation: str) -> BiSM:
+    """BiSM of a small machine in float64, away from its initial weights, q near its posterior."""
+    model = GaussianRBM(2, 4).double()
+    learner = BiSM(model, sigma=0.3, expectation=expectation)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for seed, p in enumerate(model.parameters()):
+            p.copy_(0.7 * torch.randn(p.shape, generator=generator(seed), dtype=p.dtype))
+        logits = learner.encoder.networks[0]  # type: ignore[union-attr,index]
+        logits.weight.copy_(model.weight.mT)
+        logits.bias.copy_(model.latent_bias)
+    return learner
+
+
+def points(n: int = 12) -> Tensor:
+    return torch.randn(n, 2, generator=generator(50), dtype=torch.float64)
+
+
+def differences(loss: Any, bias: Tensor, step: float) -> Tensor:
+    """Central differences of a loss in the hidden biases, by hand."""
+    found = torch.zeros_like(bias)
+    start = bias.detach().clone()
+    for i in range(len(bias)):
+        values = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                bias.copy_(start)
+                bias[i] += sign * step
+            values.append(float(loss()))
+        found[i] = (values[0] - values[1]) / (2 * step)
+    with torch.no_grad():
+        bias.copy_(start)
+    return found
+
+
+def test_bism_by_default_has_the_exact_gradient_in_the_hidden_biases() -> None:
+    """Of the denoising Fisher divergence of the marginal, whose score is a closed form here.
+
+    With the lower expectation in closed form and q at the posterior; `Alternating` gives 0.
+    """
+    learner = bism("exact")
+    model, batch = learner.model, learner.draw(points(), generator())
+
+    def fisher() -> Tensor:
+        """Half the mean square of s(v~) + eps / sigma, s = -(v~ - b) / s^2 + W sigmoid(c + W^T v~)."""
+        v, noise = batch.points.visible, (batch.points.visible - batch.data) / 0.3
+        precision = (-2 * model.log_scale).exp()
+        hidden = (model.latent_bias + v @ model.weight).sigmoid()
+        score = -(v - model.visible_bias) * precision + hidden @ model.weight.mT
+        return 0.5 * (score + noise / 0.3).square().sum(1).mean().detach()
+
+    exact = differences(fisher, model.latent_bias, 1e-5)
+    lower = [learner.draw_lower(batch, generator(7), 0)]
+    solver = learner.default_solver()
+    assert isinstance(solver, Implicit)
+    found = solver.hypergradient(learner, batch, lower).grad["model.latent_bias"]
+    assert float(exact.abs().min()) > 1e-3
+    # 1e-4 of damping in a Hessian whose smallest eigenvalue is some 1e-2
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02 * float(exact.norm()))
+    undamped = Implicit(Cholesky()).hypergradient(learner, batch, lower)
+    torch.testing.assert_close(undamped.grad["model.latent_bias"], exact, rtol=1e-6, atol=1e-8)
+    dropped = Alternating().hypergradient(learner, batch, lower).grad["model.latent_bias"]
+    assert float(dropped.abs().max()) == 0
+
+
+def test_bism_by_default_unrolls_five_steps_of_adam_as_published() -> None:
+    """The hidden biases' gradient is that of a loop of five steps and the loss after it, by hand."""
+    learner = bism("sampled")
+    batch = learner.draw(points(), generator())
+    lower = [learner.draw_lower(batch, generator(7 + t), t) for t in range(5)]
+    optimizer = torch.optim.Adam(learner.lower.parameters(), lr=0.05, betas=(0.9, 0.95))
+
+    def step(net: Any, rule: torch.optim.Adam, at: Any) -> None:
+        rule.zero_grad()
+        net.lower_loss(at).backward(inputs=list(net.lower.parameters()))
+        rule.step()
+
+    step(learner, optimizer, learner.draw_lower(batch, generator(3), 0))  # a running state
+    optimizer.zero_grad()
+    weights, state = copy.deepcopy(learner.lower.state_dict()), optimizer.state_dict()
+
+    def after_five() -> Tensor:
+        learner.lower.load_state_dict(weights)
+        again = torch.optim.Adam(learner.lower.parameters(), lr=0.05, betas=(0.9, 0.95))
+        again.load_state_dict(copy.deepcopy(state))
+        for at in lower:
+            step(learner, again, at)
+        return learner.upper_loss(batch).detach()
+
+    expected = differences(after_five, learner.model.latent_bias, 1e-6)
+    learner.lower.load_state_dict(weights)
+    solver = learner.default_solver()
+    assert isinstance(solver, Unrolled)
+    answer = solver.hypergradient(learner, batch, lower, lower_optimizer=optimizer)
+    found = answer.grad["model.latent_bias"]
+    assert float(expected.abs().min()) > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("expectation", ["sampled", "exact"])
+def test_bism_trains_hidden_biases_by_default_and_says_with_which_solver(
+    tmp_path: Path, expectation: str
+) -> None:
+    """In `history.solver` and in the run's configuration, which the report shows."""
+    learner = bism(expectation)
+    before = learner.model.latent_bias.detach().clone()
+    history = learner.fit(points(), num_steps=3, batch_size=12, run=tmp_path / "run")
+    assert bool((learner.model.latent_bias != before).all())
+    assert history.solver == learner.default_solver()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["solver"] == repr(history.solver)
+    again = bism(expectation)
+    dropped = again.fit(points(), num_steps=3, batch_size=12, solver=Alternating())
+    assert torch.equal(again.model.latent_bias, before)
+    assert isinstance(dropped.solver, Alternating)
+
+
+def test_the_default_solver_is_the_papers_and_fits_the_model() -> None:
+    """Deep energies of BiSM do not unroll, large exact lower levels are not factorised."""
+    assert isinstance(
+        BiSM.for_images((1, 8, 8), latent_dim=2, width=2).default_solver(), Alternating
+    )
+    large = BiSM(GaussianRBM(60, 10), expectation="exact").default_solver()
+    assert isinstance(large, Implicit)
+    assert isinstance(large.linear_solver, ConjugateGradient)
+    assert isinstance(VaGES(GaussianRBM(2, 4)).default_solver(), Alternating)
+    assert isinstance(AdvIL(RBM(4, 3)).default_solver(), Alternating)
+
+
+@pytest.mark.parametrize("expectation", ["sampled", "exact"])
+def test_a_suite_gives_bism_the_solver_that_fit_gives_it(expectation: str) -> None:
+    """An entry without a solver is not silently the dropped term; the short name with 0 still is."""
+    own = {"name": "mine", "method": "BiSM", "options": {"expectation": expectation}}
+    entry = MethodConfig(**own)
+    learner = BiSM(GaussianRBM(2, 4), expectation=expectation)  # type: ignore[arg-type]
+    assert make_solver(entry.solver) == learner.default_solver()
+    assert MethodConfig(**own, solver={"kind": "alternating"}).solver == {"kind": "alternating"}
+    names = {name: make_solver(MethodConfig.model_validate(name).solver) for name in METHOD_PRESETS}
+    assert all(isinstance(names[f"bism-{o}-0"], Alternating) for o in ("ssm", "dsm", "mdsm"))
+    assert all(names[f"bism-{o}"] == Unrolled(5) for o in ("ssm", "dsm", "mdsm"))
 
 
 # ---------------------------------------------------------------------- several lower steps

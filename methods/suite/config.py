@@ -45,7 +45,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bilevel.methods.config import nearest
-from bilevel.methods.suite.presets import METHOD_PRESETS, PRESETS
+from bilevel.methods.suite.presets import BISM_EXACT, BISM_UNROLLED, METHOD_PRESETS, PRESETS
 
 _NAME = r"^[A-Za-z0-9][\w.+-]*$"
 
@@ -104,7 +104,8 @@ class MethodConfig(_Plain):
     options: dict[str, Any] = Field({}, description="further arguments of its constructor")
     solver: dict[str, Any] = Field(
         {"kind": "alternating"},
-        description="kind: alternating, unrolled or implicit; beside it the solver's arguments, and for "
+        description="by default what `fit` takes: alternating for all methods but BiSM. Otherwise its "
+        "kind: alternating, unrolled or implicit; beside it the solver's arguments, and for "
         "implicit `linear_solver`: cholesky, conjugate_gradient, neumann, gmres or identity, and its",
     )
     training: dict[str, Any] = Field({}, description="fields of `Training`")
@@ -114,6 +115,9 @@ class MethodConfig(_Plain):
     def _expand(cls, value: Any) -> Any:
         value = {"preset": value} if isinstance(value, str) else dict(value)
         if "preset" not in value:
+            if value.get("method") == "BiSM":
+                exact = value.get("options", {}).get("expectation") == "exact"
+                value.setdefault("solver", BISM_EXACT if exact else BISM_UNROLLED)
             return value
         short = value.pop("preset")
         if short not in METHOD_PRESETS:

@@ -13,7 +13,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "dsm": {"objective": "denoising", "sigma": 0.05},
     "mdsm": {"objective": "multiscale", "sigma": 0.05, "sigma_range": [0.05, 1.0]},
 }
-_IMPLICIT = {"kind": "implicit", "linear_solver": "cholesky", "damping": 1e-4}
+BISM_UNROLLED = {"kind": "unrolled", "num_steps": 5}
+BISM_EXACT = {"kind": "implicit", "linear_solver": "cholesky", "damping": 1e-4}
 
 
 def _bism() -> dict[str, dict[str, Any]]:
@@ -21,13 +22,13 @@ def _bism() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for short, options in _OBJECTIVES.items():
         entry = {"method": "BiSM", "options": options}
-        found[f"bism-{short}"] = {**entry, "solver": {"kind": "unrolled", "num_steps": 5}}
-        found[f"bism-{short}-0"] = entry
+        found[f"bism-{short}"] = {**entry, "solver": BISM_UNROLLED}
+        found[f"bism-{short}-0"] = {**entry, "solver": {"kind": "alternating"}}
         for steps in (1, 2, 10, 20):
             solver = {"kind": "unrolled", "num_steps": steps}
             found[f"bism-{short}-{steps}"] = {**entry, "solver": solver}
         exact = {**options, "expectation": "exact"}
-        found[f"bism-{short}-implicit"] = {**entry, "options": exact, "solver": _IMPLICIT}
+        found[f"bism-{short}-implicit"] = {**entry, "options": exact, "solver": BISM_EXACT}
     return found
 
 
