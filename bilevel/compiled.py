@@ -5,46 +5,63 @@ Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second der
 down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is recorded as a
 CUDA graph besides.
 
-The graph reads and writes in place what the step reads and writes: variables, buffers and the
-optimizers' state. What is decided in Python while tracing is decided for good: the optimizers'
-settings other than the learning rate, which modules are in training mode, plain tensors that are
-neither parameter nor buffer.
+The graph reads and writes in place what the step reads and writes: variables, buffers, the
+optimizers' state and their moving numbers (`bilevel.settings`). What is decided in Python while
+tracing is decided for good, so it is looked at before every run (`bilevel.guards`) and decides which
+graph is the right one, if there is one yet.
 """
 
-import contextlib
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
 
-from bilevel.distributed import world_size
-from bilevel.recorded import Recorded
+from bilevel.guards import Guard, reading
+from bilevel.lowering import Lowered, lower
+from bilevel.settings import Settings, begin
 from bilevel.state import State
-from bilevel.tracing import traced
-
-if TYPE_CHECKING:
-    from torch.fx import GraphModule
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_MOST = 8  # graphs of one step; each takes some seconds to compile
+_FEW = 4  # of them for the same tensors: a number that changes in every step needs another way
 
-class _Graph(NamedTuple):
-    """A compiled graph, the tensors it reads and writes beside its arguments, and its answer."""
 
-    run: Callable[..., Any]
-    live: list[Tensor]
+class _Key(NamedTuple):
+    """What tells one graph from another before Python's values are looked at."""
+
+    structure: Any
+    tensors: tuple[Any, ...]
+    others: tuple[Any, ...]
+    variables: tuple[Any, ...]
+    settings: Any
+    modes: tuple[Any, ...]
+
+
+@dataclass
+class _Graph:
+    """A compiled graph, what it takes for granted, and its answer."""
+
+    key: _Key
+    guard: Guard
+    lowered: Lowered
+    memory: frozenset[int]
     answer: list[Any]
     structure: Any
 
 
 @final
 class Compiled(Generic[P, R]):
-    """`step` as compiled graphs, one for each structure and shape of its arguments.
+    """`step` as compiled graphs, one for everything that Python decides in it.
 
     What cannot be compiled runs as it is, after one warning.
 
@@ -55,169 +72,226 @@ class Compiled(Generic[P, R]):
 
     def __init__(self, step: Callable[P, R], state: State) -> None:
         self._step = step
-        self._state = state
+        self._problem = state.problem
         self._optimizers = [o for group in state.optimizers.values() for o in group]
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        device = state.problem.device  # a CUDA graph would freeze a number that lies elsewhere
-        self._rates = [
-            (g, torch.tensor(g["lr"], dtype=torch.double, device=device)) for g in groups
-        ]
-        self._current = [group["lr"] for group in groups]
+        self._settings = Settings(self._optimizers, state.problem.device)
         self._parameters = list(state.problem.parameters())
-        self._graphs: dict[Any, _Graph] = {}
-        self._refused = False
+        self._graphs: list[_Graph] = []
+        self._refused = self._warned = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._refused:
-            return self._step(*args, **kwargs)
-        leaves, structure = _flatten((args, kwargs))
-        frozen = tuple(p.requires_grad for p in self._parameters)
-        key = (structure, frozen, *(_signature(leaf) for leaf in leaves))
-        graph = self._graphs.get(key)
-        if graph is None:
+        graph = None
+        if not self._refused:
             try:
-                graph = self._graphs[key] = self._compile(leaves, structure)
+                leaves, structure = _flatten((args, kwargs))
+                graph = self._graph(leaves, structure)
             except Exception as error:  # whatever the tracer or the compiler did not like
                 self._refused = True
-                _warn(error)
-                return self._step(*args, **kwargs)
-        self._follow_rates()
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                self._warn(error)
+        if graph is None:
+            return self._step(*args, **kwargs)
+        tensors = [
+            t.clone() if t.untyped_storage().data_ptr() in graph.memory else t
+            for t in leaves
+            if isinstance(t, Tensor)
+        ]
         with torch.no_grad():
-            new = iter(graph.run(*tensors, *graph.live))
+            new = iter(graph.lowered.run(*tensors, *graph.lowered.aliases))
         answer = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in graph.answer]
         return cast(R, optree.tree_unflatten(graph.structure, answer))
 
-    def _follow_rates(self) -> None:
-        """Give the graphs the learning rates of the schedules."""
-        rates = [group["lr"] for group, _ in self._rates]
-        if rates != self._current:
-            for (_, tensor), rate in zip(self._rates, rates, strict=True):
-                tensor.fill_(rate)
-            self._current = rates
+    def _graph(self, leaves: list[Any], structure: Any) -> _Graph | None:
+        """The graph for these arguments as things are; `None` if there are too many."""
+        for optimizer in self._optimizers:
+            _refuse_hooks(optimizer)
+        self._settings.follow()
+        key = self._key(leaves, structure)
+        like = [graph for graph in self._graphs if graph.key == key]
+        for graph in reversed(like):
+            if graph.guard.holds() and not graph.lowered.stale():
+                return self._bound(graph, leaves)
+        same = [g for g in self._graphs if g.key[:2] == key[:2]]
+        if len(self._graphs) >= _MOST or len(same) >= _FEW:
+            if not self._warned:
+                self._warn(ValueError(_too_many(key, like, same, len(self._graphs))))
+            return None
+        return self._compile(key, leaves)
 
-    def _compile(self, leaves: list[Any], structure: Any) -> _Graph:
+    def _key(self, leaves: list[Any], structure: Any) -> _Key:
+        return _Key(
+            structure,
+            tuple(_signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
+            tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
+            tuple((p.requires_grad, *map(id, p._backward_hooks or ())) for p in self._parameters),
+            self._settings.fixed(),
+            _modes(self._problem.device.type),
+        )
+
+    def _bound(self, graph: _Graph, leaves: list[Any]) -> _Graph:
+        """The graph, reading and writing the tensors as they are now."""
+        arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        aliases = graph.lowered.aliases
+        if not graph.lowered.follow(self._live(), arguments):
+            for optimizer in self._optimizers:
+                begin(optimizer)
+            if not graph.lowered.follow(self._live(), arguments):
+                self._graphs.remove(graph)
+                return self._compile(graph.key, leaves)
+        if graph.lowered.aliases is not aliases:
+            graph.memory = _memory(graph.lowered)
+        return graph
+
+    def _live(self) -> list[Tensor]:
+        """The tensors that a step reads and writes beside its arguments."""
+        live = [*self._parameters, *self._problem.buffers()]
         for optimizer in self._optimizers:
-            _begin(optimizer)
-        live = [*self._parameters, *self._state.problem.buffers()]
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    held = optimizer.state.get(p, {})
+                    live += [held[n] for n in _STATE if isinstance(held.get(n), Tensor)]
+        return live + self._settings.tensors
+
+    def _compile(self, key: _Key, leaves: list[Any]) -> _Graph:
         for optimizer in self._optimizers:
-            held = [value for s in optimizer.state.values() for value in s.values()]
-            live += [value for value in held if isinstance(value, Tensor)]
-        live += [rate for _, rate in self._rates]
+            begin(optimizer)
+        self._parameters = list(self._problem.parameters())
         found: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             given = iter(tensors)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = cast(Any, optree.tree_unflatten(structure, filled))
+            args, kwargs = cast(Any, optree.tree_unflatten(key.structure, filled))
             found["answer"], found["structure"] = _flatten(self._step(*args, **kwargs))
             return [leaf for leaf in found["answer"] if isinstance(leaf, Tensor)]
 
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
-            run, aliases = self._lowered(flat, arguments, live)
-        return _Graph(run, aliases, found["answer"], found["structure"])
+            with reading() as reads, self._settings.as_tensors():
+                lowered = lower(flat, arguments, self._live(), self._problem.device)
+        guard = Guard(self._problem, reads)
+        memory = _memory(lowered)
+        graph = _Graph(key, guard, lowered, memory, found["answer"], found["structure"])
+        self._graphs.append(graph)
+        return graph
 
-    def _lowered(
-        self, flat: Callable[..., list[Tensor]], arguments: list[Tensor], live: list[Tensor]
-    ) -> tuple[Callable[..., Any], list[Tensor]]:
-        """`flat` traced and compiled, and the tensors it reads and writes beside its arguments."""
-        import torch._inductor  # four seconds that nobody waits for who does not compile
-        from torch.fx.experimental.proxy_tensor import make_fx
+    def _warn(self, error: Exception) -> None:
+        self._warned = True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "tracing tensor" in reason:  # torch's words for it are about its own insides
+            reason = (
+                "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
+            )
+        warnings.warn(
+            f"the step is not compiled and runs as without `compile`: {reason}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
-        with _unchanged(live), traced(), self._rates_as_tensors():
-            graph = make_fx(flat)(*arguments, *live)
-        _refuse_random(graph)
-        aliases = [tensor.detach() for tensor in live]  # a graph cannot write into leaves
-        with _unchanged(aliases), torch.no_grad():
-            # the key of `_graphs` holds the shapes already
-            options = {"size_asserts": False}
-            run = torch._inductor.compile(graph, [*arguments, *aliases], options)
-            run(*arguments, *aliases)
-            if self._state.problem.device.type == "cuda" and world_size() == 1:
-                run = Recorded(run, arguments, aliases)
-        return run, aliases
 
-    @contextlib.contextmanager
-    def _rates_as_tensors(self) -> Iterator[None]:
-        """Let the graph read the learning rates, so that schedules go on working."""
-        before = [group["lr"] for group, _ in self._rates]
-        for group, rate in self._rates:
-            group["lr"] = rate
-        try:
-            yield
-        finally:
-            for (group, _), value in zip(self._rates, before, strict=True):
-                group["lr"] = value
+# what SGD and Adam keep of a parameter, in the order in which a graph takes it
+_STATE = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The tensors and constants of a tree, dataclasses and dict-likes taken apart, too."""
     leaves, structure = optree.tree_flatten(tree, namespace="bilevel")
+    if any(_take_apart(type(leaf)) for leaf in leaves):
+        return _flatten(tree)
     return list(leaves), structure
 
 
-def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return leaf
+_whole: set[type] = {Tensor, torch.nn.Parameter, float, int, bool, str}
 
 
-def _begin(optimizer: Optimizer) -> None:
-    """Give every parameter the state that the optimizer would give it at its first step.
+def _take_apart(kind: type) -> bool:
+    """Teach `optree` a class of records; whether that was news."""
+    if kind in _whole:
+        return False
+    _whole.add(kind)
+    if dataclasses.is_dataclass(kind) and not issubclass(kind, Mapping):
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif issubclass(kind, Mapping) and not issubclass(kind, dict):
+        names = []
+    else:
+        return False
+
+    def parts(record: Any) -> tuple[list[Any], tuple[str, ...]]:
+        held = {
+            **{name: getattr(record, name) for name in names},
+            **getattr(record, "__dict__", {}),
+        }
+        return list(held.values()), tuple(held)
+
+    def whole(held: tuple[str, ...], values: Any) -> Any:
+        record = object.__new__(kind)  # `__init__` has been, and frozen ones are whole, too
+        for name, value in zip(held, values, strict=True):
+            object.__setattr__(record, name, value)
+        return record
+
+    optree.register_pytree_node(kind, parts, whole, namespace="bilevel")
+    return True
+
+
+def _signature(tensor: Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a batch holds a tensor of layout `{tensor.layout}`")
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _constant(leaf: Any) -> Any:
+    """What a graph is made for; 1, 1.0 and True are not the same.
 
     Raises:
-        TypeError: for an optimizer whose first step differs from the others.
+        TypeError: for something that a graph can neither read nor hold.
     """
-    vars(optimizer)["_opt_called"] = True  # or schedulers believe that it never steps
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            if isinstance(optimizer, SGD):
-                if group["momentum"] and group["dampening"]:
-                    raise TypeError("`SGD` with dampening begins with a step of another kind")
-                if group["momentum"] and state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-            elif isinstance(optimizer, Adam):  # `AdamW` is one
-                names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
-                count = state.setdefault("step", torch.zeros((), device=p.device))
-                state["step"] = count.to(p.device)  # a CUDA graph counts on the device
-                for name in names:
-                    state.setdefault(name, torch.zeros_like(p))
-            else:
-                raise TypeError(
-                    f"`{type(optimizer).__name__}` has no twin that a graph could hold; use `Adam`, "
-                    "`AdamW` or `SGD`"
-                )
-
-
-@contextlib.contextmanager
-def _unchanged(tensors: list[Tensor]) -> Iterator[None]:
-    """Undo what happens to the tensors inside: tracing and compiling run the step."""
-    before = [tensor.detach().clone() for tensor in tensors]
+    if isinstance(leaf, np.ndarray):
+        raise TypeError("the batch holds a NumPy array; make it a tensor, `torch.as_tensor(...)`")
     try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"the batch holds a `{type(leaf).__name__}`, which a graph cannot look into; use "
+            "tensors in tuples, dicts or dataclasses"
+        ) from None
+    return type(leaf), leaf
 
 
-def _refuse_random(graph: "GraphModule") -> None:
-    for node in graph.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
-            raise ValueError(
-                f"a loss draws random numbers (`{node.target}`; dropout?); draw them in `draw`"
-            )
-
-
-def _warn(error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if "tracing tensor" in reason:  # torch's words for it are about its own insides
-        reason = "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
-    warnings.warn(
-        f"the step is not compiled and runs as without `compile`: {reason}",
-        RuntimeWarning,
-        stacklevel=4,
+def _modes(device: str) -> tuple[Any, ...]:
+    """What of torch's global state decides how a step is computed."""
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
     )
+
+
+def _memory(lowered: Lowered) -> frozenset[int]:
+    """Where the tensors lie that a graph writes: an argument must not lie there."""
+    return frozenset(t.untyped_storage().data_ptr() for t in lowered.aliases)
+
+
+def _refuse_hooks(optimizer: Optimizer) -> None:
+    """A graph does what `optimizer.step` does, and nothing of what was hung to it."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    if before or after or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` has step hooks, which a graph does not call"
+        )
+
+
+def _too_many(key: _Key, like: list[_Graph], same: list[_Graph], count: int) -> str:
+    """Why there is no further graph."""
+    if like:
+        what = f"{like[-1].guard.changed()} has changed"
+        advice = "make what changes in every step a buffer (`register_buffer`) or part of the batch"
+    elif same and same[-1].key.others != key.others:
+        values = (pair for pair in zip(same[-1].key.others, key.others, strict=True))
+        (_, old), (_, new) = next((a, b) for a, b in values if a != b)
+        what = f"the batch holds a constant that changes ({old!r}, {new!r})"
+        advice = "make it a tensor, `torch.tensor(...)`"
+    else:
+        what = "structure, shapes or settings have changed"
+        advice = "pad the batches to few shapes"
+    return f"there are {count} graphs of it already and {what}; {advice}"

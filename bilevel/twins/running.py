@@ -179,12 +179,17 @@ def _cell(
     return _Cell(named, members, optimizer, layout, settings, rule, state)
 
 
+def _on(setting: Any) -> bool:
+    """Whether an option is not 0; while a step is traced a tensor stands for one that is not."""
+    return isinstance(setting, Tensor) or bool(setting)
+
+
 def _sgd(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Tensor, State]:
     """torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize."""
     g = -g if group["maximize"] else g
-    if group["weight_decay"]:
+    if _on(group["weight_decay"]):
         g = g + group["weight_decay"] * y
-    if group["momentum"]:
+    if _on(group["momentum"]):
         buffer = state.get("momentum_buffer")
         mu = group["momentum"]
         buffer = g if buffer is None else mu * buffer + (1 - group["dampening"]) * g
@@ -199,11 +204,13 @@ def _adam(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Te
     lr, decay = group["lr"], group["weight_decay"]
     step = state.get("step", 0.0) + 1
     g = -g if group["maximize"] else g
-    if decay and group.get("decoupled_weight_decay", False):
+    if _on(decay) and group.get("decoupled_weight_decay", False):
         y = y * (1 - lr * decay)
-    elif decay:
+    elif _on(decay):
         g = g + decay * y
-    m = torch.lerp(state.get("exp_avg", torch.zeros_like(y)), g, 1 - beta1)
+    fresh = 1 - beta1  # a tensor while a step is traced, which must be of the same type
+    fresh = fresh.to(y.dtype) if isinstance(fresh, Tensor) else fresh
+    m = torch.lerp(state.get("exp_avg", torch.zeros_like(y)), g, fresh)
     v = beta2 * state.get("exp_avg_sq", torch.zeros_like(y)) + (1 - beta2) * g * g
     new: State = {"step": step, "exp_avg": m, "exp_avg_sq": v}
     if group["amsgrad"]:
