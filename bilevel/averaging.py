@@ -7,11 +7,25 @@ those of the problem in training.
 """
 
 import copy
-from typing import final
+from typing import Any, final
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bilevel.problem import Problem
+
+
+class _Detaching(TorchFunctionMode):
+    """Lets tensors with a graph be copied: what a pruned or normed layer computed at its last call."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 @final
@@ -30,7 +44,8 @@ class Average:
         if not 0 < decay < 1:
             raise ValueError(f"`ema` must lie between 0 and 1, got {decay}")
         self.decay = decay
-        self.problem = copy.deepcopy(source).requires_grad_(False)
+        with _Detaching():
+            self.problem = copy.deepcopy(source).requires_grad_(False)
         self._averages = [p.detach() for p in self.problem.parameters()]
         self._weights = [p.detach() for p in source.parameters()]
         self._buffers = list(zip(self.problem.buffers(), source.buffers(), strict=True))

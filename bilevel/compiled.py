@@ -33,7 +33,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 8  # graphs of one step; each takes some seconds to compile
-_FEW = 4  # of them for the same tensors: a number that changes in every step needs another way
+_FEW = 4  # of them for the same tensors: what changes in every step needs another way
+_TWO = 2  # of them for the same but for a float in the batch, which seldom has few values
 
 
 class _Key(NamedTuple):
@@ -68,16 +69,18 @@ class Compiled(Generic[P, R]):
     Args:
         step: reads its arguments and the run's state, writes the state, returns a pytree.
         state: the run's state.
+        said: the warnings given so far, none of which is given twice.
     """
 
-    def __init__(self, step: Callable[P, R], state: State) -> None:
+    def __init__(self, step: Callable[P, R], state: State, said: set[str]) -> None:
         self._step = step
         self._problem = state.problem
         self._optimizers = [o for group in state.optimizers.values() for o in group]
         self._settings = Settings(self._optimizers, state.problem.device)
         self._parameters = list(state.problem.parameters())
         self._graphs: list[_Graph] = []
-        self._refused = self._warned = False
+        self._said = said
+        self._refused = self._full = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         graph = None
@@ -111,9 +114,11 @@ class Compiled(Generic[P, R]):
             if graph.guard.holds() and not graph.lowered.stale():
                 return self._bound(graph, leaves)
         same = [g for g in self._graphs if g.key[:2] == key[:2]]
-        if len(self._graphs) >= _MOST or len(same) >= _FEW:
-            if not self._warned:
+        few = _TWO if not like and _new_float(key, same) else _FEW
+        if len(self._graphs) >= _MOST or len(same) >= few:
+            if not self._full:
                 self._warn(ValueError(_too_many(key, like, same, len(self._graphs))))
+            self._full = True
             return None
         return self._compile(key, leaves)
 
@@ -176,17 +181,15 @@ class Compiled(Generic[P, R]):
         return graph
 
     def _warn(self, error: Exception) -> None:
-        self._warned = True
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "tracing tensor" in reason:  # torch's words for it are about its own insides
             reason = (
                 "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
             )
-        warnings.warn(
-            f"the step is not compiled and runs as without `compile`: {reason}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        words = f"the step is not compiled and runs as without `compile`: {reason}"
+        if words not in self._said:
+            self._said.add(words)
+            warnings.warn(words, RuntimeWarning, stacklevel=5)
 
 
 # what SGD and Adam keep of a parameter, in the order in which a graph takes it
@@ -229,7 +232,7 @@ def _take_apart(kind: type) -> bool:
             object.__setattr__(record, name, value)
         return record
 
-    optree.register_pytree_node(kind, parts, whole, namespace="bilevel")
+    optree.register_pytree_node(cast(Any, kind), parts, cast(Any, whole), namespace="bilevel")
     return True
 
 
@@ -281,17 +284,23 @@ def _refuse_hooks(optimizer: Optimizer) -> None:
         )
 
 
+def _new_float(key: _Key, graphs: list[_Graph]) -> bool:
+    """Whether the batch holds a float that it held in none of the graphs."""
+    seen = {constant for graph in graphs for constant in graph.key.others}
+    return any(c not in seen and isinstance(c[1], float) for c in key.others)
+
+
 def _too_many(key: _Key, like: list[_Graph], same: list[_Graph], count: int) -> str:
     """Why there is no further graph."""
     if like:
         what = f"{like[-1].guard.changed()} has changed"
         advice = "make what changes in every step a buffer (`register_buffer`) or part of the batch"
     elif same and same[-1].key.others != key.others:
-        values = (pair for pair in zip(same[-1].key.others, key.others, strict=True))
-        (_, old), (_, new) = next((a, b) for a, b in values if a != b)
+        pairs = zip(same[-1].key.others, key.others, strict=True)
+        (_, old), (_, new) = next((a, b) for a, b in pairs if a != b)
         what = f"the batch holds a constant that changes ({old!r}, {new!r})"
         advice = "make it a tensor, `torch.tensor(...)`"
     else:
         what = "structure, shapes or settings have changed"
         advice = "pad the batches to few shapes"
-    return f"there are {count} graphs of it already and {what}; {advice}"
+    return f"there are {count} graphs of it and {what}; {advice}"

@@ -227,7 +227,7 @@ def reading() -> Iterator[Reads]:
         reads.note_write(module, name)
         write(module, name, value)
 
-    nn.Module.__getattribute__ = noting_get  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = noting_get  # type: ignore[assignment, method-assign]
     nn.Module.__setattr__ = noting_set  # type: ignore[assignment, method-assign]
     try:
         yield reads

@@ -141,7 +141,7 @@ def lower(
     with unchanged(lowered.aliases), torch.no_grad():
         # the shapes are looked at before each call
         options = {"size_asserts": False}
-        inputs = [*arguments, *lowered.aliases]
+        inputs: list[Any] = [*arguments, *lowered.aliases]
         lowered.compiled = torch._inductor.compile(graph, inputs, options)
         lowered.compiled(*inputs)
     lowered.bind(arguments)

@@ -25,6 +25,7 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import average, rank, world_size
 from bilevel.problem import Level, Problem
+from bilevel.refusals import shown
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.substitution import Substitution
 from bilevel.tree import Layout, Tree
@@ -129,7 +130,7 @@ class Oracles:
             level decides their value; their upper gradient is the partial derivative of F.
 
     Raises:
-        ValueError: if the upper level has no variables.
+        ValueError: if the upper level has no variables, or for a precision that would go wrong.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Oracles:
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
         self.seed = seed
-        self.precision = precision
+        self.precision = usable_precision(precision)
         self.wiring = Wiring(problem) if wiring is None else wiring
         self.names = list(self.wiring.variables("upper"))
         self._lower = self._variables("lower")
@@ -321,6 +322,23 @@ def _fixed_seed(seed: int, devices: list[torch.device]) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+def usable_precision(precision: Any) -> torch.dtype | None:
+    """The dtype to compute losses in, if their gradients are right in it.
+
+    Raises:
+        ValueError: for another than `torch.bfloat16`.
+    """
+    if precision is None or precision is torch.bfloat16:
+        dtype: torch.dtype | None = precision
+        return dtype
+    got = f"`{precision}`" if isinstance(precision, torch.dtype) else shown(precision)
+    why = ", in which gradients underflow to 0 without loss scaling"
+    raise ValueError(
+        "`precision` must be `torch.bfloat16`, or `None` for that of the variables, got "
+        f"{got}{why if precision is torch.float16 else ''}"
+    )
 
 
 def _scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:

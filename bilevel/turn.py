@@ -61,9 +61,10 @@ class Turn:
         self._move_both = self._both_steps
         self._fused = all(o.defaults.get("fused") for o in self.state.optimizers["upper"])
         if self.compile:
-            self._move_lower = Compiled(self._lower_step, self.state)
-            self._move_upper = Compiled(self._upper_step, self.state)
-            self._move_both = Compiled(self._both_steps, self.state)
+            said: set[str] = set()
+            self._move_lower = Compiled(self._lower_step, self.state, said)
+            self._move_upper = Compiled(self._upper_step, self.state, said)
+            self._move_both = Compiled(self._both_steps, self.state, said)
 
     @property
     def _sharing(self) -> bool:

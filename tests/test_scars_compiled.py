@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, ExponentialLR, LambdaLR, OneCycleLR
 
@@ -381,6 +382,7 @@ class Simple(Problem):
 
 
 def _tensor(weight: Any) -> Tensor:
+    weight = weight.weight if isinstance(weight, Bag) else weight
     return torch.as_tensor(1.0 if weight is None else weight)
 
 
@@ -416,9 +418,6 @@ class Bag:
     def __eq__(self, other: object) -> bool:
         return True
 
-    def __float__(self) -> float:
-        return self.weight
-
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -426,11 +425,11 @@ class Bag:
     ("words", "pack"),
     [
         (
-            r"the batch holds a constant that changes \(1\.4, 1\.5\); make it a tensor",
+            r"the batch holds a constant that changes \(1\.2, 1\.3\); make it a tensor",
             lambda rows, weight: Named(rows, weight),
         ),
         ("a NumPy array; make it a tensor", lambda rows, weight: Named(rows, np.full(3, weight))),
-        ("holds a `Bag`, which a graph cannot look", lambda r, w: Named(r, [Bag(w)])),
+        ("holds a `Bag`, which a graph cannot look", lambda r, w: Named(r, Bag(w))),
     ],
     ids=["number", "array", "object"],
 )
@@ -480,7 +479,7 @@ def test_a_value_taken_out_of_torch_is_not_frozen() -> None:
 @pytest.mark.parametrize(
     ("precision", "words"),
     [
-        (torch.float16, "without loss scaling.*`torch.bfloat16`"),
+        (torch.float16, "must be `torch.bfloat16`.*underflow to 0 without loss scaling"),
         (torch.int8, "`precision` must be `torch.bfloat16`"),
         (torch.float64, "`precision` must be `torch.bfloat16`"),
         ("bf16", "`precision` must be `torch.bfloat16`"),
@@ -494,3 +493,29 @@ def test_a_precision_that_would_go_wrong_is_refused_at_the_call(precision: Any, 
     problem = Net()
     with pytest.raises(ValueError, match=words):
         Oracles(problem, DATA, [DATA], precision=precision)
+
+
+def test_a_pruned_layer_has_a_moving_average() -> None:
+    """It keeps a tensor with a graph, which `deepcopy` refuses in torch's words."""
+
+    def pruned(ema: float | None) -> Any:
+        problem = Net()
+        prune.l1_unstructured(problem.lower[0], "weight", 0.4)
+        *_, step = train(
+            problem,
+            DATA,
+            upper_optimizer=SGD(problem.upper.parameters(), 0.1),
+            lower_optimizer=SGD(problem.lower.parameters(), 0.1),
+            num_steps=3,
+            ema=ema,
+        )
+        return problem, step.state.average
+
+    plain, _ = pruned(None)
+    trained, average = pruned(0.5)
+    torch.testing.assert_close(dict(trained.state_dict()), dict(plain.state_dict()))
+    layer = average.lower[0]
+    average.upper_loss(DATA)  # the layer computes its weight anew, from the averaged one
+    assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+    assert not torch.equal(layer.weight_orig, trained.lower[0].weight_orig)
+    assert (layer.weight == 0).sum() == 5
