@@ -22,7 +22,7 @@ from bilevel.optimizers import (
     optimizers_of,
     schedulers_of,
 )
-from bilevel.oracles import Oracles, usable_precision
+from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.refusals import flag, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
@@ -144,7 +144,6 @@ def train(
     solver = _solver(solver)
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *_SEEDS)
-    precision = usable_precision(precision)
     _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     state = State(

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from bilevel.compiled import Compiled
 from bilevel.distributed import rank, world_size
-from bilevel.oracles import Oracles
+from bilevel.oracles import Oracles, usable_precision
 from bilevel.problem import Level
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
@@ -55,6 +55,7 @@ class Turn:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        usable_precision(self.precision)
         self._one_source = "upper_data" not in self.state.sources
         self._wiring = Wiring(self.state.problem)
         self._move_lower, self._move_upper = self._lower_step, self._upper_step
