@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from bilevel.distributed import world_size
+from bilevel.sync_batch_norm import BatchNorm, SyncBatchNorm
+
 _NORMS = (
     nn.LayerNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
+    BatchNorm,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
@@ -77,7 +78,15 @@ def check_second_order(module: nn.Module, order: int = 2) -> list[Finding]:
 
 def _inspect(name: str, module: nn.Module) -> Iterator[Finding]:
     kind = type(module).__name__
-    if isinstance(module, _NORMS) and (module.training or isinstance(module, nn.LayerNorm)):
+    composed = isinstance(module, SyncBatchNorm) and world_size() > 1  # of means
+    if isinstance(module, nn.SyncBatchNorm) and module.training and world_size() > 1:
+        advice = "torch's synchronised batch norm has no second derivative; use "
+        yield Finding(name, kind, 2, True, advice + "`bilevel.sync_batch_norm.SyncBatchNorm`")
+    elif (
+        isinstance(module, _NORMS)
+        and not composed
+        and (module.training or isinstance(module, nn.LayerNorm))
+    ):
         advice = "the third derivative is silently wrong; use `nn.GroupNorm`, `nn.RMSNorm` or a "
         yield Finding(name, kind, 3, True, advice + "norm composed of mean and variance")
     if _has_weight_norm(module):

@@ -9,19 +9,23 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from bilevel.distributed import average, world_size
 
+__all__ = ["BatchNorm", "SyncBatchNorm", "synchronise_batch_norm"]
+# `BatchNorm` is the base of every batch norm: torch's own in one to three dimensions, its synchronised
+# and its lazy ones, `SyncBatchNorm` here, and whatever is derived from them.
+
 
 @final
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Batch norm over the rows of all ranks; see `synchronise_batch_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The input, normalised by channel: shape (n, channels, ...)."""
         if world_size() == 1 or not (self.training or self.running_mean is None):
-            return _BatchNorm.forward(self, input)
+            return BatchNorm.forward(self, input)
         rest = [dim for dim in range(input.ndim) if dim != 1]
         shape = [1, -1, *[1] * (input.ndim - 2)]
         x = input if input.dtype == torch.double else input.float()  # not in half precision
@@ -55,13 +59,13 @@ def synchronise_batch_norm(module: nn.Module) -> None:
     Names in the `state_dict` stay as they are, and so do the parameters that an optimizer holds.
     """
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+        if isinstance(child, BatchNorm) and not isinstance(child, SyncBatchNorm):
             setattr(module, name, _synchronised(child))
         else:
             synchronise_batch_norm(child)
 
 
-def _synchronised(plain: _BatchNorm) -> SyncBatchNorm:
+def _synchronised(plain: BatchNorm) -> SyncBatchNorm:
     new = SyncBatchNorm(
         plain.num_features, plain.eps, plain.momentum, plain.affine, plain.track_running_stats
     )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from bilevel.methods.config import one_of
-from bilevel.methods.eblvm import Statistics, chunked
+from bilevel.methods.eblvm import Statistics, chunked, chunked_distribution
 from bilevel.methods.learner import ModelLearner, check_pairs
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.networks import Generator, JointEnergy, Posterior
@@ -277,7 +277,7 @@ class AdvIL(ModelLearner):
         if self._is_machine:
             return ModelLearner.posterior(self, v)
         with self.evaluating():
-            return self.encoder.distribution(self.check(v))
+            return chunked_distribution(self.encoder.distribution, self.check(v))
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The visibles' mean given the posterior mean of the latents: the machine's, or the sampler's.

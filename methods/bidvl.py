@@ -29,11 +29,12 @@ from torch.nn.functional import relu
 
 from bilevel.methods.config import Training, one_of
 from bilevel.methods.decoupled import DecoupledEBLVM
-from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics, trainable
+from bilevel.methods.eblvm import EBLVM, Statistics, trainable
 from bilevel.methods.networks import conv_networks
 from bilevel.methods.resnets import residual_networks
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
+from bilevel.sync_batch_norm import BatchNorm
 
 Variant = Literal["offset", "complete", "without"]
 RatioBias = Literal["none", "sigmoid"]
@@ -148,7 +149,7 @@ class BiDVL(DecoupledEBLVM):
         both = {"posterior": posterior} if variant == "complete" else {}
         self.upper = nn.ModuleDict({"energy": energy, **both})
         self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
-        self._mixing_energy = any(isinstance(m, BATCH_NORMS) for m in energy.modules())
+        self._mixing_energy = any(isinstance(m, BatchNorm) for m in energy.modules())
         self._latent_dim = latent_dim
         self.variant = variant
         self.ratio = ratio
@@ -329,7 +330,11 @@ class BiDVL(DecoupledEBLVM):
             }
             energy: dict[str, Any] = {"params": trainable(self.network("energy"))}
             upper = torch.optim.Adam(
-                [energy, posterior], lr=training.upper_lr, betas=training.betas, fused=True
+                [energy, posterior],
+                lr=training.upper_lr,
+                weight_decay=training.upper_weight_decay,
+                betas=training.betas,
+                fused=True,
             )
         return upper, lower
 

@@ -48,8 +48,10 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.linear.base import positive
 from bilevel.methods.config import one_of
-from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.eblvm import EBLVM, chunked, chunked_distribution
+from bilevel.methods.learner import check_pairs
 from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
+from bilevel.methods.models.base import check_dim
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -58,7 +60,11 @@ from bilevel.methods.variational import (
     VariationalPosterior,
     enumerated,
 )
+from bilevel.methods.visibles import row_numbers
 from bilevel.problem import Loss
+
+_BOUND_DRAWS = 16
+_ROWS = 500  # visibles whose bound is evaluated at a time
 
 
 class Proposals(NamedTuple):
@@ -219,14 +225,18 @@ class GeneralBiDVL(EBLVM):
         return cast(VariationalJoint, self.lower.get_submodule("joint"))
 
     @property
-    def _machine(self) -> LatentVariableModel:
-        return cast(LatentVariableModel, self.upper.get_submodule("energy"))
-
-    @property
     def _is_deep(self) -> bool:
         """Whether the energy is a machine with two hidden layers."""
         energy = self.upper.get_submodule("energy")
         return isinstance(energy, LatentVariableModel) and len(energy.latent_dims) > 1
+
+    @property
+    def model(self) -> LatentVariableModel:
+        """The Boltzmann machine, if the energy is one."""
+        energy = self.upper.get_submodule("energy")
+        if not isinstance(energy, LatentVariableModel):
+            raise NotImplementedError(f"`{type(energy).__name__}` is no Boltzmann machine")
+        return energy
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), differentiable, shape (n,)."""
@@ -261,12 +271,11 @@ class GeneralBiDVL(EBLVM):
         if self.reverse == "importance":
             log_density = joint.log_weight(visible, latent, code)
         else:
-            first = latent[:, : self._machine.latent_dims[0]]
-            visible, latent = self._machine.gibbs(first, generator, steps=self.sweeps)
-            log_density = -self._machine(visible, latent)
-        given_data = None
-        if self._is_deep:
-            given_data = self._machine.latent_gibbs(v, generator, steps=self.sweeps)
+            first = latent[:, : self.model.latent_dims[0]]
+            visible, latent = self.model.gibbs(first, generator, steps=self.sweeps)
+            log_density = -self.model(visible, latent)
+        deep = self._is_deep
+        given_data = self.model.latent_gibbs(v, generator, self.sweeps) if deep else None
         return Proposals(visible, latent, log_density, visible.new_empty(0), given_data)
 
     def upper_loss(self, batch: Batch) -> Loss:
@@ -298,7 +307,7 @@ class GeneralBiDVL(EBLVM):
         weight = (-self.joint_energy(visible, latent) - log_density).softmax(0)
         joint = -(weight * self._joint.bound(visible, latent, code_noise)).sum()
         if given_data is None:  # log q1 is linear in h, so its expectation is log q1 at the mean
-            given_data = self._machine.posterior_logits(batch.visible).sigmoid()
+            given_data = self.model.posterior_logits(batch.visible).sigmoid()
         return joint - self._posterior.log_prob(batch.visible, given_data).mean()
 
     def _exact_reverse(self, v: Tensor) -> Tensor:
@@ -322,30 +331,43 @@ class GeneralBiDVL(EBLVM):
 
         Bound: at the mean of 16 draws from q1, never below the free energy on average.
         """
-        energy = self.upper.get_submodule("energy")
+        energy, v = self.upper.get_submodule("energy"), self._visibles(v)
+        intractable = self._is_deep and self.model.latent_dims[0] > MAX_UNITS
+        if hasattr(energy, "free_energy") and not intractable:
+            with self.evaluating():
+                return chunked(cast(Any, energy).free_energy, v)
+        generator = torch.Generator(v.device).manual_seed(0)
+        draws = [self._posterior.noise(len(v), generator, v) for _ in range(_BOUND_DRAWS)]
+
+        def bound(rows: Tensor, noise: Tensor) -> Tensor:
+            terms = [self._posterior.draws(rows, z) for z in noise.unbind(1)]
+            costs = [self.joint_energy(d.visible, d.latent) + d.log_prob for d in terms]
+            return torch.stack(costs).mean(0)
+
         with self.evaluating():
-            intractable = self._is_deep and self._machine.latent_dims[0] > MAX_UNITS
-            if hasattr(energy, "free_energy") and not intractable:
-                exact: Tensor = cast(Any, energy).free_energy(v)
-                return exact
-            generator = torch.Generator(v.device).manual_seed(0)
-            total = v.new_zeros(len(v))
-            for _ in range(16):
-                draws = self._posterior.draws(v, self._posterior.noise(len(v), generator, v))
-                total = total + self.joint_energy(draws.visible, draws.latent) + draws.log_prob
-            return total / 16
+            pieces = zip(v.split(_ROWS), torch.stack(draws, 1).split(_ROWS), strict=True)
+            return torch.cat([bound(*piece) for piece in pieces])
+
+    def _visibles(self, v: Any) -> Tensor:
+        """Visibles, checked; of an energy that is a table they are numbers of its rows."""
+        energy = self.upper.get_submodule("energy")
+        if not isinstance(energy, Enumerable):
+            return self.check(v)
+        return row_numbers(v, len(energy.log_joint()), type(energy).__name__).to(self.device)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """N visibles of the variational joint p2."""
+        check_dim("n", n)
         with self.evaluating():
             return self._joint.sample(n, generator)
 
     def posterior(self, v: Tensor) -> Distribution:
         """q1(h|v); of a machine with two hidden layers the mean field of p(h|v)."""
         with self.evaluating():
+            v = self._visibles(v)
             if self._is_deep:
-                return Independent(Bernoulli(probs=self._machine.mean_field(v)), 1)
-            return self._posterior.distribution(v)
+                return Independent(Bernoulli(probs=chunked(self.model.mean_field, v)), 1)
+            return chunked_distribution(self._posterior.distribution, v)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The visibles' mean under the joint at the posterior mean.
@@ -356,26 +378,21 @@ class GeneralBiDVL(EBLVM):
         mean = self.posterior(v).mean
         with self.evaluating():
             if isinstance(self._joint, HierarchicalJoint):
-                return self._joint.visible_mean(mean)
+                return chunked(self._joint.visible_mean, mean)
             generator = getattr(self._joint, "generator", None)
             if generator is None:
                 raise NotImplementedError(
                     f"`{type(self._joint).__name__}` has no generator to reconstruct with; use a "
                     "`GaussianJoint`, or draw from `posterior(v)`"
                 )
-            visibles: Tensor = generator(mean)
-            return visibles
+            return chunked(generator, mean)
 
     def probe(self, v: Tensor) -> None:
         batch = self.draw(v, torch.Generator(v.device).manual_seed(0))
         with self.evaluating():
             draws = self._posterior.draws(v, batch.posterior_noise)
             energies = self.joint_energy(draws.visible, draws.latent)
-            if energies.shape != draws.log_prob.shape:
-                raise ValueError(
-                    f"the joint energy must give one number per pair, shape (n,); got "
-                    f"{tuple(energies.shape)} for {len(draws.log_prob)} pairs"
-                )
+        check_pairs(energies, draws.log_prob)
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:

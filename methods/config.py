@@ -1,5 +1,7 @@
 """Settings of a training run: plain values, the same in Python, JSON and on the command line."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +32,7 @@ class Training(BaseModel):
     upper_lr: float = Field(1e-4, gt=0, description="learning rate of the upper level (energy)")
     lower_lr: float = Field(3e-4, gt=0, description="learning rate of the lower level")
     betas: tuple[float, float] = Field((0.0, 0.9), description="Adam's two decay rates")
+    upper_weight_decay: float = Field(0.0, ge=0, description="weight decay of the upper level")
     lower_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the lower level")
     schedule: Literal["exponential", "cosine"] = Field(
         "exponential", description="learning rates: a factor per epoch, or half a cosine down to 0"
@@ -62,13 +65,41 @@ class Training(BaseModel):
     evaluate_every: int | None = Field(
         None, gt=0, description="steps between two evaluations of a copy; the best one is kept"
     )
+    best: str | None = Field(
+        None,
+        min_length=1,
+        description="number of the evaluations that the best model is kept by: a name, or one after "
+        "'highest ' or 'lowest ' (default: frechet, else rmse, else the first that is known)",
+    )
     log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
     keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints kept on disk")
 
 
-def validated(kind: type[Training], values: dict[str, Any]) -> Training:
+LOWER_ONLY = ("lower_lr", "lower_steps", "lower_weight_decay", "clip_lower", "order")
+"""Settings that mean nothing to a model with a single level."""
+
+_MOST_USED = ("num_steps", "batch_size", "upper_lr", "lower_lr", "seed")
+_RATES, _DECAYS = ("upper_lr", "lower_lr"), ("upper_weight_decay", "lower_weight_decay")
+_CLIPS = ("clip_upper", "clip_lower")
+_ELSEWHERE = {  # what settings are called elsewhere
+    **dict.fromkeys(("lr", "learning_rate", "rate", "eta", "step_size"), _RATES),
+    **dict.fromkeys(("weight_decay", "decay_weight", "l2", "wd"), _DECAYS),
+    **dict.fromkeys(("clip", "grad_clip", "clip_grad", "clip_grad_norm", "max_norm"), _CLIPS),
+    **dict.fromkeys(("steps", "n_steps", "iterations", "n_iter", "max_steps"), ("num_steps",)),
+    **dict.fromkeys(("random_state", "rng", "manual_seed"), ("seed",)),
+    **dict.fromkeys(("bs", "n_batch", "minibatch_size"), ("batch_size",)),
+}
+_EPOCHS = ("num_epochs", "epochs", "epoch", "n_epochs", "max_epochs")
+
+
+def validated(kind: type[Training], values: dict[str, Any], *, levels: int = 2) -> Training:
     """`kind(**values)` with errors a person can act on.
+
+    Args:
+        kind: the class of the settings.
+        values: of the settings, by name.
+        levels: how many the model has; settings of a level it does not have are not suggested.
 
     Raises:
         ValueError: naming each bad setting, what was got, and the nearest valid name if unknown.
@@ -78,15 +109,70 @@ def validated(kind: type[Training], values: dict[str, Any]) -> Training:
         Traceback (most recent call last):
             ...
         ValueError: there is no setting `num_step`; did you mean `num_steps`?
+        >>> validated(Training, {"lr": 0.1}, levels=1)
+        Traceback (most recent call last):
+            ...
+        ValueError: there is no setting `lr`; did you mean `upper_lr`?
     """
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ValueError("; ".join(_sentence(kind, e) for e in error.errors())) from None
+        sentences = [_sentence(kind, e, levels) for e in error.errors()]
+        raise ValueError("; ".join(sentences)) from None
 
 
-def _sentence(kind: type[BaseModel], error: Any) -> str:
+def refuse_idle(
+    training: Training,
+    given: Iterable[str],
+    usual: Training,
+    *,
+    levels: int,
+    own_optimizers: bool = False,
+) -> None:
+    """Refuse settings that would change nothing, so that nobody waits for their effect.
+
+    One that has its usual value is let pass: a whole configuration may be given.
+
+    Args:
+        training: all settings.
+        given: names of those that the caller gave.
+        usual: all settings where nothing is given.
+        levels: how many the model has.
+        own_optimizers: whether the caller brought optimizers, whose settings count then.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    made = ("upper_lr", *_DECAYS, "lower_lr", "betas")
+    for name in given:
+        if getattr(training, name) == getattr(usual, name):
+            continue
+        if levels == 1 and name in LOWER_ONLY:
+            other = name.replace("lower_", "upper_").replace("_lower", "_upper")
+            instead = f"; did you mean `{other}`?" if other in Training.model_fields else ""
+            raise ValueError(
+                f"`{name}` does nothing here, this model has an upper level alone"
+                f"{instead if other != name else '; leave it out'}"
+            )
+        if own_optimizers and name in made:
+            raise ValueError(
+                f"`{name}` does nothing beside `optimizers`, which have settings of their own; set it "
+                "there"
+            )
+
+
+def _sentence(kind: type[BaseModel], error: Any, levels: int) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"there is no setting `{name}`; {nearest(name, kind.model_fields)}"
-    return f"`{name}`: {error['msg'].lower()}, got {error['input']!r}"
+    if error["type"] != "extra_forbidden":
+        return f"`{name}`: {error['msg'].lower()}, got {error['input']!r}"
+    said, idle = f"there is no setting `{name}`;", LOWER_ONLY if levels == 1 else ()
+    if name in _EPOCHS:
+        return f"{said} give `num_steps`: an epoch of n rows has n // batch_size of them"
+    if name in _ELSEWHERE:
+        meant = " or ".join(f"`{each}`" for each in _ELSEWHERE[name] if each not in idle)
+        return f"{said} did you mean {meant}?"
+    working = [each for each in kind.model_fields if each not in idle]
+    if difflib.get_close_matches(name, working, n=1):
+        return f"{said} {nearest(name, working)}"
+    some = ", ".join(f"`{each}`" for each in _MOST_USED if each not in idle)
+    return f"{said} the most used are {some}, and `bilevel.methods.Training` describes all"

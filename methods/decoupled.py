@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from bilevel.methods.eblvm import EBLVM, attempt, chunked
 from bilevel.methods.networks import widened
+from bilevel.methods.visibles import latents
 
 
 class DecoupledEBLVM(EBLVM):
@@ -53,7 +54,7 @@ class DecoupledEBLVM(EBLVM):
     # The networks' answers in float32 at least: sums over pixels and latents need it.
 
     def generate(self, h: Tensor) -> Tensor:
-        """G(h), differentiable, in the mode the module is in."""
+        """G(h), differentiable, in the mode the module is in; of a trained model use `decode`."""
         return widened(self.network("generator")(h))
 
     def encode(self, v: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
@@ -88,6 +89,16 @@ class DecoupledEBLVM(EBLVM):
         h = torch.randn(n, self.latent_dim, generator=generator, dtype=p.dtype, device=p.device)
         with self.evaluating():
             return chunked(self.generate, h)
+
+    def decode(self, h: Tensor) -> Tensor:
+        """Visibles G(h) of given latents, shape (n, d), as `sample` draws them.
+
+        Raises:
+            ValueError: if they have the wrong width, or are not finite.
+        """
+        p = next(self.network("generator").parameters())
+        with self.evaluating():
+            return chunked(self.generate, latents(h, self.latent_dim, p))
 
     def posterior(self, v: Tensor) -> Distribution:
         """q1(h|v), the model's own posterior: a diagonal Gaussian over (n, d)."""

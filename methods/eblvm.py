@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from bilevel import Alternating, Problem, Solver, Step
-from bilevel.batches import not_finite
 from bilevel.distributed import alone
-from bilevel.methods.config import Training, one_of, validated
+from bilevel.methods.config import Training, one_of, refuse_idle, validated
 from bilevel.methods.data import scaled
 from bilevel.methods.fitting import Evaluate, History, fit
 from bilevel.methods.run import write_text
+from bilevel.methods.visibles import admitted, as_tensor, refuse_shape
 from bilevel.optimizers import Optimizers
+from bilevel.sync_batch_norm import BatchNorm
 
 Statistics = Literal["running", "batch"]
 
@@ -64,10 +66,15 @@ class EBLVM(Problem):
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
         """The upper and the lower optimizer this method uses by default.
 
-        Adam in fused kernels for both levels, weight decay in the lower one only.
+        Adam in fused kernels for both levels, each with its own rate and weight decay.
         """
         settings: dict[str, Any] = {"betas": training.betas, "fused": True}
-        upper = torch.optim.Adam(trainable(self.upper), lr=training.upper_lr, **settings)
+        upper = torch.optim.Adam(
+            trainable(self.upper),
+            lr=training.upper_lr,
+            weight_decay=training.upper_weight_decay,
+            **settings,
+        )
         if not (variables := trainable(self.lower)):
             return upper, []
         decay = training.lower_weight_decay
@@ -95,7 +102,7 @@ class EBLVM(Problem):
     @final
     def fit(
         self,
-        data: Tensor,
+        data: Any,
         *,
         solver: Solver | None = None,
         callbacks: Iterable[Callable[[Step], object]] = (),
@@ -110,8 +117,9 @@ class EBLVM(Problem):
         """Train the model in place; with `ema` it has the averaged weights at the end.
 
         Args:
-            data: visibles, shape (n, *visible_shape), floating point, within `visible_range`; images
-                may be bytes, which stay bytes on the model's device until a batch is drawn.
+            data: visibles, shape (n, *visible_shape), within `visible_range`: a tensor, or what `check`
+                makes one of; images may be bytes, which stay bytes on the model's device until a batch
+                is drawn.
             solver: how the hypergradient is computed; `default_solver()` if not given.
             callbacks: called with every `Step`; one that returns `True` ends the training.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
@@ -120,7 +128,8 @@ class EBLVM(Problem):
             optimizers: the upper and lower optimizer(s), if not the method's own.
             notes: plain values to keep in the run's `config.json`, such as where the data came from.
             evaluate: called every `evaluate_every` steps with a copy of the model; returns numbers by
-                name. The run is the same to the bit without; the best copy is kept in `run/best`.
+                name. The run is the same to the bit without. The best copy is kept in `run/best`, by the
+                number that the setting `best` names, such as "log_likelihood" or "lowest my_number".
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
@@ -131,7 +140,11 @@ class EBLVM(Problem):
             FileExistsError: if `run` already holds a run.
             DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         """
-        training = validated(Training, {**self.training_defaults, **settings})
+        levels = 2 if self.variables("lower") else 1
+        training = validated(Training, {**self.training_defaults, **settings}, levels=levels)
+        usual = validated(Training, self.training_defaults)
+        own = optimizers is not None
+        refuse_idle(training, settings, usual, levels=levels, own_optimizers=own)
         return fit(
             self,
             self.admit(data),
@@ -147,44 +160,32 @@ class EBLVM(Problem):
         )
 
     @final
-    def check(self, v: Tensor) -> Tensor:
+    def check(self, v: Any) -> Tensor:
         """Refuse visibles this model cannot take; return them in the model's dtype and device.
 
+        Arrays, data frames, sparse matrices and nested lists of numbers become tensors. Whole numbers
+        and truth values are taken by a model whose visibles are 0 or 1, if that is what they are.
         Images may be bytes: they are scaled to [-1, 1], by a model whose visibles lie there.
 
         Raises:
-            TypeError: if they are not a tensor, or integers.
+            TypeError: if they are no such thing, or whole numbers that need a scale.
             ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
         """
         return self.as_visibles(self.admit(v))
 
     @final
-    def admit(self, data: Tensor) -> Tensor:
+    def admit(self, data: Any) -> Tensor:
         """Refuse what `check` refuses; return the rest on the model's device, bytes as bytes.
 
         Raises:
             TypeError: as `check`.
             ValueError: as `check`.
         """
-        if not isinstance(data, Tensor):
-            raise TypeError(
-                f"visibles must be a tensor, got {type(data).__name__}; use `torch.as_tensor`"
-            )
-        if data.dtype == torch.uint8 and self._takes_bytes(data):
-            self._refuse_shape(data)
-            return data.to(next(self.parameters()).device)
-        if not data.is_floating_point():
-            raise TypeError(
-                f"visibles must be floating point, got {data.dtype}; scale integer images first, for "
-                "bytes to [-1, 1] by `images / 127.5 - 1`"
-            )
-        self._refuse_shape(data)
-        count, which = not_finite(data)
-        if count:
-            raise ValueError(f"{count} of {len(data)} visibles hold NaN or infinity ({which})")
-        self._refuse_values(data)
-        parameter = next(self.parameters())
-        return data.to(device=parameter.device, dtype=parameter.dtype)
+        rows, parameter = as_tensor(data), next(self.parameters())
+        if rows.dtype == torch.uint8 and self._takes_bytes(rows):
+            refuse_shape(rows, self.visible_shape)
+            return rows.to(parameter.device)
+        return admitted(rows, self, self.visible_shape, parameter)
 
     @final
     def as_visibles(self, rows: Tensor) -> Tensor:
@@ -193,31 +194,6 @@ class EBLVM(Problem):
 
     def _takes_bytes(self, v: Tensor) -> bool:
         return self.visible_range == (-1, 1) or (self.visible_range is None and v.ndim == 4)
-
-    def _refuse_shape(self, v: Tensor) -> None:
-        if v.ndim == 0 or len(v) == 0:
-            raise ValueError("there are no visibles: the first dimension is 0")
-        if self.visible_shape is not None and tuple(v.shape[1:]) != self.visible_shape:
-            raise ValueError(
-                f"this model takes visibles of shape (n, {_join(self.visible_shape)}), "
-                f"got {tuple(v.shape)}{_remedy(tuple(v.shape[1:]), self.visible_shape)}"
-            )
-
-    def _refuse_values(self, v: Tensor) -> None:
-        if self.visible_range is not None:
-            low, high = self.visible_range
-            least, most = float(v.min()), float(v.max())
-            if least < low - 1e-6 or most > high + 1e-6:
-                raise ValueError(
-                    f"this model takes visibles in [{low:g}, {high:g}], got values from {least:g} to "
-                    f"{most:g}; rescale them"
-                )
-        if self.binary and (count := int(((v != 0) & (v != 1)).sum())):
-            raise ValueError(
-                f"this model takes visibles that are exactly 0 or 1, but {count} of {v.numel()} values "
-                "are not; binarise them, or make the model with `grey=True`, which takes greys for "
-                "probabilities as AdvIL does"
-            )
 
     @final
     @contextmanager
@@ -228,7 +204,7 @@ class EBLVM(Problem):
         modes = [(module, module.training) for module in self.modules()]
         buffers = [(b, b.clone()) for b in self.buffers()] if statistics == "batch" else []
         for module, _ in modes:
-            module.training = statistics == "batch" and isinstance(module, BATCH_NORMS)
+            module.training = statistics == "batch" and isinstance(module, BatchNorm)
         try:
             with torch.no_grad(), alone():
                 yield
@@ -261,7 +237,9 @@ class EBLVM(Problem):
 
         Raises:
             FileNotFoundError: if there is no model.
-            ValueError: if it is another method's, or its modules are needed.
+            ValueError: if it is another method's, its modules are needed, or the weights are damaged.
+
+        The model is in evaluation mode, as `fit` leaves it, and in the dtype it was saved in.
         """
         path = Path(folder) / "model.json"
         if not path.exists():
@@ -279,11 +257,33 @@ class EBLVM(Problem):
                 f"the model in `{folder}` was made of your own modules; pass them again: "
                 f"`{cls.__name__}.load(folder, energy=..., ...)`"
             )
-        model.load_state_dict(load_file(Path(folder) / "weights.safetensors"))
-        return model
+        model._take_weights(Path(folder) / "weights.safetensors")
+        return model.eval()
 
+    def _take_weights(self, path: Path) -> None:
+        """The weights in a file, in the precision they were saved in.
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        Raises:
+            ValueError: if it is damaged, or holds other weights.
+        """
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"the weights in `{path}` cannot be read ({error}); save the model again, or copy the "
+                "file again from where it is whole"
+            ) from None
+        own = self.state_dict()
+        for name, tensor in weights.items():
+            if name in own and own[name].is_floating_point() and tensor.dtype != own[name].dtype:
+                self.to(tensor.dtype)
+                break
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights in `{path}` are not those of this model: {_one_line(error)}"
+            ) from None
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -294,6 +294,33 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:
     """`function` on bounded pieces: evaluation must not need more memory than training."""
     return torch.cat([function(part) for part in v.split(size)])
+
+
+def chunked_distribution(
+    function: Callable[[Tensor], Distribution], v: Tensor, size: int = 500
+) -> Distribution:
+    """The distribution that `function` gives of visibles, taken on bounded pieces and joined.
+
+    One of a kind that is not known here is taken in one piece.
+    """
+    if len(v) <= size:
+        return function(v)
+    parts = [function(part) for part in v.split(size)]
+    joined = _joined(parts)
+    return function(v) if joined is None else joined
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Distributions over rows as one over all rows; `None` if it is not known how."""
+    first = parts[0]
+    if isinstance(first, Independent):
+        base = _joined([part.base_dist for part in parts])
+        return None if base is None else Independent(base, first.reinterpreted_batch_ndims)
+    if type(first) is Normal:
+        return Normal(torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts]))
+    if type(first) in (Bernoulli, Categorical):
+        return type(first)(logits=torch.cat([part.logits for part in parts]))
+    return None
 
 
 def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
@@ -309,14 +336,5 @@ def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
         raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
 
 
-def _remedy(shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """How images of one shape are made those of another, if that is what they are."""
-    if len(shape) != 3 or len(wanted) != 3:
-        return ""
-    options = [f"channels={wanted[0]}"] if shape[0] != wanted[0] else []
-    options += [f"side={wanted[2]}"] if shape[1:] != wanted[1:] else []
-    return f"; load the images with `{', '.join(options)}`"
-
-
-def _join(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

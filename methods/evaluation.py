@@ -32,9 +32,10 @@ from bilevel.methods.data import (
     shuffled_pixels,
     uniform_noise,
 )
-from bilevel.methods.eblvm import BATCH_NORMS, EBLVM, Statistics
+from bilevel.methods.eblvm import EBLVM, Statistics
 from bilevel.methods.features import FeatureNetwork, judge, some
-from bilevel.methods.fidelity import FEWEST, fid, kid, neighbourhoods
+from bilevel.methods.fidelity import FEWEST, fid, kid, neighbourhoods, refuse_undefined
+from bilevel.sync_batch_norm import BatchNorm
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -49,8 +50,9 @@ def reconstruction_rmse(model: EBLVM, v: Tensor) -> float:
     """Root of the mean squared error of `reconstruct`, over all images and pixels."""
     total = 0.0
     for part in v.split(_at_once(model)):
-        error = model.reconstruct(part) - model.check(part)
-        total += float(error.double().square().sum())
+        error = (model.reconstruct(part) - model.check(part)).double()
+        refuse_undefined(error, "the reconstructions")
+        total += float(error.square().sum())
     return float((total / v.numel()) ** 0.5)
 
 
@@ -102,7 +104,8 @@ def evaluate(
     Warns if there are no more images, of training, test or samples, than features.
 
     Raises:
-        ValueError: if `samples` is less than 2, or images have another shape than the model's.
+        ValueError: if `samples` is less than 2, images have another shape than the model's, or the
+            model gives samples, reconstructions or energies that are NaN or infinite.
     """
     if samples is not None and samples < 2:
         raise ValueError(f"`samples` must be at least 2, got {samples}")
@@ -131,7 +134,7 @@ def evaluate(
         results["frechet_train"] = fid(drawn, beside.train)
     with suppress(NotImplementedError):
         results["rmse"] = rmse(chosen)
-    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
+    if any(isinstance(module, BatchNorm) for module in model.modules()):
         other: Statistics = "running" if chosen == "batch" else "batch"
         with suppress(NotImplementedError):
             results[f"frechet_{other}"] = frechet(other)
@@ -156,8 +159,10 @@ def pca_rmse(train: Tensor, test: Tensor, components: int, seed: int = 0) -> flo
     from sklearn.decomposition import PCA
 
     rows = _rows(some(train, _MOST))
+    refuse_undefined(rows, "the training images")
     pca = PCA(min(components, *rows.shape), random_state=seed).fit(rows)
     tested = _rows(test)
+    refuse_undefined(tested, "the test images")
     rebuilt = pca.inverse_transform(pca.transform(tested))
     return float(np.sqrt(np.square(rebuilt - tested).mean()))
 
@@ -206,7 +211,18 @@ def _features(
     with _statistics(model, statistics):
         size = _at_once(model)
         sizes = [min(size, count - done) for done in range(0, count, size)]
-        return torch.cat([seen(model.sample(n, generator).clamp(-1, 1)) for n in sizes])
+        return torch.cat([seen(_sampled(model, n, generator)) for n in sizes])
+
+
+def _sampled(model: EBLVM, n: int, generator: torch.Generator) -> Tensor:
+    """N samples, cut to the range of images.
+
+    Raises:
+        ValueError: if one holds NaN or infinity; a cut would hide the latter.
+    """
+    samples = model.sample(n, generator)
+    refuse_undefined(samples, "the model's samples")
+    return samples.clamp(-1, 1)
 
 
 def _strangers(
@@ -222,7 +238,9 @@ def _strangers(
 
 def _energies(model: EBLVM, v: Tensor) -> Array:
     parts = [model.energy(part).double().cpu() for part in v.split(_AT_ONCE)]
-    return torch.cat(parts).numpy()
+    energies = torch.cat(parts)
+    refuse_undefined(energies, "the energies")
+    return energies.numpy()
 
 
 def _auroc(inside: Array, outside: Array) -> float:

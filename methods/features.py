@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.methods.data import Images, scaled
 from bilevel.methods.eblvm import attempt
+from bilevel.methods.fidelity import refuse_undefined
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_AT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -71,8 +72,10 @@ class FeatureNetwork:
         """Features of images, bytes or in [-1, 1]: (n, dim), on the processor.
 
         Raises:
-            ValueError: if the network cannot take the images, or gives something else.
+            ValueError: if the network cannot take the images or gives something else, or a value is NaN
+                or infinite.
         """
+        refuse_undefined(images, "the images")
         device = _device(self.module)
         was_training = self.module.training
         self.module.eval()
@@ -90,10 +93,11 @@ class FeatureNetwork:
         """Shares of the classes that the head sees in features, shape (number of classes,).
 
         Raises:
-            ValueError: if there is no head.
+            ValueError: if there is no head, or a feature is NaN or infinite.
         """
         if self.head is None:
             raise ValueError(f"the feature network `{self.name}` knows no classes")
+        refuse_undefined(features, "the features")
         with torch.no_grad():
             scores = self.head(features.to(_device(self.head)))
         counts: Tensor = scores.argmax(dim=1).cpu().bincount(minlength=scores.shape[1])
@@ -114,6 +118,7 @@ class FeatureNetwork:
                 f"the feature network `{self.name}` must give features of shape {wanted} for images of "
                 f"shape {tuple(images.shape)}, got {got}"
             )
+        refuse_undefined(features, f"the features of the network `{self.name}`")
         return features.cpu()
 
 

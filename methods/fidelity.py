@@ -35,6 +35,7 @@ References:
     https://arxiv.org/abs/2002.09797 (density, coverage).
 """
 
+import math
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -42,6 +43,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+
+from bilevel.batches import not_finite
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -59,7 +62,8 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     Computed here, in double precision; `fid` asks torchmetrics if it can.
 
     Raises:
-        ValueError: if a set has fewer than two rows or the sets differ in their number of features.
+        ValueError: if a set has fewer than two rows, the sets differ in their number of features, or a
+            feature is NaN or infinite.
 
     Example:
         >>> square = [[0.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 2.0]]
@@ -72,7 +76,7 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     values, vectors = np.linalg.eigh(cov_x)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(min=0)).sum()
-    return max(0.0, float(shift + np.trace(cov_x) + np.trace(cov_y) - 2 * cross))
+    return _distance(float(shift + np.trace(cov_x) + np.trace(cov_y) - 2 * cross))
 
 
 def fid(a: ArrayLike, b: ArrayLike) -> float:
@@ -90,7 +94,20 @@ def fid(a: ArrayLike, b: ArrayLike) -> float:
     metric.set_dtype(torch.float64)
     metric.update(torch.from_numpy(x), real=True)
     metric.update(torch.from_numpy(y), real=False)
-    return max(0.0, float(metric.compute()))
+    return _distance(float(metric.compute()))
+
+
+def _distance(value: float) -> float:
+    """A squared distance, which rounding may have made a little negative.
+
+    Raises:
+        ValueError: if it is not a number: squares of the features overflowed.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the Fréchet distance is {value}: the features are too large to be squared; scale them"
+        )
+    return max(0.0, value)
 
 
 def kid(a: ArrayLike, b: ArrayLike, seed: int = 0) -> float | None:
@@ -102,7 +119,8 @@ def kid(a: ArrayLike, b: ArrayLike, seed: int = 0) -> float | None:
         seed: draws the subsets.
 
     Raises:
-        ValueError: if a set has fewer than two rows or the sets differ in their number of features.
+        ValueError: if a set has fewer than two rows, the sets differ in their number of features, or a
+            feature is NaN or infinite.
     """
     sets = [torch.from_numpy(part) for part in _pair(a, b, 2)]
     library = torchmetrics("kid")
@@ -130,8 +148,8 @@ def neighbourhoods(real: ArrayLike, samples: ArrayLike) -> dict[str, float]:
         and reals come from one distribution.
 
     Raises:
-        ValueError: if a set has too few rows to have 5 neighbours each, or the numbers of features
-            differ.
+        ValueError: if a set has too few rows to have 5 neighbours each, the numbers of features differ,
+            or a feature is NaN or infinite.
     """
     x, y = _pair(real, samples, FEWEST)
     real_reach, sample_reach = _reach(x), _reach(y)
@@ -204,4 +222,25 @@ def _pair(a: ArrayLike, b: ArrayLike, fewest: int) -> tuple[Array, Array]:
             f"features are two arrays of shape (n, k) with the same k and n of at least {fewest}, got "
             f"{x.shape} and {y.shape}"
         )
+    refuse_undefined(x, "the features of the first set")
+    refuse_undefined(y, "the features of the second set")
     return x, y
+
+
+def refuse_undefined(rows: NDArray[Any] | Tensor, what: str) -> None:
+    """Refuse numbers to be measured of which some are NaN or infinite: no measure means anything.
+
+    Args:
+        rows: one row, or one number, for each of what is measured.
+        what: they are, in the plural.
+
+    Raises:
+        ValueError: naming how many rows hold any, and the first.
+    """
+    values = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+    count, which = not_finite(values) if len(values) else (0, "")
+    if count:
+        raise ValueError(
+            f"{what} hold NaN or infinity in {count} of {len(values)} rows ({which}); there is nothing "
+            "to measure: look at what produced them"
+        )

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,8 +32,9 @@ from bilevel import (
 from bilevel.batches import Source
 from bilevel.checkpoint import read_checkpoint
 from bilevel.distributed import any_rank, is_main, world_size
+from bilevel.methods import best
 from bilevel.methods.config import Training
-from bilevel.methods.run import Run, better
+from bilevel.methods.run import Run
 from bilevel.optimizers import Optimizers, listed
 from bilevel.sync_batch_norm import synchronise_batch_norm
 
@@ -86,7 +88,7 @@ def fit(
 
     `evaluate` is called every `training.evaluate_every` steps with a copy of the model (of the moving
     average, if there is one) and returns numbers by name. Training does not notice: it is the same to
-    the bit without. The best copy (see `better`) is kept in `run/best`.
+    the bit without. The best copy by `training.best` is kept in `run/best`.
 
     Returns:
         The history.
@@ -189,11 +191,7 @@ def _check(
         )
     if resume and run is None:
         raise ValueError("`resume=True` needs the folder of the run: `run=...`")
-    if (training.evaluate_every is None) != (evaluate is None):
-        given, missing = "`evaluate`", "`evaluate_every`, the steps between two evaluations"
-        if evaluate is None:
-            given, missing = "`evaluate_every`", "`evaluate`, a function of the model"
-        raise ValueError(f"{given} is given, but not {missing}; give both or neither")
+    best.check_evaluation(training, evaluated=evaluate is not None, kept=run is not None)
 
 
 def refuse_small(data: Tensor, training: Training) -> None:
@@ -293,8 +291,11 @@ def _write(
         folder.append(records[-1])
     if measured is not None:
         folder.append_evaluation(measured.record)
-        if better(measured.record, folder.best()):
-            folder.keep_best(measured.model.save, measured.record)
+        rule = best.rule_of(training.best, measured.record)
+        if rule is None:
+            warnings.warn(best.unknown(measured.record), stacklevel=2)
+        elif rule.better(measured.record, folder.best()):
+            folder.keep_best(measured.model.save, measured.record, str(rule))
     if due:
         # variables that are not finite: the next step's losses say so better, if there is one
         with contextlib.nullcontext() if ended else contextlib.suppress(CheckpointError):

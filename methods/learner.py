@@ -119,15 +119,15 @@ class ModelLearner(EBLVM):
         """The posterior p(h|v): exact with one hidden layer, its mean field with two."""
         with self.evaluating():
             if len(self.model.latent_dims) == 1:
-                logits = self.model.posterior_logits(self.check(v))
+                logits = chunked(self.model.posterior_logits, self.check(v))
                 return Independent(Bernoulli(logits=logits), 1)
-            return Independent(Bernoulli(probs=self.model.mean_field(self.check(v))), 1)
+            return Independent(Bernoulli(probs=chunked(self.model.mean_field, self.check(v))), 1)
 
     def reconstruct(self, v: Tensor) -> Tensor:
         """The visibles' mean given the posterior mean of the latents."""
         mean = self.posterior(v).mean
         with self.evaluating():
-            return self.model.visible_mean(mean)
+            return chunked(self.model.visible_mean, mean)
 
     def probe(self, v: Tensor) -> None:
         h = v.new_zeros(len(v), sum(self.model.latent_dims))

@@ -181,6 +181,12 @@ _TRAINING = {
 }
 
 
+def direction_of(name: str) -> Literal["low", "high"] | None:
+    """Whether low or high values of a number of `evaluate` are good; `None` for a stranger."""
+    measure = _MEASURES.get(name)
+    return None if measure is None else measure.better
+
+
 def measures_of(results: Mapping[str, float]) -> dict[str, Measure]:
     """What is known about the results, in the order to show them; references are not results."""
     strangers = {

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -163,17 +162,18 @@ class Run:
 
     # ------------------------------------------------------------------ the best model
 
-    def keep_best(self, save: Callable[[Path], None], record: dict[str, Any]) -> None:
+    def keep_best(self, save: Callable[[Path], None], record: dict[str, Any], rule: str) -> None:
         """Replace the best model: weights and record together, or neither.
 
         Args:
             save: writes the model into a folder.
             record: the evaluation that made it the best.
+            rule: by which it is, in words.
         """
         self._mend_best()
         fresh, old = self._beside_best()
         save(fresh)
-        content = {"step": record["step"], "rule": RULE, "evaluation": record}
+        content = {"step": record["step"], "rule": rule, "evaluation": record}
         write_text(fresh / "best.json", json.dumps(content, indent=2) + "\n")
         if self.best_path.exists():
             os.replace(self.best_path, old)
@@ -200,28 +200,6 @@ class Run:
             os.replace(old, self.best_path)
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
-
-
-RULE = "lowest `frechet`, or without that number lowest `rmse`; of equal ones the first"
-
-
-def better(found: dict[str, Any], best: dict[str, Any] | None) -> bool:
-    """Whether an evaluation is the best so far, by `RULE`.
-
-    Args:
-        found: numbers by name.
-        best: those of the best one before, if there is one.
-
-    Example:
-        >>> better({"frechet": 9.0, "rmse": 0.3}, {"frechet": 12.0, "rmse": 0.2})
-        True
-        >>> better({"frechet": float("nan")}, None)
-        False
-    """
-    name = next((name for name in ("frechet", "rmse") if name in found), None)
-    if name is None or not math.isfinite(found[name]):
-        return False
-    return best is None or name not in best or bool(found[name] < best[name])
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from torch.distributions import Distribution
 
 from bilevel.methods.config import one_of
 from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_networks
-from bilevel.methods.eblvm import chunked
+from bilevel.methods.eblvm import chunked, chunked_distribution
 from bilevel.methods.langevin import Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner, check_pairs
 from bilevel.methods.models import LatentVariableModel
@@ -332,7 +332,7 @@ class ScoreLearner(ModelLearner):
         if self._is_machine:
             return ModelLearner.posterior(self, v)
         with self.evaluating():
-            return self.encoder.distribution(self.check(v))
+            return chunked_distribution(self.encoder.distribution, self.check(v))
 
     def probe(self, v: Tensor) -> None:
         if self._is_machine:

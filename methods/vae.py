@@ -30,6 +30,7 @@ from bilevel.methods.vae_networks import FixedVariance, LearnedVariance, Moments
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
+from bilevel.methods.visibles import latents
 from bilevel.problem import Loss
 
 Visible = Literal["bernoulli", "gaussian"]
@@ -339,6 +340,15 @@ class VAE(EBLVM):
 
         with self.evaluating():
             return chunked(visibles, h)
+
+    def decode(self, h: Tensor) -> Tensor:
+        """The means of p(v|h) at given latents, shape (n, latent_dim).
+
+        Raises:
+            ValueError: if they have the wrong width, or are not finite.
+        """
+        with self.evaluating():
+            return chunked(self._mean, latents(h, self.latent_dim, next(self.parameters())))
 
     def posterior(self, v: Tensor) -> Distribution:
         """q(h|v)."""

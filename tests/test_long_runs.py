@@ -24,13 +24,14 @@ from bilevel.cli.options import UsageError
 from bilevel.cli.progress import Progress
 from bilevel.cli.running import LOOK, Plan, carry_out
 from bilevel.methods import EBLVM, BiDVL, History, Training
+from bilevel.methods.best import rule_of
 from bilevel.methods.config import validated
 from bilevel.methods.data import Images
 from bilevel.methods.evaluation import evaluate
 from bilevel.methods.features import FeatureNetwork
 from bilevel.methods.fitting import begin, fit
 from bilevel.methods.footprint import Footprint, advice, asked, footprint, largest_batch
-from bilevel.methods.run import Run, better
+from bilevel.methods.run import Run
 
 SHAPE = (1, 8, 8)
 SHORT = {"num_steps": 6, "batch_size": 10, "log_every": 1, "checkpoint_every": 2}
@@ -204,16 +205,18 @@ def test_the_model_with_the_lowest_distance_is_kept(tmp_path):
         ({"rmse": [0.3, 0.2, 0.25]}, 4),
         ({"frechet": [float("nan"), 2.0, 1.0]}, 6),
         ({"frechet": [2.0, 2.0, 2.0]}, 2),
-        ({"auroc": [0.3, 0.2, 0.25]}, None),
+        ({"auroc": [0.3, 0.5, 0.25]}, 4),
+        ({"temperature": [0.3, 0.2, 0.25]}, None),
     ],
-    ids=["by rmse", "not a number", "the first of equal ones", "nothing to go by"],
+    ids=["by rmse", "not a number", "the first of equal ones", "the highest", "nothing to go by"],
 )
 def test_the_rule_of_the_best_model(numbers, step):
     best: dict[str, Any] | None = None
     names, rows = list(numbers), zip(*numbers.values(), strict=True)
     for number, row in zip([2, 4, 6], rows, strict=True):
         found = {"step": number, **dict(zip(names, row, strict=True))}
-        best = found if better(found, best) else best
+        rule = rule_of(None, found)
+        best = found if rule is not None and rule.better(found, best) else best
     assert (best and best["step"]) == step
 
 

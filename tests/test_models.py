@@ -201,6 +201,7 @@ def test_probabilities_of_all_visibles_sum_to_one(name: str):
 
 def test_without_interactions_the_likelihood_is_that_of_the_base_rate(device: str):
     model, data = machine("RBM", device), normal(50, 5, device=device).sigmoid()
+    model.binary = False  # grey values stand for probabilities
     with torch.no_grad():
         model.weight.zero_()
         model.visible_bias.copy_(model.base_rate(data))

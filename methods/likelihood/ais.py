@@ -21,6 +21,7 @@ from bilevel.methods.likelihood.annealing import AnnealedChains
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
 from bilevel.methods.models.base import LatentVariableModel
 from bilevel.methods.models.enumeration import MAX_UNITS, states
+from bilevel.methods.visibles import admitted
 
 _CHUNK = 2**20  # states of a first hidden layer weighed at a time
 
@@ -78,7 +79,7 @@ def annealed_importance_sampling(
 
     Raises:
         ValueError: for less than one chain, a schedule that does not increase from 0 to 1, a base rate
-            of the wrong width or for Gaussian visibles.
+            of the wrong width or for Gaussian visibles, or chains whose weights are no numbers.
 
     Example:
         >>> from bilevel.methods.models import RBM
@@ -211,7 +212,7 @@ def exact_samples(model: LatentVariableModel, n: int, generator: torch.Generator
     """Independent first hidden layers of the model, all states enumerated, shape (n, latent_dims[0]).
 
     Raises:
-        ValueError: if the first hidden layer has more than `MAX_UNITS` units.
+        ValueError: if the first hidden layer has more than `MAX_UNITS` units, or weights are NaN.
     """
     units = model.latent_dims[0]
     if units > MAX_UNITS:
@@ -223,6 +224,11 @@ def exact_samples(model: LatentVariableModel, n: int, generator: torch.Generator
     starts = range(0, 2**units, _CHUNK)
     chunks = (states(units, start, min(start + _CHUNK, 2**units), like) for start in starts)
     log_weights = torch.cat([model.log_unnormalized_first(h1).double() for h1 in chunks])
+    if log_weights.isnan().any():
+        raise ValueError(
+            "the weights of the machine's states are no numbers; look for NaN or infinite numbers among "
+            "its parameters"
+        )
     # not torch.multinomial: it takes at most 2^24 categories
     steps = log_weights.softmax(0).cumsum(0)
     coins = torch.rand(n, generator=generator, dtype=steps.dtype, device=steps.device)
@@ -239,10 +245,12 @@ def gibbs_samples(
     Samples of the model only as far as the chains have mixed: the rows of `data` are used in turn.
 
     Raises:
-        ValueError: for less than one chain or step, or data of the wrong width.
+        TypeError: for data the machine does not take.
+        ValueError: for less than one chain or step, or data the machine does not take.
     """
     _check_positive("`n`", n)
     _check_positive("the number of rows of `data`", len(data))
+    data = admitted(data, model, (model.visible_dim,), model.visible_bias)
     rows = torch.arange(n, device=data.device) % len(data)
     h1 = model.first_layer(data[rows], generator)
     return model.gibbs(h1, generator, burn_in)[1][:, : model.latent_dims[0]]

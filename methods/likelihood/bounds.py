@@ -30,6 +30,7 @@ from bilevel.methods.variational import (
     VariationalJoint,
     VariationalPosterior,
 )
+from bilevel.methods.visibles import admitted
 
 _GAP_UNITS = 15  # of a first hidden layer that is summed out for every visible
 
@@ -80,7 +81,9 @@ def log_likelihood(
         log_partition: log Z; enumerated if it is not given. An estimate's error is the result's.
 
     Raises:
-        ValueError: if log Z is needed and cannot be enumerated, or the free energy cannot.
+        TypeError: for visibles the machine does not take.
+        ValueError: if log Z is needed and cannot be enumerated, or the free energy cannot; for visibles
+            the machine does not take, and a result that is no number.
 
     Example:
         >>> from bilevel.methods.models import RBM
@@ -102,8 +105,9 @@ def log_likelihood(
             f"log Z of this `{name}` cannot be enumerated (more than {MAX_UNITS} units on either side); "
             "pass `log_partition`, estimated by `annealed_importance_sampling`, or `bracket` it"
         )
+    v = admitted(v, model, (model.visible_dim,), model.visible_bias)
     log_z = model.log_partition() if log_partition is None else log_partition
-    return -float(model.free_energy(v).mean()) - _number(log_z)
+    return _defined(-float(model.free_energy(v).mean()) - _number(log_z), "the log-likelihood")
 
 
 @torch.no_grad()
@@ -130,7 +134,7 @@ def variational_lower_bound(
         The bound and, where it can be computed, its gap.
 
     Raises:
-        ValueError: for less than one draw.
+        ValueError: for less than one draw, or a result that is no number.
 
     References:
         On the Quantitative Analysis of Deep Belief Networks (Salakhutdinov and Murray, ICML 2008),
@@ -140,10 +144,12 @@ def variational_lower_bound(
         Differs from the paper in: the draws are exact, those of AdVIL's evaluation are relaxed.
     """
     _check_samples(num_samples)
+    v = admitted(v, model, (model.visible_dim,), model.visible_bias)
     values = torch.stack(
         [_minus_free_energy_bound(model, posterior, v, generator) for _ in range(num_samples)]
     )
-    log_z, unnormalized = _number(log_partition), float(values.mean())
+    log_z = _number(log_partition)
+    unnormalized = _defined(float(values.mean()), "the bound")
     error = math.inf
     if num_samples > 1:
         error = float(values.var(0).sum().sqrt()) / (len(v) * math.sqrt(num_samples))
@@ -166,7 +172,7 @@ def sampler_lower_bound(
         num_samples: draws from the sampler.
 
     Raises:
-        ValueError: for less than one draw.
+        ValueError: for less than one draw, or a result that is no number.
 
     References:
         To Relieve Your Headache of Training an MRF, Take AdVIL (Li et al., ICLR 2020),
@@ -196,7 +202,7 @@ def chi_square_upper_bound(
         num_samples: draws from the sampler.
 
     Raises:
-        ValueError: for less than one draw.
+        ValueError: for less than one draw, or a result that is no number.
 
     References:
         Neural Variational Inference and Learning in Undirected Graphical Models (Kuleshov and Ermon,
@@ -242,6 +248,7 @@ def _log_ratios(
         like = next(joint.parameters())
         v, h, log_q, weight = joint.draws(joint.noise(num_samples, generator, like))
     log_ratio: Tensor = -model(v, h) - log_q
+    _defined(float(log_ratio.sum()), "the mean log-ratio of model and sampler")
     return log_ratio.double(), weight.double()
 
 
@@ -251,6 +258,20 @@ def _enumerates(joint: VariationalJoint) -> bool:
 
 def _or_infinite(spread: float) -> float:
     return math.inf if math.isnan(spread) else spread
+
+
+def _defined(value: float, what: str) -> float:
+    """A number, or a sentence.
+
+    Raises:
+        ValueError: if it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{what} is {value}: look for NaN or very large numbers among the weights of the model and "
+            "of what it is judged with"
+        )
+    return value
 
 
 def _number(log_partition: LogPartition | Tensor | float) -> float:

@@ -17,11 +17,27 @@ class LogPartition:
             1/Z if `reverse`.
         num_temperatures: inverse temperatures from 0 to 1, both counted.
         reverse: whether the chains ran from the model down to the base.
+
+    Raises:
+        ValueError: if weights are NaN or infinite, or all of them zero.
     """
 
     log_weights: Tensor = field(repr=False)
     num_temperatures: int
     reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self.log_weights):
+            raise ValueError("there are no chains: `log_weights` is empty")
+        # -inf is a weight of zero, which a mean can take as long as others have some
+        bad = self.log_weights.isnan() | (self.log_weights == math.inf)
+        if bad.any() or not (self.log_weights > -math.inf).any():
+            count = int(bad.sum()) or len(self.log_weights)
+            raise ValueError(
+                f"{count} of {len(self.log_weights)} chains have weights that are NaN, infinite "
+                "or all zero, so they say nothing about log Z; look for NaN or very large numbers among "
+                "the machine's weights and biases, and in `base`"
+            )
 
     @property
     def num_chains(self) -> int:
@@ -49,6 +65,14 @@ class LogPartition:
     def effective_sample_size(self) -> float:
         r"""$(\sum w)^2 / \sum w^2$: from 1 (one chain has all the weight) to `num_chains`."""
         return self.num_chains / float(self._weights().square().mean())
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether so few chains carry the weight that neither value nor error can be believed.
+
+        That is, an effective sample size below a tenth of the chains, or below two.
+        """
+        return self.effective_sample_size < max(2.0, self.num_chains / 10)
 
     def interval(self, width: float = 3.0) -> tuple[float, float]:
         """Log of the mean weight plus or minus `width` standard errors of that mean, as bounds of log Z.
@@ -109,7 +133,8 @@ class Bracket:
     def meet(self) -> bool:
         """Whether the gap is within three of its standard errors, so that nothing speaks against either.
 
-        How much that says, `width` tells: estimates with large errors meet easily.
+        Estimates whose errors are too large to bound log Z, an infinite `width`, do not meet. How much
+        it says otherwise, `width` tells: estimates with large errors meet easily.
         """
         error = math.hypot(self.forward.standard_error, self.backward.standard_error)
-        return math.isfinite(error) and abs(self.gap) <= 3 * error
+        return math.isfinite(self.width) and abs(self.gap) <= 3 * error

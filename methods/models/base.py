@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bilevel.methods.models.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.models.neighbours import Neighbours
+from bilevel.methods.visibles import admitted
 
 MEAN_FIELD_SWEEPS = 10
 """Updates of each hidden layer by `mean_field`."""
@@ -245,8 +246,14 @@ class LatentVariableModel(nn.Module, ABC):
         """Log p(v) = -F(v) - log Z, exact, shape (n,).
 
         Raises:
-            ValueError: if v has the wrong width, or F or log Z cannot be enumerated.
+            TypeError: if v are no visibles of this machine.
+            ValueError: if v are no visibles of this machine, or F or log Z cannot be enumerated.
         """
+        traced = torch.compiler.is_compiling() or _is_transformed(v)  # values cannot be looked at
+        if not traced:
+            rows = admitted(v, self, (self.visible_dim,), self.visible_bias)
+            # what was given, where it is a tensor: it may be part of a graph
+            v = v.to(rows) if isinstance(v, Tensor) and v.layout == torch.strided else rows
         return -self.free_energy(v) - self.log_partition()
 
     def initial(self, n: int, generator: torch.Generator) -> Tensor:
@@ -262,9 +269,16 @@ class LatentVariableModel(nn.Module, ABC):
         return first, self.log_unnormalized_first
 
     def _check_visible(self, v: Tensor) -> None:
+        """Refuse the wrong width or dtype. Values are not looked at: every loss comes by here."""
         if v.ndim != 2 or v.shape[1] != self.visible_dim:
             raise ValueError(
                 f"this model takes visibles of shape (n, {self.visible_dim}), got {tuple(v.shape)}"
+            )
+        own = self.visible_bias.dtype
+        if v.dtype != own and not torch.is_autocast_enabled(v.device.type):
+            raise TypeError(
+                f"the numbers of this machine are {own}, those of the visibles {v.dtype}; convert them "
+                f"with `v.to({own})`"
             )
 
     def _check_latent(self, h: Tensor) -> None:
@@ -338,6 +352,11 @@ def uniform(bound: float, *shape: int, generator: torch.Generator) -> nn.Paramet
 def seeded(generator: torch.Generator | None) -> torch.Generator:
     """The generator, or a fresh one: a model without one is the same every time."""
     return generator if generator is not None else torch.Generator().manual_seed(0)
+
+
+def _is_transformed(v: Tensor) -> bool:
+    """Whether a transform of `torch.func` is at work on a tensor."""
+    return isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
 
 
 LOG_2 = math.log(2)

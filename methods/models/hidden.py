@@ -34,6 +34,7 @@ class OneHidden(LatentVariableModel):
         return self.weight
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
+        self._check_visible(v)
         self._check_latent(h)
         return self._visible_energy(v, (torch.addmm(self.latent_bias, v, self.weight) * h).sum(1))
 
@@ -104,6 +105,7 @@ class TwoHidden(LatentVariableModel):
         return self.weight1
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
+        self._check_visible(v)
         self._check_latent(h)
         h1, h2 = h.split(self.latent_dims, dim=1)
         gain = torch.addmv((self._first_logits(v, h2) * h1).sum(1), h2, self.latent_bias2)

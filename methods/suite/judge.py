@@ -10,6 +10,7 @@ the same for every method, whether or not it learned a posterior of its own. A V
 is judged by its importance-weighted bound.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -80,6 +81,8 @@ def _annealed(
     job: Job, unnormalised: float, known: Known, evaluation: EvaluationConfig, final: bool
 ) -> Judgement:
     machine, data = job.machine, job.learner.check(job.table.train)
+    if not math.isfinite(unnormalised):
+        return Judgement(known, unnormalised)
     generator = torch.Generator(data.device).manual_seed(evaluation.seed)
     base, chains = machine.base_rate(data), evaluation.chains
     if not final:

@@ -22,7 +22,7 @@ from bilevel.linear import Cholesky
 from bilevel.methods.advil import AdvIL
 from bilevel.methods.bidvl_general import GeneralBiDVL
 from bilevel.methods.bism import BiSM
-from bilevel.methods.config import Training, nearest, validated
+from bilevel.methods.config import LOWER_ONLY, Training, nearest, refuse_idle, validated
 from bilevel.methods.contrastive_divergence import ContrastiveDivergence
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
@@ -206,7 +206,13 @@ def _learner(cell: Cell, machine: LatentVariableModel) -> EBLVM:
 
 
 def _training(cell: Cell, learner: EBLVM) -> Training:
-    settings = {**cell.block.training, **cell.method.training}
+    levels = 2 if learner.variables("lower") else 1
+    # those of a block are for all its methods, and mean nothing to some
+    shared = {n: v for n, v in cell.block.training.items() if levels == 2 or n not in LOWER_ONLY}
+    settings = {**shared, **cell.method.training}
     if "seed" in settings:
         raise ValueError("`seed` is no training setting of a suite; list `seeds`")
-    return validated(Training, {**learner.training_defaults, **settings, "seed": cell.seed})
+    made = {**learner.training_defaults, **settings, "seed": cell.seed}
+    training = validated(Training, made, levels=levels)
+    refuse_idle(training, settings, validated(Training, learner.training_defaults), levels=levels)
+    return training
