@@ -97,6 +97,8 @@ class Hessian:
             for p, s in zip(eye.split(self._layout.sizes, 1), self._layout.shapes, strict=True)
         ]
         pairs = [(g, c) for g, c in zip(self._gradient, parts, strict=True) if g.requires_grad]
+        if not pairs:  # a linear loss
+            return torch.zeros_like(eye)
         rows = torch.autograd.grad(
             [g for g, _ in pairs],
             self._leaves,
