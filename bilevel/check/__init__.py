@@ -91,14 +91,8 @@ def check_hypergradient(
         >>> check_hypergradient(problem, Alternating()).verdict  # doctest: +ELLIPSIS
         'disagrees: relative error 1.0e+00 (tolerance 1e-05), cosine 0.000 in `x`; Alternating() ...'
     """
-    _check_dtype(problem)
-    positive("tolerance", tolerance)
-    whole("num_directions", num_directions)
-    if step is not None:
-        positive("step", step)
-    if against is not None:
-        one_of("against", against, ("procedure", "solution"))
-    else:
+    _check(problem, against, tolerance, num_directions, step)
+    if against is None:
         against = "procedure" if isinstance(solver, Unrolled) else "solution"
     oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
     held = [p for o in listed(lower_optimizer or []) for g in o.param_groups for p in g["params"]]
@@ -114,16 +108,20 @@ def check_hypergradient(
         answer = solver.hypergradient(
             problem, upper_batch, lower_batches, lower_optimizer=lower_optimizer, seed=seed
         )
-        if found is None:
-            settle = procedure(oracles, solver, lower_optimizer)
-        else:
+        settle = procedure(oracles, solver, lower_optimizer)
+        if found is not None:
             write(lower, found)
             settle = solution(oracles)
         site = Site(oracles, solver, settle, unsolved)
         checks, blur = _compare(site, answer, error, num_directions, tolerance, seed, step)
-    value = (float(answer.value), site.center) if against == "procedure" else None
-    early = found is not None and not solve_first
-    return conclude(checks, solver, tolerance, value=value, blur=blur, early=early)
+    return conclude(
+        checks,
+        solver,
+        tolerance,
+        value=(float(answer.value), site.center) if against == "procedure" else None,
+        blur=blur,
+        early=found is not None and not solve_first,
+    )
 
 
 def _compare(
@@ -184,7 +182,19 @@ def _blur(site: Site, points: Tree, error: Tree, generator: torch.Generator) -> 
     return rough + site.unsolved(error)
 
 
-def _check_dtype(problem: Problem) -> None:
+def _check(
+    problem: Problem,
+    against: str | None,
+    tolerance: float,
+    num_directions: int,
+    step: float | None,
+) -> None:
+    if against is not None:
+        one_of("against", against, ("procedure", "solution"))
+    positive("tolerance", tolerance)
+    whole("num_directions", num_directions)
+    if step is not None:
+        positive("step", step)
     levels: tuple[Level, ...] = ("upper", "lower")
     for level in levels:
         for name, p in problem.variables(level).items():
