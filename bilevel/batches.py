@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bilevel.errors import CheckpointError
-from bilevel.refusals import shown, whole
+from bilevel.refusals import SEEDS, shown, whole
 from bilevel.repeated import Repeated, Stateful
 
 _AT_ONCE = 4096  # rows looked at together
@@ -61,7 +61,7 @@ class Batches:
         convert: Callable[[Any], Any] | None = None,
     ) -> None:
         if batch_size is not None:
-            batch_size = whole("batch_size", batch_size, least=-(2**63))
+            batch_size = whole("batch_size", batch_size, *SEEDS)
         self.length = _check(data, batch_size)
         if batch_size is not None and not 1 <= batch_size <= self.length:
             raise ValueError(
@@ -72,9 +72,7 @@ class Batches:
         self.batch_size = batch_size
         self.convert = convert if convert is not None else _as_they_are
         leaf: Tensor = optree.tree_leaves(data)[0]
-        self._generator = torch.Generator(leaf.device).manual_seed(
-            whole("seed", seed, least=-(2**63))
-        )
+        self._generator = torch.Generator(leaf.device).manual_seed(whole("seed", seed, *SEEDS))
         self._order = torch.randperm(0)
         self._position = self.length
 

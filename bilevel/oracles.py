@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
+from bilevel.batches import refuse_no_list
 from bilevel.distributed import average, rank, world_size
-from bilevel.problem import Level, Problem
-from bilevel.refusals import shown
+from bilevel.problem import Level, Problem, refuse_no_problem
+from bilevel.refusals import outside_inference_mode, shown
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.substitution import Substitution
 from bilevel.tree import Layout, Tree
@@ -132,7 +133,9 @@ class Oracles:
             level decides their value; their upper gradient is the partial derivative of F.
 
     Raises:
+        TypeError: if the problem is none, or the lower batches are no list.
         ValueError: if the upper level has no variables, or for a precision that would go wrong.
+        RuntimeError: inside `torch.inference_mode()`.
     """
 
     def __init__(
@@ -145,6 +148,9 @@ class Oracles:
         wiring: Wiring | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
+        outside_inference_mode()
+        refuse_no_problem(problem)
+        refuse_no_list(lower_batches)
         self.problem = problem
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
@@ -353,4 +359,19 @@ def _scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str,
             "example with `.mean()`"
         )
     loss = loss.reshape(()) if loss.dtype.itemsize > 2 else loss.reshape(()).float()
-    return loss, {name: torch.as_tensor(v).detach() for name, v in logs.items()}
+    return loss, {name: _logged(name, v, level, problem) for name, v in logs.items()}
+
+
+def _logged(name: Any, value: Any, level: Level, problem: Problem) -> Tensor:
+    what = f"what `{type(problem).__name__}.{level}_loss` logs"
+    if not isinstance(name, str):
+        raise TypeError(f"{what} must have names, got {name!r} for one")
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{what} as `{name}` must be a number or a tensor, got {shown(value)}; leave it out where "
+            "there is none"
+        ) from None

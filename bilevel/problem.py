@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from bilevel.refusals import shown
 from bilevel.tree import Tree
 
 Level = Literal["upper", "lower"]
@@ -271,3 +272,22 @@ class FunctionProblem(Problem):
         assert isinstance(self.upper, Variables)
         assert isinstance(self.lower, Variables)
         return self._losses[level](self.upper.tensors(), self.lower.tensors(), batch)
+
+
+def refuse_no_problem(problem: Any) -> None:
+    """Refuse what is no problem, a class or a plain module say.
+
+    Raises:
+        TypeError: with what to give instead; if the problem lacks a level.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"`problem` must be a `Problem`, got {shown(problem)}; subclass `Problem`, or make one from "
+            "two losses with `Problem.from_functions`"
+        )
+    for level in ("upper", "lower"):
+        if not isinstance(problem._modules.get(level), nn.Module):
+            raise TypeError(
+                f"`{type(problem).__name__}` has no `self.{level}`; set it to the module that holds the "
+                f"{level} variables (`nn.ParameterDict()` where there are none)"
+            )

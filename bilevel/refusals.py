@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+SEEDS = -(2**63), 2**63 - 1  # what torch's generators take
+
 
 def positive(name: str, value: Any, *, zero: bool = False) -> None:
     """Refuse a setting that is no finite positive number (with `zero`, one of zero or more).

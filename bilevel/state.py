@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,13 +68,14 @@ class State:
             "format": FORMAT,
             "configuration": self.configuration,
             "step": self.step,
-            "problem": self.problem.state_dict(),
+            "problem": _checked(self.problem),
+            "buffers": _left_out(self.problem),
             "optimizers": _plain(_each(self.optimizers), "optimizers"),
             "schedulers": _plain(_each(self.schedulers), "schedulers"),
             "sources": _plain({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
             "generator": self.generator.get_state(),
             "solver": _plain(self.solver_state, "solver"),
-            **({"average": self.average.state_dict()} if self.average is not None else {}),
+            **({"average": _checked(self.average)} if self.average is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,6 +96,7 @@ class State:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.problem.load_state_dict(state["problem"])
+        self._load_left_out(state.get("buffers"))
         for name, group in self.optimizers.items():
             for optimizer, saved in zip(group, state["optimizers"][name], strict=True):
                 optimizer.load_state_dict(saved)
@@ -107,6 +110,25 @@ class State:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step = state["step"]
+
+    def _load_left_out(self, saved: dict[str, Any] | None) -> None:
+        """The buffers that no `state_dict` holds; those of the average are the problem's own."""
+        mine = _left_out(self.problem)
+        if saved is None and mine:
+            warnings.warn(
+                f"the checkpoint is of an earlier version, without the values of `{next(iter(mine))}` "
+                "(`persistent=False`); the run goes on from those of now",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif saved is not None and saved.keys() != mine.keys():
+            name = min(saved.keys() ^ mine.keys())
+            raise CheckpointError(
+                f"the buffer `{name}` (`persistent=False`) is not in both the checkpoint and the problem"
+            )
+        for problem in (self.problem, self.average):
+            if problem is not None:
+                _write_buffers(problem, saved or {})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint atomically: after a crash the old file or the new one is there, whole.
@@ -154,6 +176,35 @@ class State:
             )
 
 
+def _checked(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's `state_dict`, if it can be loaded again (`get_extra_state` may return anything)."""
+    state = module.state_dict()
+    state.update({name: _plain(value, name) for name, value in state.items()})
+    return state
+
+
+def _left_out(module: torch.nn.Module) -> dict[str, Any]:
+    """The buffers that are part of a run but not of `state_dict`: `persistent=False`."""
+    return {
+        f"{path}.{name}".lstrip("."): part._buffers.get(name)
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name in sorted(part._non_persistent_buffers_set)
+    }
+
+
+@torch.no_grad()
+def _write_buffers(module: torch.nn.Module, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        buffers = module.get_submodule(path)._buffers
+        mine = buffers.get(leaf)
+        if mine is None or value is None or (mine.shape, mine.dtype) != (value.shape, value.dtype):
+            device = next(module.parameters()).device if mine is None else mine.device
+            buffers[leaf] = None if value is None else value.to(device)
+        elif not torch.equal(mine, value.to(mine.device)):  # an expanded one cannot be written
+            mine.copy_(value)
+
+
 def _each(groups: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [member.state_dict() for member in group] for name, group in groups.items()}
 
@@ -176,7 +227,8 @@ def _plain(value: Any, path: str) -> Any:
         return {key: _plain(entry, f"{path}.{key}") for key, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_plain(entry, f"{path}.{i}") for i, entry in enumerate(value))
-    known = (torch.Tensor, str, bytes, bool, int, float, complex, Counter, OrderedDict)
+    numbers = (torch.Tensor, str, bytes, bool, int, float, complex, Counter, OrderedDict)
+    known = (*numbers, torch.dtype, torch.device, torch.Size)
     if value is not None and not isinstance(value, known):
         raise CheckpointError(
             f"`{path}` is a `{type(value).__name__}`, which a checkpoint cannot hold; "

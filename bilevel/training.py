@@ -23,11 +23,11 @@ from bilevel.optimizers import (
     schedulers_of,
 )
 from bilevel.oracles import Oracles
-from bilevel.problem import Level, Problem
-from bilevel.refusals import flag, outside_inference_mode, positive, shown, whole
+from bilevel.problem import Level, Problem, refuse_no_problem
+from bilevel.refusals import SEEDS, flag, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
-from bilevel.turn import Turn
+from bilevel.turn import Term, Turn
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def train(
     outside_inference_mode()
     solver = _solver(solver)
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
-    check_every, seed = whole("check_every", check_every), whole("seed", seed, *_SEEDS)
+    check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     state = State(
@@ -184,11 +184,7 @@ def _owned(
     problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
 ) -> dict[Level, list[torch.optim.Optimizer]]:
     """The optimizers of both levels, if solver and problem can do with them."""
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"`problem` must be a `Problem`, got {shown(problem)}; subclass `Problem`, or make one from "
-            "two losses with `Problem.from_functions`"
-        )
+    refuse_no_problem(problem)
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
         "upper": optimizers_of("upper_optimizer", upper),
         "lower": optimizers_of("lower_optimizer", lower),
@@ -241,7 +237,10 @@ def _configuration(
 def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
     state, watch = turn.state, _Watch()
     seconds = 0.0
+    for optimizer in (o for group in state.optimizers.values() for o in group):
+        optimizer.zero_grad()  # or one that a frozen parameter kept would move it in every step
     while state.step < num_steps:
+        outside_inference_mode()
         start = time.perf_counter()
         turn.begin(hash((seed, state.step)) % 2**62)  # of integers: the same on every machine
         if not seconds:
@@ -264,26 +263,54 @@ def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[S
             upper_loss=hypergradient.value,
             lower_loss=turn.lower_loss,
             lower_residual=turn.lower_residual,
-            logs={**turn.logs, **hypergradient.logs},
+            logs=_merged(turn.logs, hypergradient.logs),
             hypergradient=hypergradient,
             seconds=seconds,
             state=state,
         )
 
 
+def _merged(lower: dict[str, Tensor], upper: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What both losses logged; a name that both use is told apart by its level."""
+    both = lower.keys() & upper.keys()
+    if not both:
+        return {**lower, **upper}
+    levels = (("lower", lower), ("upper", upper))
+    return {
+        f"{level}.{name}" if name in both else name: value
+        for level, logs in levels
+        for name, value in logs.items()
+    }
+
+
 class _Watch:
-    """Looks for NaN in many steps at once, and still names the first step and term."""
+    """Looks for NaN in many steps at once, and still names the first step and term.
+
+    A logged number stops the training where it is infinite, not where it is NaN: so are metrics that
+    are undefined on a batch (an AUC without positives). A NaN that a loss then shares is named first.
+    """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, str, Tensor]] = []
+        self._pending: list[tuple[int, Term, Tensor]] = []
+        self._undefined: set[str] = set()  # logged as NaN in a step that was well
 
-    def add(self, step: int, terms: list[tuple[str, Tensor]]) -> None:
-        self._pending += [(step, name, t) for name, t in terms if t.numel() == 1]
+    def add(self, step: int, terms: list[tuple[Term, Tensor]]) -> None:
+        self._pending += [(step, term, t) for term, t in terms if t.numel() == 1]
 
     def look(self) -> None:
+        undefined: list[tuple[int, Term, float]] = []
         for (step, term, _), value in zip(self._pending, self._values(), strict=True):
-            if not math.isfinite(value):
-                raise DivergenceError(step, term, value, _ADVICE)
+            if math.isfinite(value):
+                continue
+            if term.logged and math.isnan(value):
+                undefined.append((step, term, value))
+                continue
+            for s, t, v in undefined:
+                if s == step and t.name not in self._undefined:
+                    raise DivergenceError(s, t.name, v, _ADVICE)
+                self._undefined.add(t.name)
+            raise DivergenceError(step, term.name, value, _ADVICE)
+        self._undefined |= {term.name for _, term, _ in undefined}
         self._pending.clear()
 
     def _values(self) -> list[float]:
@@ -298,7 +325,6 @@ class _Watch:
         return values
 
 
-_SEEDS = -(2**63), 2**63 - 1  # what torch's generators take
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
 
 

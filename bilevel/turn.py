@@ -23,6 +23,13 @@ from bilevel.twins import RunningTwin, clip
 from bilevel.wiring import Wiring
 
 
+class Term(NamedTuple):
+    """A number that is watched in training: its name, and whether a loss logged it."""
+
+    name: str
+    logged: bool = False
+
+
 class LowerOutcome(NamedTuple):
     """What a lower step found: the loss before it, the norm of its gradient, what it logged."""
 
@@ -119,17 +126,19 @@ class Turn:
         self.state.follow()
         return hypergradient
 
-    def terms(self, hypergradient: Hypergradient) -> list[tuple[str, Tensor]]:
+    def terms(self, hypergradient: Hypergradient) -> list[tuple[Term, Tensor]]:
         """The numbers whose finiteness says that training is well, in the order of computation."""
-        lower = [*self.logs.items()]
+        stats = hypergradient.stats
+        lower = [(Term(name, logged=True), value) for name, value in self.logs.items()]
         if self.lower_loss is not None:
-            lower.append(("lower loss", self.lower_loss))
+            lower.append((Term("lower loss"), self.lower_loss))
         if self.lower_residual is not None:
-            lower.append(("norm of the lower gradient", self.lower_residual))
-        upper = [*hypergradient.logs.items(), ("upper loss", hypergradient.value)]
+            lower.append((Term("norm of the lower gradient"), self.lower_residual))
+        upper = [(Term(name, logged=True), value) for name, value in hypergradient.logs.items()]
         upper += [
-            ("norm of the hypergradient's direct term", hypergradient.stats.direct_norm),
-            ("norm of the hypergradient's response term", hypergradient.stats.response_norm),
+            (Term("upper loss"), hypergradient.value),
+            (Term("norm of the hypergradient's direct term"), stats.direct_norm),
+            (Term("norm of the hypergradient's response term"), stats.response_norm),
         ]
         return upper + lower if self.upper_first else lower + upper
 

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
+from bilevel.batches import refuse_no_list
 from bilevel.errors import HypergradientError, Result
-from bilevel.optimizers import Optimizers
+from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
+from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
 
 
@@ -170,7 +172,8 @@ class Solver(ABC):
         Args:
             problem: the problem, at its current variables.
             upper_batch: batch of the upper loss.
-            lower_batches: batches of the lower loss; `Unrolled` uses one per step, or one for all.
+            lower_batches: list of batches of the lower loss; `Unrolled` uses one per step, or one for
+                all.
             state: `Hypergradient.state` of the previous call, for warm starts.
             lower_optimizer: running optimizer(s) of the lower level, which `Unrolled` branches from.
             seed: seed of the random numbers drawn inside the losses (dropout masks).
@@ -182,8 +185,16 @@ class Solver(ABC):
         Raises:
             HypergradientError: if `throw` and the result is not a success.
             ValueError: if the problem does not fit the solver.
+            TypeError: if an argument is of the wrong kind (`lower_batches` must be a list).
         """
-        oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
+        flag("throw", throw)
+        oracles = Oracles(problem, upper_batch, lower_batches, seed=whole("seed", seed, *SEEDS))
+        refuse_no_list(lower_batches, upper_batch)
+        if not len(lower_batches) and self.num_lower_batches():
+            raise ValueError(
+                "`lower_batches` is empty; give a list with at least one batch, `[batch]`"
+            )
+        lower_optimizer = optimizers_of("lower_optimizer", lower_optimizer) or None
         return self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=throw)
 
     @final

@@ -62,6 +62,9 @@ class Implicit(Solver):
         return 1
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        if isinstance(self.linear_solver, type):  # callable, as a function of the user's own is
+            name = self.linear_solver.__name__
+            raise TypeError(f"`linear_solver` is the class `{name}`; give an instance, `{name}()`")
         return oracles.differentiated_twice(type(self).__name__)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
