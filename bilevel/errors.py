@@ -14,13 +14,19 @@ class Result(enum.Enum):
 
     SUCCESS = "the computation succeeded"
     NOT_CONVERGED = (
-        "the linear solver used all its steps without reaching its tolerance; give it more steps, "
-        "a looser `rtol`, some `damping` or a `preconditioner`, or ask for the result back with "
-        "`throw=False`"
+        "the linear solver ended without reaching its tolerance: its steps were used up, or rounding "
+        "lets it come no closer (a badly conditioned Hessian, float32); give it more steps, a looser "
+        "`rtol`, some `damping` or a `preconditioner`, or ask for the result back with `throw=False`"
     )
     NEGATIVE_CURVATURE = (
-        "the lower-level Hessian has a direction of negative curvature, so the lower variables are "
-        "not at a strict minimum; take more lower steps, add `damping`, or use `GMRES` or `Unrolled`"
+        "the lower-level Hessian is not positive definite (a direction of negative curvature was "
+        "met), so the lower variables are not at a strict minimum; take more lower steps, add "
+        "`damping`, or use `GMRES` or `Unrolled`"
+    )
+    SINGULAR = (
+        "the lower-level Hessian is singular to working precision (the lower loss is flat along some "
+        "direction) and no solution of its system was found: the best response is not defined; make the "
+        "lower loss strictly convex (a small penalty), add `damping`, or use `Unrolled`"
     )
     DIVERGED = (
         "the iteration diverged: its residual grew beyond the right-hand side; take a smaller "

@@ -278,12 +278,19 @@ class Oracles:
         return evaluation, grads
 
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
-        """The lower gradient at (upper, lower) and products with its two derivatives."""
-        # this rank's own: products with its derivatives are averaged one by one
-        _, grads = self._own_lower_gradient(upper, lower, 0, create_graph=True)
+        """The lower gradient at (upper, lower) and products with its two derivatives.
+
+        Of several lower batches, the mean.
+        """
         leaves, sources = list(lower.values()), list(upper.values())
         layout = Layout(leaves)
-        gradient = fill(list(grads.values()), leaves)
+        # this rank's own: products with its derivatives are averaged one by one
+        count = len(self.lower_batches)
+        own = [self._own_lower_gradient(upper, lower, i, True)[1] for i in range(count)]
+        filled = [fill(list(grads.values()), leaves) for grads in own]
+        gradient = filled[0]
+        if count > 1:
+            gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
         hessian = Hessian(gradient, leaves, layout)
         return Linearization(
             gradient=average([layout.ravel(gradient).detach()])[0],

@@ -161,7 +161,8 @@ def test_a5_response_vanishes_when_realised(divergence):
     truth = likelihood_gradient(problem)
     solvers = [
         Alternating(),
-        Implicit(ConjugateGradient(rtol=1e-12, damping=1e-9)),  # logits are shift-invariant
+        # logits are shift-invariant, so the condition number is 1e9 and rounding leaves 1e-8
+        Implicit(ConjugateGradient(rtol=1e-7, damping=1e-9)),
         Unrolled(20, torchopt.sgd(0.5)),
     ]
     for solver in solvers:

@@ -16,14 +16,16 @@ Operator: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class LinearSolution(NamedTuple):
-    """What a linear solver returns; on failure `value` is its current iterate.
+    """What a linear solver returns; on failure `value` is the best iterate it can offer.
 
     Attributes:
         value: the solution w, shape (n,).
-        result: how the solve ended.
-        residual: relative residual |b - A w| / |b|, `None` if it was not computed.
-        num_products: number of products with A.
-        negative_curvature: whether a direction p with p^T A p <= 0 was met.
+        result: how the solve ended. A solver with a tolerance says `SUCCESS` only if `residual`
+            meets it.
+        residual: relative residual |b - A w| / |b| of `value`, computed from `value` itself and not
+            by a recursion; `None` if it was not computed.
+        num_products: number of products with A, those for the residual included.
+        negative_curvature: whether a direction p with p^T A p < 0, beyond rounding, was met.
     """
 
     value: Tensor
@@ -52,6 +54,24 @@ class LinearSolver(ABC):
         Returns:
             The solution and how the solve ended.
         """
+
+
+def check_rtol(rtol: float | str) -> None:
+    """Refuse a tolerance that is neither a positive number nor "auto"."""
+    if not isinstance(rtol, str):
+        positive("rtol", rtol)
+    elif rtol != "auto":
+        raise ValueError(f'`rtol` must be a number, "auto" or None, got {rtol!r}')
+
+
+def tolerance(rtol: float | str, dtype: torch.dtype) -> float:
+    """The number that `rtol` stands for; "auto" is the square root of the machine epsilon.
+
+    That is 1.5e-8 in float64 and 3.5e-4 in float32. A residual cannot be computed more exactly than
+    to about epsilon times |A| |w| / |b|, which grows up to epsilon times the condition number: at a
+    condition of 1e12, "auto" is out of reach in float32 always and in float64 for most b.
+    """
+    return torch.finfo(dtype).eps ** 0.5 if isinstance(rtol, str) else rtol
 
 
 def relative(residual: Tensor, scale: Tensor) -> Tensor:

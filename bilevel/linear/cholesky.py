@@ -10,10 +10,12 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
+    check_rtol,
     dense,
-    positive,
     relative,
+    tolerance,
 )
+from bilevel.refusals import positive, whole
 from bilevel.tracing import tracing
 
 
@@ -21,13 +23,21 @@ from bilevel.tracing import tracing
 class Cholesky(LinearSolver):
     """Cholesky factorisation of `A + damping I`, built column by column: n products, n^2 numbers.
 
-    The reference for small lower levels. If the matrix is not positive definite, the system is
-    solved by LU instead and the result says that negative curvature was met. A matrix that is not
-    symmetric (the lower "gradient" is no gradient) is solved by LU as it is.
+    The reference for small lower levels. Not every matrix has a Cholesky factor:
+
+    - If a pivot is negative, or nothing of it is left but rounding, the matrix is diagonalised.
+      Negative eigenvalues are reported as negative curvature. Zero ones make it singular: the
+      solution of least norm is then right where there is a solution at all, and the result says
+      where there is none.
+    - A matrix that is not symmetric (the lower "gradient" is no gradient) is solved by LU; a
+      singular one by its pseudo-inverse.
 
     Args:
         damping: added to the diagonal of A.
         max_size: largest n accepted.
+        rtol: relative residual above which the solution is no success; "auto" is the square root of
+            the dtype's machine epsilon. Rounding alone leaves up to epsilon times the condition
+            number, so a badly conditioned system needs float64, `damping` or a larger `rtol`.
 
     Raises:
         ValueError: if a setting is out of range, or (in `solve`) if n > max_size.
@@ -39,10 +49,12 @@ class Cholesky(LinearSolver):
 
     damping: float = 0.0
     max_size: int = 5000
+    rtol: float | str = "auto"
 
     def __post_init__(self) -> None:
         positive("damping", self.damping, zero=True)
-        positive("max_size", self.max_size)
+        whole("max_size", self.max_size)
+        check_rtol(self.rtol)
 
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
@@ -56,29 +68,75 @@ class Cholesky(LinearSolver):
         matrix = dense(operator, rhs)
         if self.damping:
             matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        w, negative = _without_looking(matrix, rhs) if tracing() else _solve(matrix, rhs)
-        residual = relative(
-            torch.linalg.vector_norm(rhs - matrix @ w), torch.linalg.vector_norm(rhs)
-        )
-        result = Result.NEGATIVE_CURVATURE if negative else Result.SUCCESS
-        if not tracing() and not bool(residual.isfinite()):
-            result = result if negative else Result.NOT_FINITE
-        return LinearSolution(w, result, residual, n, negative)
+        if tracing():  # a graph is the same for all values: it cannot branch on a pivot
+            w: Tensor = torch.linalg.solve_ex(matrix, rhs).result
+            return LinearSolution(w, Result.SUCCESS, _residual(matrix, w, rhs), n)
+        if not bool(matrix.isfinite().all() & rhs.isfinite().all()):
+            nan = torch.full_like(rhs, torch.nan)
+            return LinearSolution(nan, Result.NOT_FINITE, _residual(matrix, nan, rhs), n)
+        goal = tolerance(self.rtol, rhs.dtype)
+        solve = _symmetric if _is_symmetric(matrix) else _general
+        w, defect = solve(matrix, rhs, goal)
+        residual = _residual(matrix, w, rhs)
+        negative = defect is Result.NEGATIVE_CURVATURE
+        if not bool(residual.isfinite()):
+            defect = Result.NOT_FINITE
+        elif not negative and bool(residual <= goal):
+            defect = None
+        elif defect is None:
+            defect = Result.NOT_CONVERGED
+        return LinearSolution(w, defect or Result.SUCCESS, residual, n, negative)
 
 
-def _solve(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
-    """The solution, and whether the matrix is symmetric but not positive definite."""
+def _residual(matrix: Tensor, w: Tensor, rhs: Tensor) -> Tensor:
+    missing = torch.linalg.vector_norm(rhs - matrix @ w)
+    return relative(missing, torch.linalg.vector_norm(rhs))
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
     odd = torch.linalg.matrix_norm(matrix - matrix.mT)
-    tolerance = torch.finfo(rhs.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
-    if not bool(odd <= tolerance):
-        return _without_looking(matrix, rhs)
-    factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
-    if bool(info != 0):
-        return _without_looking(matrix, rhs)[0], True
-    return torch.cholesky_solve(rhs[:, None], factor)[:, 0], False
+    return bool(odd <= torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix))
 
 
-def _without_looking(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, bool]:
-    """The solution by LU, whatever the matrix is."""
-    w: Tensor = torch.linalg.solve_ex(matrix, rhs).result
-    return w, False
+def _rounding(rhs: Tensor) -> float:
+    """What n roundings leave of a number that is 0 exactly, relative to what it was before."""
+    eps: float = torch.finfo(rhs.dtype).eps
+    return 2 * eps * len(rhs) ** 0.5
+
+
+def _symmetric(matrix: Tensor, rhs: Tensor, goal: float) -> tuple[Tensor, Result | None]:
+    """The solution, and what is wrong with the matrix."""
+    matrix = (matrix + matrix.mT) / 2
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # a pivot is what is left of its diagonal entry; whether that is rounding does not depend on units
+    whole = factor.diagonal().square() > _rounding(rhs) * matrix.diagonal()
+    if bool((info == 0) & whole.all()):
+        w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        if bool(_residual(matrix, w, rhs) <= goal):
+            return w, None
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    least = 10 * _rounding(rhs) * eigenvalues.abs().max()
+    zero = eigenvalues.abs() <= least
+    inverse = torch.where(zero, 0, 1 / eigenvalues.masked_fill(zero, 1))
+    w = vectors @ (inverse * (vectors.mT @ rhs))
+    if bool(eigenvalues[0] < -least):
+        return w, Result.NEGATIVE_CURVATURE
+    return w, Result.SINGULAR if bool(zero.any()) else None
+
+
+def _general(matrix: Tensor, rhs: Tensor, goal: float) -> tuple[Tensor, Result | None]:
+    """The solution, and whether the matrix is singular."""
+    largest = matrix.abs().amax(dim=1)
+    rows = torch.where(largest == 0, 1, largest)  # rows may be in different units
+    scaled, target = matrix / rows[:, None], rhs / rows
+    factor, pivots, info = torch.linalg.lu_factor_ex(scaled)
+    sizes = factor.diagonal().abs()
+    if bool((info == 0) & (sizes.min() > _rounding(rhs) * sizes.max())):
+        w = torch.linalg.lu_solve(factor, pivots, target[:, None])[:, 0]
+        if bool(_residual(matrix, w, rhs) <= goal):
+            return w, None
+    u, values, vh = torch.linalg.svd(scaled)
+    zero = values <= 10 * _rounding(rhs) * values.max()
+    inverse = torch.where(zero, 0, 1 / values.masked_fill(zero, 1))
+    w = vh.mT @ (inverse * (u.mT @ target))
+    return w, Result.SINGULAR if bool(zero.any()) else None

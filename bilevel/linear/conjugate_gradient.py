@@ -1,7 +1,9 @@
 """Conjugate gradients for a symmetric positive definite operator."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,12 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
+    check_rtol,
     damped,
     initial,
-    outcome,
-    positive,
+    tolerance,
 )
+from bilevel.refusals import positive, whole
 from bilevel.tracing import tracing
 
 
@@ -23,8 +26,15 @@ from bilevel.tracing import tracing
 class ConjugateGradient(LinearSolver):
     """Preconditioned conjugate gradients on `(A + damping I) w = b`.
 
-    Stops at the first direction p with p^T (A + damping I) p <= 0 and returns the current iterate:
-    the lower level is then not at a strict minimum and the system has no meaning as a best response.
+    The recursion's residual drifts away from |b - A w| (in float32 by factors of thousands). So the
+    true one is computed at the end, one product more; it is what is reported and tested. Where it
+    has not arrived and steps are left, the iteration starts again from it, as long as that helps.
+
+    Stops at the first direction p with p^T (A + damping I) p < 0 beyond rounding and returns the
+    current iterate: the lower level is then not at a strict minimum and the system has no meaning
+    as a best response. A direction that is flat to rounding ends the solve, too: the matrix is
+    singular to working precision, and the iterate with the least residual is returned. In float32
+    that includes matrices with a condition number above about 1e7.
 
     Args:
         max_steps: most steps, each one product with A.
@@ -58,59 +68,115 @@ class ConjugateGradient(LinearSolver):
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        positive("max_steps", self.max_steps)
+        whole("max_steps", self.max_steps)
         positive("damping", self.damping, zero=True)
-        positive("check_every", self.check_every)
-        if isinstance(self.rtol, str):
-            if self.rtol != "auto":
-                raise ValueError(f'`rtol` must be a number, "auto" or None, got {self.rtol!r}')
-        elif self.rtol is not None:
-            positive("rtol", self.rtol)
+        whole("check_every", self.check_every)
+        if self.rtol is not None:
+            check_rtol(self.rtol)
 
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         operator = damped(operator, self.damping)
-        precondition = self.preconditioner or (lambda r: r)
         w, r, products = initial(operator, rhs, guess if self.warm_start else None)
         # residuals are kept relative to |b|: the square of a small gradient underflows in float32
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
         r = r / scale
+        goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)
+        steps, last, kept = 0, math.inf, None
+        while True:
+            walk = self._walk(operator, w, r, scale, goal, self.max_steps - steps)
+            steps += walk.steps
+            products += walk.steps
+            w = walk.value
+            if walk.steps:  # else the residual at the start is the true one already
+                r = (rhs - operator(w)) / scale
+                products += 1
+            residual = torch.linalg.vector_norm(r)
+            if tracing():
+                return LinearSolution(w, Result.SUCCESS, residual, products)
+            # the one wait for the device at the end
+            size, negative, flat = torch.stack([residual, *walk[2:]]).tolist()
+            if kept is not None and size > last:  # a restart that made it worse
+                w, residual = kept
+            result = self._result(min(size, last) if size == size else size, goal, negative, flat)
+            helps = math.isfinite(size) and size < last / 2 and walk.steps > 0
+            if result is not Result.NOT_CONVERGED or steps >= self.max_steps or not helps:
+                return LinearSolution(w, result, residual, products, bool(negative))
+            last, kept = size, (w, residual)
+
+    def _result(self, size: float, goal: float, negative: float, flat: float) -> Result:
+        if not math.isfinite(size):
+            return Result.NOT_FINITE
+        if negative:
+            return Result.NEGATIVE_CURVATURE
+        if size <= goal:
+            return Result.SUCCESS
+        if flat:
+            return Result.SINGULAR
+        return Result.SUCCESS if self.rtol is None else Result.NOT_CONVERGED
+
+    def _walk(
+        self, operator: Operator, w: Tensor, r: Tensor, scale: Tensor, goal: float, most: int
+    ) -> "_Walk":
+        """Steps from the iterate w with residual r, relative to `scale`."""
+        eps = torch.finfo(r.dtype).eps  # below it, the recursion says nothing about the residual
+        precondition = self.preconditioner or (lambda v: v)
         z = precondition(r)
         p = z
         rz = torch.dot(r, z)
-        negative = torch.zeros((), dtype=torch.bool, device=rhs.device)
-
-        for step in range(self.max_steps):
-            solved = self._small(r)
-            if step % self.check_every == 0 and not tracing():
-                finished = solved | negative | ~r.isfinite().all()
-                if bool(finished):  # waits for the device
-                    break
+        length = torch.linalg.vector_norm(r)
+        best, least = w, length
+        reach = torch.zeros_like(rz)  # squared, of the largest |A p| / |p|: at most |A|
+        flat = negative = torch.zeros((), dtype=torch.bool, device=r.device)
+        steps = 0
+        while steps < most:
+            stopped = (length <= max(goal, eps)) | negative | flat
+            looks = steps % self.check_every == 0 and not tracing()
+            if looks and bool(stopped | ~length.isfinite()):  # waits for the device
+                break
+            steps += 1
             Ap = operator(p)
-            products += 1
-            curvature = torch.dot(p, Ap)
-            negative = negative | ((curvature <= 0) & ~solved)
-            # alpha = 0 freezes the iterate: after negative curvature, and at the solution, where
-            # the recurrence would go on until it underflows
-            alpha = torch.where(negative | solved, torch.zeros_like(rz), rz / curvature)
+            curvature, pp, stretched = torch.dot(p, Ap), torch.dot(p, p), torch.dot(Ap, Ap)
+            reach = torch.maximum(reach, stretched / pp)
+            bent, level = _judge(curvature, pp, stretched, reach, eps)
+            negative, flat = negative | (bent & ~stopped), flat | (level & ~stopped)
+            # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
+            # recurrence would go on until it underflows
+            frozen = stopped | negative | flat
+            alpha = torch.where(frozen, torch.zeros_like(rz), rz / curvature)
             w = w + scale * alpha * p
             r = r - alpha * Ap
             z = precondition(r)
             rz, previous = torch.dot(r, z), rz
             p = z + torch.where(previous == 0, torch.zeros_like(rz), rz / previous) * p
-        residual = torch.linalg.vector_norm(r)
-        result = outcome(residual, self._tolerance(r.dtype))
-        if tracing():
-            return LinearSolution(w, result, residual, products)
-        if bool(negative) and result is not Result.NOT_FINITE:
-            result = Result.NEGATIVE_CURVATURE
-        return LinearSolution(w, result, residual, products, bool(negative))
+            length = torch.linalg.vector_norm(r)
+            best = torch.where(length < least, w, best)
+            least = torch.minimum(length, least)
+        # before a flat direction shows, nearly flat ones have made the iterate large
+        return _Walk(torch.where(flat, best, w), steps, negative, flat)
 
-    def _tolerance(self, dtype: torch.dtype) -> float | None:
-        return torch.finfo(dtype).eps ** 0.5 if isinstance(self.rtol, str) else self.rtol
 
-    def _small(self, r: Tensor) -> Tensor:
-        floor = torch.finfo(r.dtype).eps  # below it, the recurrence says nothing about the residual
-        tolerance = max(self._tolerance(r.dtype) or 0.0, floor)
-        return torch.le(torch.linalg.vector_norm(r), tolerance)
+class _Walk(NamedTuple):
+    """Where steps of the recursion led, and what kind of direction ended it."""
+
+    value: Tensor
+    steps: int
+    negative: Tensor
+    flat: Tensor
+
+
+def _judge(
+    curvature: Tensor, pp: Tensor, stretched: Tensor, reach: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Whether the curvature p^T A p is negative, and whether it is zero to rounding.
+
+    The product A p carries an error of about eps |A| |p|, so a smaller |p^T A p| / |p|^2 is zero as
+    far as one can tell. If A is positive semidefinite, then |A p|^2 <= |A| p^T A p is about
+    eps |A|^2 |p|^2: where A p is far longer than that, some other direction is one of negative
+    curvature.
+    """
+    noise = eps * reach.sqrt() * pp
+    zero = curvature.abs() <= noise
+    short = stretched <= 100 * eps * reach * pp
+    return (curvature < -noise) | (zero & ~short), zero & short

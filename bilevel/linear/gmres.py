@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
@@ -12,9 +13,9 @@ from bilevel.linear.base import (
     damped,
     initial,
     outcome,
-    positive,
     relative,
 )
+from bilevel.refusals import positive, whole
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,15 @@ class GMRES(LinearSolver):
     """Generalized minimal residuals on `(A + damping I) w = b`, restarted.
 
     Needs neither symmetry nor definiteness: right where the lower level is a saddle or the lower
-    "gradient" is a fixed-point map. Stores `restart` vectors.
+    "gradient" is a fixed-point map. Stores `restart` vectors. The residual tested is the true one,
+    computed at every restart and at the end.
 
     Args:
         max_steps: most Arnoldi steps over all restarts, each one product with A; the residual at
             a restart is one more.
         restart: size of the Krylov space.
-        rtol: stop once |residual| <= rtol |b|; `None` runs exactly `max_steps` and calls it a
-            success.
+        rtol: stop once |residual| <= rtol |b|; `None` runs all `max_steps` as long as they help and
+            calls it a success: the truncated method on purpose.
         damping: added to the diagonal of A.
         warm_start: start from the previous solution.
 
@@ -53,8 +55,8 @@ class GMRES(LinearSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        positive("max_steps", self.max_steps)
-        positive("restart", self.restart)
+        whole("max_steps", self.max_steps)
+        whole("restart", self.restart)
         positive("damping", self.damping, zero=True)
         if self.rtol is not None:
             positive("rtol", self.rtol)
@@ -66,28 +68,47 @@ class GMRES(LinearSolver):
         w, r, products = initial(operator, rhs, guess if self.warm_start else None)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
-        steps = 0
-        while steps < self.max_steps and torch.linalg.vector_norm(r) > goal:
+        steps, singular = 0, False
+        eps = torch.finfo(rhs.dtype).eps
+        missing = torch.linalg.vector_norm(r)
+        while steps < self.max_steps and missing > goal:
             width = min(self.restart, self.max_steps - steps)
-            update, used = _cycle(operator, r, width, goal)
-            w = w + update
-            r = rhs - operator(w)  # the true residual: restarts must not inherit rounding
+            update, used, degenerate = _cycle(operator, r, width, goal)
+            singular |= degenerate
+            new = rhs - operator(
+                w + update
+            )  # the true residual: restarts must not inherit rounding
             steps += used
             products += used + 1
-            if not bool(r.isfinite().all()) or not bool(update.any()):
+            before, missing = missing, torch.linalg.vector_norm(new)
+            # a correction that brings no progress is rounding, and may be large; along the flat
+            # directions of a singular operator it hides behind a little progress
+            if bool(missing >= before * (0.5 if singular and steps > used else 1 - eps**0.5)):
+                missing = before
                 break
-        residual = relative(torch.linalg.vector_norm(r), scale)
-        return LinearSolution(w, outcome(residual, self.rtol), residual, products)
+            w, r = w + update, new
+            if not bool(missing.isfinite()):
+                break
+        residual = relative(missing, scale)
+        result = outcome(residual, self.rtol)
+        if singular and result is not Result.NOT_FINITE and residual > (self.rtol or eps**0.5):
+            result = Result.SINGULAR
+        return LinearSolution(w, result, residual, products)
 
 
-def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Tensor, int]:
-    """One Arnoldi cycle from residual r: the correction to w and the products it used."""
+def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Tensor, int, bool]:
+    """One Arnoldi cycle from residual r.
+
+    Returns:
+        The correction to w, the products it used, and whether the operator is singular on the space.
+    """
     beta = torch.linalg.vector_norm(r)
     basis = [r / beta]
     hessenberg = r.new_zeros(width + 1, width)
     target = r.new_zeros(width + 1, 1)
     target[0] = beta
     y = r.new_zeros(0, 1)
+    singular = False
     for j in range(width):
         v = operator(basis[j])
         span = torch.stack(basis)
@@ -100,14 +121,15 @@ def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Ten
         small = hessenberg[: j + 2, : j + 1]
         # QR and not `lstsq`, whose result differs in the last bit from call to call
         q, upper = torch.linalg.qr(small)
-        tiny = torch.finfo(r.dtype).eps * torch.linalg.vector_norm(small)
+        tiny = 10 * torch.finfo(r.dtype).eps * torch.linalg.vector_norm(small)
+        # the space cannot grow past an invariant subspace; `length` is then rounding error
+        exhausted = length <= tiny
         if bool(upper[-1, -1].abs() <= tiny):
-            break  # a singular operator: this column adds nothing
+            singular = bool(exhausted)
+            break  # this column adds nothing
         y = torch.linalg.solve_triangular(upper, q.mT @ target[: j + 2], upper=True)
         missing = torch.linalg.vector_norm(target[: j + 2] - small @ y)
-        # the space cannot grow past an invariant subspace; `length` is then rounding error
-        exhausted = length <= 10 * tiny
         if bool((missing <= goal) | exhausted | ~missing.isfinite()):
             break
         basis.append(v / length)
-    return y[:, 0] @ torch.stack(basis)[: len(y)], j + 1
+    return y[:, 0] @ torch.stack(basis)[: len(y)], j + 1, singular

@@ -12,9 +12,9 @@ from bilevel.linear.base import (
     Operator,
     initial,
     outcome,
-    positive,
     relative,
 )
+from bilevel.refusals import positive, whole
 from bilevel.tracing import tracing
 
 
@@ -30,7 +30,7 @@ class Neumann(LinearSolver):
         num_steps: number of terms K, each one product with A.
         step_size: the factor eta.
         rtol: if given, reaching it is required; otherwise the truncated sum is a success unless it
-            diverges.
+            diverges (its residual exceeds |b|).
         warm_start: start from the previous solution instead of zero.
 
     Raises:
@@ -51,7 +51,7 @@ class Neumann(LinearSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        positive("num_steps", self.num_steps)
+        whole("num_steps", self.num_steps)
         positive("step_size", self.step_size)
         if self.rtol is not None:
             positive("rtol", self.rtol)
@@ -60,13 +60,20 @@ class Neumann(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         w, r, products = initial(operator, rhs, guess if self.warm_start else None)
-        # b - A w after a step w += eta r is (I - eta A) r: the next term of the series
+        # b - A w after a step w += eta r is (I - eta A) r, the next term of the series; computed
+        # from w at the same cost, it is the true residual and rounding does not add up
         for _ in range(self.num_steps):
             w = w + self.step_size * r
-            r = r - self.step_size * operator(r)
+            r = rhs - operator(w)
         products += self.num_steps
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
         result = outcome(residual, self.rtol)
-        if not tracing() and result is not Result.NOT_FINITE and residual > 1 + 1e-6:
-            result = Result.DIVERGED
+        if tracing():
+            return LinearSolution(w, result, residual, products)
+        if result is Result.NOT_FINITE:  # it grew until it overflowed, or A or b are to blame
+            products += 1
+            grew = bool(operator(rhs).isfinite().all())
+        else:
+            grew = bool(residual > 1 + 1e-6)
+        result = Result.DIVERGED if grew else result
         return LinearSolution(w, result, residual, products)

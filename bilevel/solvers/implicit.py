@@ -18,9 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.errors import Result
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
-from bilevel.linear.base import relative
+from bilevel.linear.base import outcome, relative
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Linearization, Oracles
 from bilevel.solvers.base import Response, ResponseProduct, Solver
@@ -33,12 +32,17 @@ LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tenso
 class Implicit(Solver):
     """Implicit differentiation with a linear solver of choice.
 
+    Of several lower batches, the lower loss is the mean: gradient, Hessian and cross product are
+    averaged over them.
+
     Args:
         linear_solver: `ConjugateGradient`, `Neumann`, `GMRES`, `Cholesky`, `Identity`, or a function
-            `(operator, rhs) -> solution` on vectors of shape (n,).
+            `(operator, rhs) -> solution` on vectors of shape (n,). The residual of a function's
+            answer is computed and reported; how small it must be is the function's own business, so
+            every answer better than zero (a relative residual below 1) is a success.
 
     Raises:
-        TypeError: if `linear_solver` is neither.
+        TypeError: if `linear_solver` is neither, or its answer is not a vector.
 
     Example:
         >>> Implicit(ConjugateGradient(max_steps=20, damping=0.1)).linear_solver.damping
@@ -93,7 +97,14 @@ class Implicit(Solver):
         if isinstance(self.linear_solver, LinearSolver):
             return self.linear_solver.solve(linear.hessian, rhs, guess=guess)
         value = self.linear_solver(linear.hessian, rhs)
+        if not isinstance(value, Tensor) or value.shape != rhs.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"`linear_solver` must return a vector of shape {tuple(rhs.shape)}, as its second "
+                f"argument is, got {got}"
+            )
         missing = torch.linalg.vector_norm(rhs - linear.hessian(value))
         residual = relative(missing, torch.linalg.vector_norm(rhs))
-        result = Result.SUCCESS if bool(residual.isfinite()) else Result.NOT_FINITE
-        return LinearSolution(value, result, residual, num_products=1)
+        # truncated on purpose or not, an answer must be better than zero, which leaves exactly |b|
+        nearly = 1 - torch.finfo(rhs.dtype).eps ** 0.5
+        return LinearSolution(value, outcome(residual, nearly), residual, num_products=1)
