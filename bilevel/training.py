@@ -1,6 +1,5 @@
 """`train`: the loop, a generator that yields after every upper step."""
 
-import math
 import os
 import re
 import time
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from bilevel.batches import sources_of
 from bilevel.distributed import agree
-from bilevel.errors import DivergenceError, HypergradientError
+from bilevel.errors import HypergradientError
 from bilevel.linear.base import LinearSolver
 from bilevel.optimizers import (
     Optimizers,
@@ -27,7 +26,8 @@ from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, flag, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
-from bilevel.turn import Term, Turn
+from bilevel.turn import Turn
+from bilevel.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def train(
 
     Raises:
         ValueError: at the call, for a setting out of range or an optimizer of other variables.
-        DivergenceError: when a loss becomes NaN or infinite, with step and term.
+        DivergenceError: when a loss becomes NaN or infinite, with step and term. (One that stays finite
+            but becomes 1e8 times what it was at first, or variables that do, are warned of, once.)
         CheckpointError: at the call, if `resume` cannot be used.
 
     Example:
@@ -235,7 +236,8 @@ def _configuration(
 
 
 def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[Step]:
-    state, watch = turn.state, _Watch()
+    state = turn.state
+    watch = Watch(state.problem.parameters())
     seconds = 0.0
     for optimizer in (o for group in state.optimizers.values() for o in group):
         optimizer.zero_grad()  # or one that a frozen parameter kept would move it in every step
@@ -257,6 +259,8 @@ def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[S
         watch.add(state.step, turn.terms(hypergradient))
         if state.step % check_every == 0 or state.step == num_steps:
             watch.look()
+        if state.step == num_steps:
+            watch.end()
         seconds += time.perf_counter() - start
         yield Step(
             number=state.step,
@@ -281,51 +285,6 @@ def _merged(lower: dict[str, Tensor], upper: dict[str, Tensor]) -> dict[str, Ten
         for level, logs in levels
         for name, value in logs.items()
     }
-
-
-class _Watch:
-    """Looks for NaN in many steps at once, and still names the first step and term.
-
-    A logged number stops the training where it is infinite, not where it is NaN: so are metrics that
-    are undefined on a batch (an AUC without positives). A NaN that a loss then shares is named first.
-    """
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[int, Term, Tensor]] = []
-        self._undefined: set[str] = set()  # logged as NaN in a step that was well
-
-    def add(self, step: int, terms: list[tuple[Term, Tensor]]) -> None:
-        self._pending += [(step, term, t) for term, t in terms if t.numel() == 1]
-
-    def look(self) -> None:
-        undefined: list[tuple[int, Term, float]] = []
-        for (step, term, _), value in zip(self._pending, self._values(), strict=True):
-            if math.isfinite(value):
-                continue
-            if term.logged and math.isnan(value):
-                undefined.append((step, term, value))
-                continue
-            for s, t, v in undefined:
-                if s == step and t.name not in self._undefined:
-                    raise DivergenceError(s, t.name, v, _ADVICE)
-                self._undefined.add(t.name)
-            raise DivergenceError(step, term.name, value, _ADVICE)
-        self._undefined |= {term.name for _, term, _ in undefined}
-        self._pending.clear()
-
-    def _values(self) -> list[float]:
-        terms = [t for *_, t in self._pending]
-        device = terms[-1].device  # a logged Python number is on the CPU
-        if device.type == "cpu":
-            return [t.item() for t in terms]
-        # one wait for all
-        values: list[float] = torch.stack(
-            [t.reshape(()).to(device, torch.double) for t in terms]
-        ).tolist()
-        return values
-
-
-_ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
 
 
 def _solver(given: Any) -> Solver:

@@ -32,8 +32,9 @@ from torch.distributions import Distribution
 
 from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import Statistics, chunked, chunked_distribution
-from bilevel.methods.learner import ModelLearner, check_pairs
+from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
 from bilevel.methods.models import LatentVariableModel
+from bilevel.methods.models.base import check_dim
 from bilevel.methods.networks import Generator, JointEnergy, Posterior
 from bilevel.methods.variational import (
     BernoulliPosterior,
@@ -264,8 +265,22 @@ class AdvIL(ModelLearner):
         with self.evaluating("running"):
             return chunked(bound, v)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles of the sampler q: by ancestral sampling, of a Gaussian one the means."""
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        start: Start | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
+        """N visibles of the sampler q: by ancestral sampling, of a Gaussian one the means.
+
+        With `start` or `sweeps` they are of the machine itself, by Gibbs sampling; see `ModelLearner`.
+        """
+        check_dim("n", n)
+        if self._is_machine and not (start is None and sweeps is None):
+            return ModelLearner.sample(self, n, generator, start=start, sweeps=sweeps)
+        refuse_chains(start, sweeps)
         with self.evaluating():
             if self._is_machine:
                 return self.sampler.sample(n, generator)

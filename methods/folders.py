@@ -13,7 +13,7 @@ from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from bilevel.methods.pixels import Array, Frame, Raw, chosen, coded
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY = {"1", "L", "LA"}
 _DEEP = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+_SEE_THROUGH = {"RGBA", "RGBa", "LA", "La", "PA"}
+_ORIENTATION = 274  # the EXIF tag
 _TOGETHER = 32  # files a thread takes at a time: handing over one by one costs as much as decoding
 _AHEAD = 32  # how often, before the pixels are written to their place
 
@@ -134,10 +136,13 @@ class Reading:
     def __init__(self, frame: Frame, skip_unreadable: bool) -> None:
         self._frame = frame
         self._skip = skip_unreadable
-        self._pillow = _pillow()
+        self._pillow, self._ops = _pillow()
         self._sizes: set[tuple[int, int]] = set()
         self._first: tuple[Path, tuple[int, ...]] | None = None
         self._skipped: list[str] = []
+        self._moving: list[str] = []
+        self._turned: list[str] = []
+        self._transparent: list[str] = []
 
     def decode(
         self, store: Store, names: Sequence[str]
@@ -177,6 +182,13 @@ class Reading:
         notes = ["values 0..255 kept as bytes", self._frame.note(self._sizes)]
         if self._frame.channels is not None:
             notes.append("all made grey" if self._frame.channels == 1 else "greys as colours")
+        for names, what in (
+            (self._turned, "turned as their EXIF data say"),
+            (self._transparent, "with transparent pixels, laid on white"),
+            (self._moving, "of several frames, of which the first was taken"),
+        ):
+            if names:
+                notes.append(f"{len(names)} {what}")
         if self._skipped:
             count, first = len(self._skipped), self._skipped[0]
             files = "file that cannot be read" if count == 1 else "files that cannot be read"
@@ -201,9 +213,7 @@ class Reading:
             with self._pillow.open(BytesIO(store.read(name))) as image:
                 if image.mode in _DEEP:
                     return f"it has more than 8 bits per pixel (mode {image.mode})"
-                is_grey = image.mode in _GREY
-                grey = is_grey if self._frame.channels is None else self._frame.channels == 1
-                opaque = image.convert("L" if grey else "RGB")
+                opaque = self._opaque(image, name)
         except (
             OSError,
             SyntaxError,
@@ -220,6 +230,23 @@ class Reading:
             return self._frame.of_file(opaque)
         except ValueError as error:
             raise ValueError(f"`{store.path / name}`: {error}") from None
+
+    def _opaque(self, image: Any, name: str) -> Any:
+        """The picture as it is seen: turned as its EXIF data say, on white where it is transparent."""
+        if getattr(image, "n_frames", 1) > 1:
+            self._moving.append(name)
+        is_grey = image.mode in _GREY
+        grey = is_grey if self._frame.channels is None else self._frame.channels == 1
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = self._ops.exif_transpose(image)
+            self._turned.append(name)
+        if image.mode in _SEE_THROUGH or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                self._transparent.append(name)
+                white = self._pillow.new("RGBA", image.size, "white")
+                image = self._pillow.alpha_composite(white, image)
+        return image.convert("L" if grey else "RGB")
 
     def _unreadable(self, store: Store, name: str, reason: str) -> None:
         if not self._skip:
@@ -241,14 +268,14 @@ class Reading:
             )
 
 
-def _pillow() -> ModuleType:
+def _pillow() -> tuple[ModuleType, ModuleType]:
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ImportError(
             "reading files of images needs Pillow; install it with `pip install 'bilevel[report]'`"
         ) from None
-    return Image
+    return Image, ImageOps
 
 
 def _threads() -> int:

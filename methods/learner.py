@@ -1,17 +1,26 @@
 """`ModelLearner`: what every method that trains a Boltzmann machine has in common."""
 
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.methods.eblvm import EBLVM, chunked
+from bilevel.methods.likelihood.ais import exact_samples
 from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
+from bilevel.methods.models.base import check_dim, coin_flips
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
+from bilevel.refusals import one_of
 
 SWEEPS = 1000
+"""Block Gibbs sweeps before a sample is taken."""
+
+EXACT_UNITS = 12
+"""Units of a first hidden layer of which `sample` enumerates all states."""
+
+Start: TypeAlias = Tensor | Literal["exact", "chains", "coins"]
 
 
 class ModelLearner(EBLVM):
@@ -108,12 +117,78 @@ class ModelLearner(EBLVM):
         with self.evaluating():
             return chunked(self.model.free_energy, self.check(v))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles after `SWEEPS` block Gibbs sweeps from random latents."""
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        start: Start | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
+        """N visibles of the machine: exact draws where they cost little, else ends of Gibbs chains.
+
+        A chain forgets where it began only as fast as the machine mixes. From coins it may stay for long
+        where no data are (blank digits); from data, or where training left its chains, it does not, but
+        may miss modes as far from there.
+
+        Args:
+            n: how many.
+            generator: on the model's device; torch's own by default.
+            start: where the chains begin: visibles, whose rows are taken in turn; "chains", where the
+                persistent ones of the learner are, which stay there; "coins", hidden layers of fair
+                coins; or "exact" for independent draws without chains, for which the first hidden
+                layer is enumerated. By default "exact" up to `EXACT_UNITS` units, else "chains" if the
+                learner has any, else "coins".
+            sweeps: block Gibbs sweeps from there, `SWEEPS` by default; none for "exact".
+
+        Raises:
+            TypeError: if a number is not an integer.
+            ValueError: if one is not positive, for visibles the machine does not take, an unknown
+                start or one that is not there.
+        """
+        check_dim("n", n)
         generator = generator if generator is not None else _default_generator(self.device)
+        if start is None:
+            few = self.model.latent_dims[0] <= EXACT_UNITS and sweeps is None
+            start = "exact" if few else "coins" if self._chains is None else "chains"
+        if isinstance(start, str):
+            one_of("start", start, ("exact", "chains", "coins"))
+        if isinstance(start, str) and start == "exact":
+            if sweeps is not None:
+                raise ValueError(
+                    "`sweeps` are for chains, and start='exact' draws without; leave one out"
+                )
+            with self.evaluating():
+                first = exact_samples(self.model, n, generator)
+                return self.model.gibbs(first, generator)[0]
+        steps = SWEEPS if sweeps is None else check_dim("sweeps", sweeps)
         with self.evaluating():
-            first = self.model.initial(n, generator)
-            return self.model.gibbs(first, generator, steps=SWEEPS)[0]
+            return self.model.gibbs(self._first(start, n, generator), generator, steps)[0]
+
+    @property
+    def _chains(self) -> Tensor | None:
+        """The first hidden layers of persistent chains, if the learner has any that moved."""
+        chains = self._buffers.get("chains")
+        return None if chains is None or len(chains) == 0 else chains
+
+    def _first(self, start: Start, n: int, generator: torch.Generator) -> Tensor:
+        """N first hidden layers for chains to begin at."""
+        if isinstance(start, str) and start == "coins":
+            return self.model.initial(n, generator)
+        if isinstance(start, str):
+            if self._chains is None:
+                raise ValueError(
+                    f"this `{type(self).__name__}` has no chains of its own; train a "
+                    "`ContrastiveDivergence(..., persistent=True)`, or give visibles as `start`"
+                )
+            rows = torch.arange(n, device=self._chains.device) % len(self._chains)
+            return self._chains[rows]
+        visibles = self.check(start)
+        rows = torch.arange(n, device=visibles.device) % len(visibles)
+        visibles = visibles[rows]
+        if self.model.visible_range is not None:
+            visibles = coin_flips(visibles, generator)  # of greys; bits stay what they are
+        return self.model.first_layer(visibles, generator)
 
     def posterior(self, v: Tensor) -> Distribution:
         """The posterior p(h|v): exact with one hidden layer, its mean field with two."""
@@ -171,6 +246,20 @@ def check_machine(model: nn.Module, learner: str, without_free_energy: str | Non
             f"over the {first} units of its first hidden layer, at most {MAX_UNITS} can be enumerated; "
             f"use {without_free_energy}"
         )
+
+
+def refuse_chains(start: Start | None, sweeps: int | None) -> None:
+    """Refuse arguments of Gibbs chains where the model is sampled otherwise.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    for name, value in (("start", start), ("sweeps", sweeps)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for the Gibbs chains of a Boltzmann machine, and this model is sampled "
+                "otherwise; leave it out"
+            )
 
 
 def check_pairs(energies: Tensor, log_prob: Tensor) -> None:

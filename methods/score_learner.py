@@ -32,7 +32,7 @@ from bilevel.methods.config import one_of
 from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_networks
 from bilevel.methods.eblvm import chunked, chunked_distribution
 from bilevel.methods.langevin import Steps, check_steps, visible_chains
-from bilevel.methods.learner import ModelLearner, check_pairs
+from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Grid,
@@ -278,18 +278,26 @@ class ScoreLearner(ModelLearner):
         with self.evaluating():
             return chunked(bound, v, _ROWS)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        start: Start | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
         """Visibles of a machine by Gibbs sampling; of another energy by annealed Langevin dynamics.
 
         The latter starts visible and latent at random and moves both; the visibles are then cut to
         their range.
 
         Raises:
-            ValueError: if n is not positive.
+            ValueError: if n is not positive, or for `start` or `sweeps` of another module.
             NotImplementedError: if the latents are not real, or the shape of a visible is not known.
         """
         if self._is_machine:
-            return ModelLearner.sample(self, n, generator)
+            return ModelLearner.sample(self, n, generator, start=start, sweeps=sweeps)
+        refuse_chains(start, sweeps)
         if n < 1:
             raise ValueError(f"`n` must be positive, got {n}")
         latent = next(self.parameters()).new_empty(n, self._gaussian().latent_dim)

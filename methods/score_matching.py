@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bilevel.methods.deep_eblvm import VISIBLE_RANGE, DeepEnergy, seeded
 from bilevel.methods.eblvm import attempt, chunked
 from bilevel.methods.langevin import PUBLISHED, Steps, check_steps, visible_chains
-from bilevel.methods.learner import ModelLearner, check_machine
+from bilevel.methods.learner import ModelLearner, Start, check_machine, refuse_chains
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.score_objectives import (
     Grid,
@@ -158,15 +158,23 @@ class ScoreMatching(ModelLearner):
         with self.evaluating():
             return chunked(self.free_energy, self.check(v))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        start: Start | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
         """Visibles of a machine by Gibbs sampling; of another module by annealed Langevin dynamics.
 
         Raises:
-            ValueError: if n is not positive.
+            ValueError: if n is not positive, or for `start` or `sweeps` of another module.
             NotImplementedError: if the shape of a visible is not known.
         """
         if self._is_machine:
-            return ModelLearner.sample(self, n, generator)
+            return ModelLearner.sample(self, n, generator, start=start, sweeps=sweeps)
+        refuse_chains(start, sweeps)
         if n < 1:
             raise ValueError(f"`n` must be positive, got {n}")
         nothing = next(self.parameters()).new_empty(n, 0)
