@@ -1,7 +1,6 @@
 """Vector-Jacobian products with the conventions of this library: unused is zero, NaN stays NaN."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,11 +9,19 @@ from torch import Tensor
 def gradients(
     loss: Tensor, variables: Sequence[Tensor], *, create_graph: bool = False
 ) -> list[Tensor | None]:
-    """The gradient of a scalar in each variable, `None` where it does not depend on it."""
-    if not loss.requires_grad:
+    """The gradient of a scalar in each variable, `None` where it does not depend on it.
+
+    Sparse gradients (of `nn.Embedding(sparse=True)`) come back dense: they are added, measured and
+    differentiated like all others.
+    """
+    if not loss.requires_grad or not variables:
         return [None for _ in variables]
     grads = torch.autograd.grad(loss, variables, create_graph=create_graph, allow_unused=True)
-    return list(cast("tuple[Tensor | None, ...]", grads))
+    return _dense(grads)
+
+
+def _dense(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [g.to_dense() if g is not None and g.layout is not torch.strided else g for g in grads]
 
 
 def vector_jacobian_product(
@@ -30,7 +37,7 @@ def vector_jacobian_product(
     grads = torch.autograd.grad(
         [o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, retain_graph=True
     )
-    return fill(list(cast("tuple[Tensor | None, ...]", grads)), inputs)
+    return fill(_dense(grads), inputs)
 
 
 def fill(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ A solver touches nothing else. Whatever must be done alike by every solver is do
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,10 +25,11 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.batches import refuse_no_list
 from bilevel.distributed import average, rank, world_size
+from bilevel.hooks import refuse_hooks
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import outside_inference_mode, shown
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.substitution import Substitution
+from bilevel.substitution import Substitution, undisturbed
 from bilevel.tree import Layout, Tree
 from bilevel.wiring import Wiring
 
@@ -134,7 +135,8 @@ class Oracles:
 
     Raises:
         TypeError: if the problem is none, or the lower batches are no list.
-        ValueError: if the upper level has no variables, or for a precision that would go wrong.
+        ValueError: if the upper level has no variables, one of either level is complex, or for a
+            precision that would go wrong.
         RuntimeError: inside `torch.inference_mode()`.
     """
 
@@ -156,22 +158,29 @@ class Oracles:
         self.lower_batches = lower_batches
         self.seed = seed
         self.precision = usable_precision(precision)
-        self.wiring = Wiring(problem) if wiring is None else wiring
-        self.names = list(self.wiring.variables("upper"))
-        self._lower = self._variables("lower")
-        there = {id(p): name for name, p in self._lower.items()}
-        upper = self._variables("upper")
-        self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
-        self._upper = {name: p for name, p in upper.items() if name not in self.shared}
-        self._buffers = self.wiring.buffers()
+        with undisturbed():
+            self.wiring = Wiring(problem) if wiring is None else wiring
+            self.names = list(self.wiring.variables("upper"))
+            self._lower = self._variables("lower")
+            there = {id(p): name for name, p in self._lower.items()}
+            upper = self._variables("upper")
+            self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
+            self._upper = {name: p for name, p in upper.items() if name not in self.shared}
+            self._buffers = self.wiring.buffers()
         self._devices = [problem.device] if problem.device.type == "cuda" else []
 
     def _variables(self, level: Level) -> Tree:
         variables = self.wiring.variables(level)
+        name = type(self.problem).__name__
         if not variables and level == "upper":
             raise ValueError(
-                f"the {level} level of `{type(self.problem).__name__}` has no trainable variables; "
+                f"the {level} level of `{name}` has no trainable variables; "
                 f"put them in `self.{level}` and leave `requires_grad` on"
+            )
+        if found := next((n for n, p in variables.items() if p.is_complex()), None):
+            raise ValueError(
+                f"the {level} variable `{found}` of `{name}` is complex; keep it as pairs of reals "
+                "(`torch.view_as_real`) and make it complex in the losses (`torch.view_as_complex`)"
             )
         return variables
 
@@ -198,7 +207,7 @@ class Oracles:
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         out, buffers = self._call(level, batch, upper, lower, index)
-        loss, logs = _scalar(out, level, self.problem)
+        loss, logs = self.scalar(level, out)
         return Evaluation(loss if torch.is_grad_enabled() else loss.detach(), logs, buffers)
 
     def share(self, upper: Tree, lower: Tree) -> tuple[Any, Tree]:
@@ -210,7 +219,9 @@ class Oracles:
     ) -> tuple[Any, Tree]:
         """What the problem answers at (upper, lower), and the buffers that this left behind."""
         pairs = (self._upper, upper), (self._lower, lower)
-        return self.run(self.wiring.substitute(*pairs), what, batch, index)
+        with undisturbed():
+            values = self.wiring.substitute(*pairs)
+        return self.run(values, what, batch, index)
 
     def run(
         self, values: Substitution, what: Level | Literal["share"], batch: Any, index: int = 0
@@ -225,6 +236,14 @@ class Oracles:
         ):
             out = self.problem(what, batch)
         return out, dict(zip(self._buffers, values.buffers, strict=True))
+
+    def scalar(self, level: Level, out: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a loss returned, as a scalar and what it logged.
+
+        Raises:
+            TypeError: if it is neither a scalar nor a pair of a scalar and a dict.
+        """
+        return _scalar(out, level, self.problem)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
@@ -269,13 +288,21 @@ class Oracles:
     ) -> tuple[Evaluation, dict[str, Tensor | None]]:
         evaluation = self.evaluate("lower", upper, lower, index)
         grads = self.gradient(evaluation.loss, lower, create_graph=create_graph)
-        if all(g is None for g in grads.values()):
+        self.refuse_unused(grads.values())
+        return evaluation, grads
+
+    def refuse_unused(self, grads: Iterable[Tensor | None]) -> None:
+        """Refuse a lower loss whose gradient is missing in all lower variables.
+
+        Raises:
+            ValueError: if it uses none of them.
+        """
+        if all(g is None for g in grads):
             raise ValueError(
                 f"the lower loss of `{type(self.problem).__name__}` does not depend on any of its "
-                f"{len(lower)} lower variables; check for a `.detach()`, a `torch.no_grad()` or "
-                "the wrong module in `lower_loss`"
+                f"{len(self._lower)} lower variables; check for a `.detach()`, a `torch.no_grad()` "
+                "or the wrong module in `lower_loss`"
             )
-        return evaluation, grads
 
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
         """The lower gradient at (upper, lower) and products with its two derivatives.
@@ -304,8 +331,8 @@ class Oracles:
         """The context in which a solver takes second derivatives of the lower loss.
 
         Raises:
-            ValueError: if the problem has no lower level or stops its gradient, or holds a layer
-                whose second derivative is wrong in this torch.
+            ValueError: if the problem has no lower level or stops its gradient, has hooks on lower
+                variables, or holds a layer whose second derivative is wrong in this torch.
         """
         name = type(self.problem).__name__
         if not self._lower:
@@ -318,6 +345,7 @@ class Oracles:
                 f"`{solver}` needs the true gradient of both losses, but in `{name}` "
                 f"{self.problem.stops_lower_gradient}, or `Alternating()`"
             )
+        refuse_hooks(self._lower, solver)
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield

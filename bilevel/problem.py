@@ -203,7 +203,8 @@ class Problem(nn.Module, ABC):
             The problem; its variables are named by their path, as in `encoder.weight`.
 
         Raises:
-            TypeError: if a leaf of `upper` or `lower` is not a tensor.
+            TypeError: if `upper` or `lower` is not a dict, or a leaf of it not a real tensor.
+            ValueError: if a name is not a string, is empty or holds a dot.
 
         Example:
             >>> problem = Problem.from_functions(
@@ -220,29 +221,47 @@ class Problem(nn.Module, ABC):
 
 @final
 class Variables(nn.Module):
-    """A module made of a (nested) dict of tensors; `tensors()` gives the dict back."""
+    """A module made of a (nested) dict of tensors; `tensors()` gives the dict back.
 
-    def __init__(self, tensors: TensorDict, path: str = "") -> None:
+    The tensors lie in the module's own dicts, so that a name may be that of one of its methods, too.
+    """
+
+    def __init__(self, tensors: TensorDict, path: str) -> None:
         super().__init__()
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"`{path}` must be a dict of tensors, got {type(tensors).__name__}")
         self._order = list(tensors)
         for key, value in tensors.items():
+            where = f"{path}.{key}"
+            if not isinstance(key, str) or not key or "." in key:
+                raise ValueError(
+                    f"a variable of `{path}` is named {key!r}; a name must be a string without dots "
+                    'that is not empty (nested dicts make paths: `{"a": {"b": ...}}` gives `a.b`)'
+                )
             if isinstance(value, Mapping):
-                self.add_module(key, Variables(value, f"{path}{key}."))
+                self._modules[key] = Variables(value, where)
             elif isinstance(value, nn.Parameter):
-                self.register_parameter(key, value)
+                self._parameters[key] = value
             elif isinstance(value, Tensor) and value.is_floating_point():
-                self.register_parameter(key, nn.Parameter(value.detach()))
+                self._parameters[key] = nn.Parameter(value.detach())
+            elif isinstance(value, Tensor) and value.is_complex():
+                raise TypeError(
+                    f"variable `{where}` is complex; keep it as pairs of reals "
+                    "(`torch.view_as_real`) and make it complex in the losses "
+                    "(`torch.view_as_complex`), or let the losses close over a constant"
+                )
             elif isinstance(value, Tensor):
-                self.register_buffer(key, value)
+                self._buffers[key] = value
             else:
                 raise TypeError(
-                    f"variable `{path}{key}` must be a tensor or a dict of tensors, "
+                    f"variable `{where}` must be a tensor or a dict of tensors, "
                     f"got {type(value).__name__}"
                 )
 
     def tensors(self) -> dict[str, Any]:
         """The tensors as they are now, nested as they were given."""
-        values = {key: getattr(self, key) for key in self._order}
+        held = {**self._modules, **self._parameters, **self._buffers}
+        values = {key: held[key] for key in self._order}
         return {k: v.tensors() if isinstance(v, Variables) else v for k, v in values.items()}
 
 
@@ -258,8 +277,8 @@ class FunctionProblem(Problem):
         lower: TensorDict,
     ) -> None:
         super().__init__()
-        self.upper = Variables(upper)
-        self.lower = Variables(lower)
+        self.upper = Variables(upper, "upper")
+        self.lower = Variables(lower, "lower")
         self._losses = {"upper": upper_loss, "lower": lower_loss}
 
     def upper_loss(self, batch: Any) -> Loss:

@@ -1,8 +1,13 @@
 """Which layers have right second and third derivatives in this torch, and the setting they need."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,6 +97,11 @@ def _inspect(name: str, module: nn.Module) -> Iterator[Finding]:
     if _has_weight_norm(module):
         advice = "weight_norm's second derivative is silently wrong; compose g * v / |v| by hand"
         yield Finding(name, kind, 2, True, advice)
+    if isinstance(module, nn.EmbeddingBag):
+        advice = (
+            "torch has no second derivative of it; use `nn.Embedding` and sum or average its rows"
+        )
+        yield Finding(name, kind, 2, True, advice)
     if _spectral_norms(module):
         advice = "u and v are constants: the function differentiated is W / (u^T W v)"
         yield Finding(name, kind, 2, False, advice)
@@ -136,24 +146,65 @@ def differentiable_twice(module: nn.Module, who: str) -> None:
         raise ValueError(f"`{who}` differentiates the lower loss twice, but {wrong[0]}")
 
 
+class _Held:
+    """A context that begins with the first thread that enters it and ends with the last that leaves."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with _lock:
+            if not self._inside:
+                self._context = self._make()
+                self._context.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._context.__exit__(None, None, None)
+
+
+_lock = threading.RLock()
+_math_attention = _Held(lambda: sdpa_kernel(SDPBackend.MATH))
+_without_cudnn = _Held(lambda: torch.backends.cudnn.flags(enabled=False))
+_flags_off: MutableMapping[nn.Module, _Held] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _off(module: "weakref.ref[nn.Module]", flag: str) -> Iterator[None]:
+    held = module()
+    before = getattr(held, flag)
+    setattr(held, flag, False)
+    try:
+        yield
+    finally:
+        setattr(held, flag, before)
+
+
 @contextlib.contextmanager
 def second_order_context(module: nn.Module) -> Iterator[None]:
     """Make every layer twice differentiable: math attention, no cuDNN, power iterations at rest.
 
     Spectral norm divides a weight by u^T W v and improves u and v at every forward pass in training
     mode. At rest, u and v are constants and the loss is a smooth function of the weights, the same
-    one for every product; `train` advances them once a step.
+    one for every product; `train` advances them once a step. Embeddings with sparse gradients give
+    dense ones: torch cannot carry sparse ones through the steps of an optimizer.
     """
-    resting = [s for m in module.modules() for s in _spectral_norms(m) if s.training]
-    for spectral_norm in resting:
-        spectral_norm.training = False
+    flags = [(s, "training") for m in module.modules() for s in _spectral_norms(m)]
+    flags += [(m, "sparse") for m in module.modules() if isinstance(m, nn.Embedding) and m.sparse]
     recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if recurrent and torch.backends.cudnn.is_available():
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            yield
-    finally:
-        for spectral_norm in resting:
-            spectral_norm.training = True
+    with contextlib.ExitStack() as stack:
+        for owner, flag in flags:
+            with _lock:
+                make = partial(_off, weakref.ref(owner), flag)
+                held = _flags_off.setdefault(owner, _Held(make))
+            stack.enter_context(held())
+        stack.enter_context(_math_attention())
+        if recurrent and torch.backends.cudnn.is_available():
+            stack.enter_context(_without_cudnn())
+        yield

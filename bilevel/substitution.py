@@ -25,6 +25,21 @@ Slot: TypeAlias = tuple[MutableMapping[str, Any], str]  # a module's dict and a 
 _LOCK = threading.RLock()
 
 
+_lent = False
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Read the modules, with no other thread's values in their places; gradients may be taken."""
+    global _lent
+    with _LOCK:
+        before, _lent = _lent, True  # the autograd engine's threads work for this one
+        try:
+            yield
+        finally:
+            _lent = before
+
+
 class _Current(threading.local):
     """The substitution whose code this thread runs."""
 
@@ -99,7 +114,8 @@ class Substitution:
         @contextlib.contextmanager
         def context() -> Iterator[None]:
             nonlocal scratch
-            with contextlib.nullcontext() if self._running else _LOCK, self._put():
+            free = self._running or _lent
+            with contextlib.nullcontext() if free else _LOCK, self._put():
                 scratch = scratch or _clones(state)
                 versions = [tensor._version for tensor in scratch]
                 before = _swap(self._buffer_slots, scratch)

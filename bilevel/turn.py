@@ -13,8 +13,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from bilevel.compiled import Compiled
 from bilevel.distributed import rank, world_size
+from bilevel.hooks import accumulated, first_hook, hooked
 from bilevel.oracles import Oracles, usable_precision
 from bilevel.problem import Level
+from bilevel.purity import examine, refuse_shared_upper
+from bilevel.references import refuse_graphs
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
 from bilevel.tracing import tracing
@@ -96,19 +99,25 @@ class Turn:
         self._ahead: list[Any] = []
 
     def rehearse(self) -> None:
-        """Evaluate both losses once, so that a bad one is refused before anything has moved."""
-        if not self._one_source and (self.lower_steps or self.solver.num_lower_batches()):
+        """Evaluate the losses before anything has moved, so that a bad one is refused."""
+        uses_lower = self.solver.num_lower_batches() > 0
+        if not self._one_source and (self.lower_steps or uses_lower):
             self._ahead.append(self._draw("data"))
         lower_batch = self._batch if self._one_source else (self._ahead or [None])[0]
-        generator = self.state.generator.clone_state()
-        lower_batch = self._own(self.state.problem.draw_lower(lower_batch, generator, 0))
-        upper_batch, problem = self._own(self._batch), self.state.problem
-        oracles = Oracles(problem, upper_batch, [lower_batch], precision=self.precision)
-        with torch.no_grad():
-            oracles.evaluate("upper", oracles.upper, oracles.lower)
-        if self.lower_steps:
-            with torch.enable_grad():
-                oracles.lower_gradient(oracles.upper, oracles.lower)
+        generator, problem = self.state.generator.clone_state(), self.state.problem
+        drawn = problem.draw_lower(lower_batch, generator, 0)
+        name = type(problem).__name__
+        for batch, by in ((self._batch, "draw"), (lower_batch, "draw"), (drawn, "draw_lower")):
+            refuse_graphs(problem, batch, f"what `{name}.{by}` returns")
+        batches = self._own(self._batch), [self._own(drawn)]
+        oracles = Oracles(problem, *batches, precision=self.precision)
+        levels: list[Level] = ["upper", "lower"] if self.lower_steps or uses_lower else ["upper"]
+        examined = examine(oracles, levels, whole=uses_lower)
+        for level in levels:
+            if level not in examined:
+                oracles.evaluate(level, oracles.upper, oracles.lower)
+        if self._sharing:
+            refuse_shared_upper(oracles)
 
     def run(self) -> Hypergradient:
         """Take the turn."""
@@ -247,7 +256,8 @@ class Turn:
             _apply_traced(self.state.optimizers[level], parameters, grads, most)
             return
         for name, parameter in parameters.items():
-            parameter.grad = _laid_out(grads[name], parameter)
+            parameter.grad = _laid_out(hooked(parameter, grads[name]), parameter)
+            accumulated(parameter)
         if most is not None:
             clip_grad_norm_(parameters.values(), most)
         for optimizer in self.state.optimizers[level]:
@@ -278,6 +288,8 @@ def _apply_traced(
     max_norm: float | None,
 ) -> None:
     """What `_apply` does, by the optimizers' twins: a graph cannot call `optimizer.step()`."""
+    if (found := first_hook(parameters)) is not None:
+        raise TypeError(f"`{found[0]}` has a hook (`{found[1]}`), which a graph cannot call")
     gradients = clip(grads, max_norm) if max_norm is not None else dict(grads)
     used = {name for name, g in grads.items() if g is not None}
     tree = {name: p.detach() for name, p in parameters.items()}

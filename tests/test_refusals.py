@@ -119,9 +119,10 @@ def test_variables_of_both_levels_are_lower_ones() -> None:
     shared = nn.Parameter(normal(2))
     problem = functions()
     problem.upper.shared, problem.lower.shared = shared, shared
-    problem.upper_loss = lambda batch: (shared * problem.lower.y).sum()  # type: ignore[method-assign]
-    grad = Implicit().hypergradient(problem).grad
+    problem.upper_loss = lambda batch: (problem.lower.shared * problem.lower.y).sum()  # type: ignore[method-assign]
+    grad = Alternating().hypergradient(problem).grad
     assert list(grad) == ["x", "shared"]
+    torch.testing.assert_close(grad["shared"], problem.lower.y.detach(), rtol=0, atol=0)
 
 
 def test_optimizers() -> None:
@@ -214,7 +215,7 @@ def test_an_iterator_cannot_be_read_twice() -> None:
 
 
 def test_from_functions_names_what_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match=r"`net\.w` must be a tensor .* got float"):
+    with pytest.raises(TypeError, match=r"`lower\.net\.w` must be a tensor .* got float"):
         functions(y={"net": {"w": 1.0}})
 
 

@@ -129,8 +129,9 @@ class Recorder(Problem):
 def test_one_source_gives_both_levels_the_same_batch() -> None:
     problem = Recorder()
     run(problem, DATA, batch_size=4, lower_steps=2, num_steps=3)
-    assert [level for level, _ in problem.seen[:2]] == ["upper", "lower"]  # the rehearsal
-    turns = [problem.seen[i : i + 3] for i in range(2, 11, 3)]
+    # the rehearsal evaluates each loss twice
+    assert [level for level, _ in problem.seen[:4]] == ["upper", "upper", "lower", "lower"]
+    turns = [problem.seen[i : i + 3] for i in range(4, 13, 3)]
     for turn in turns:
         assert [level for level, _ in turn] == ["lower", "lower", "upper"]
         assert turn[0][1] is turn[1][1] is turn[2][1]
@@ -248,7 +249,7 @@ def test_a_data_loader() -> None:
     problem = Recorder()
     run(problem, loader, num_steps=6)
     by_hand = [batch for _ in range(2) for batch in expected]
-    seen = [batch[0] for level, batch in problem.seen[1:] if level == "upper"]
+    seen = [batch[0] for level, batch in problem.seen[2:] if level == "upper"]
     torch.testing.assert_close(
         seen, [tuple(b) if isinstance(seen[0], tuple) else b for b in by_hand]
     )

@@ -26,6 +26,8 @@ from bilevel.errors import HypergradientError, Result
 from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
+from bilevel.purity import examine
+from bilevel.references import refuse_graphs
 from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
 
@@ -184,7 +186,9 @@ class Solver(ABC):
 
         Raises:
             HypergradientError: if `throw` and the result is not a success.
-            ValueError: if the problem does not fit the solver.
+            ValueError: if the problem does not fit the solver, a loss is not a function of its
+                variables and its batch (looked at once for each problem), or a batch depends on a
+                variable.
             TypeError: if an argument is of the wrong kind (`lower_batches` must be a list).
         """
         flag("throw", throw)
@@ -195,6 +199,11 @@ class Solver(ABC):
                 "`lower_batches` is empty; give a list with at least one batch, `[batch]`"
             )
         lower_optimizer = optimizers_of("lower_optimizer", lower_optimizer) or None
+        for batch in (upper_batch, *lower_batches):
+            refuse_graphs(problem, batch, "the batch given to `hypergradient`")
+        with self.context(oracles):
+            both = self.num_lower_batches() > 0
+            examine(oracles, ("upper", "lower") if both else ("upper",), whole=both)
         return self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=throw)
 
     @final

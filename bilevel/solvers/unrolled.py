@@ -181,7 +181,7 @@ class _Unroll:
         used = {name for name, g in gradients.items() if g is not None}
         if self.settings.optimizer is not None:
             return TransformationTwin(as_transformation(self.settings.optimizer), lower, used)
-        return RunningTwin(self.running, self.oracles.problem.variables("lower"), lower, used)
+        return RunningTwin(self.running, self.oracles.wiring.variables("lower"), lower, used)
 
     def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
         index = 0 if self.one_batch else t
