@@ -15,13 +15,14 @@ A solver touches nothing else. Whatever must be done alike by every solver is do
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bilevel.answers import scalar
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.batches import refuse_no_list
 from bilevel.distributed import average, rank, world_size
@@ -207,7 +208,7 @@ class Oracles:
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         out, buffers = self._call(level, batch, upper, lower, index)
-        loss, logs = self.scalar(level, out)
+        loss, logs = scalar(out, level, self.problem)
         return Evaluation(loss if torch.is_grad_enabled() else loss.detach(), logs, buffers)
 
     def share(self, upper: Tree, lower: Tree) -> tuple[Any, Tree]:
@@ -236,14 +237,6 @@ class Oracles:
         ):
             out = self.problem(what, batch)
         return out, dict(zip(self._buffers, values.buffers, strict=True))
-
-    def scalar(self, level: Level, out: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a loss returned, as a scalar and what it logged.
-
-        Raises:
-            TypeError: if it is neither a scalar nor a pair of a scalar and a dict.
-        """
-        return _scalar(out, level, self.problem)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
@@ -382,31 +375,3 @@ def usable_precision(precision: Any) -> torch.dtype | None:
         "`precision` must be `torch.bfloat16`, or `None` for that of the variables, got "
         f"{got}{why if precision is torch.float16 else ''}"
     )
-
-
-def _scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, logs = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(logs, Mapping):
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise TypeError(
-            f"`{type(problem).__name__}.{level}_loss` must return a scalar tensor, or a scalar "
-            f"tensor and a dict of tensors to log; got {got}. Average it over the batch, for "
-            "example with `.mean()`"
-        )
-    loss = loss.reshape(()) if loss.dtype.itemsize > 2 else loss.reshape(()).float()
-    return loss, {name: _logged(name, v, level, problem) for name, v in logs.items()}
-
-
-def _logged(name: Any, value: Any, level: Level, problem: Problem) -> Tensor:
-    what = f"what `{type(problem).__name__}.{level}_loss` logs"
-    if not isinstance(name, str):
-        raise TypeError(f"{what} must have names, got {name!r} for one")
-    if isinstance(value, Tensor):
-        return value.detach()
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{what} as `{name}` must be a number or a tensor, got {shown(value)}; leave it out where "
-            "there is none"
-        ) from None

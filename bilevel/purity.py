@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.answers import scalar
 from bilevel.autodiff import fill, gradients
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
@@ -216,7 +217,7 @@ class _Examination:
         """At the module's own parameters: as the user wrote it."""
         values = self.oracles.wiring.substitute()
         out, _ = self.oracles.run(values, self.level, self.batch)
-        return self._trial(self.oracles.scalar(self.level, out)[0], self.wanted)
+        return self._trial(scalar(out, self.level, self.oracles.problem)[0], self.wanted)
 
     def _copies(self) -> Tree:
         made = {id(p): p.detach().clone().requires_grad_() for p in self.own.values()}
@@ -226,7 +227,7 @@ class _Examination:
         values = self.oracles.wiring.substitute((self.own, copies))
         out, _ = self.oracles.run(values, self.level, self.batch)
         of = {id(p): copies[name] for name, p in self.own.items()}
-        loss = self.oracles.scalar(self.level, out)[0]
+        loss = scalar(out, self.level, self.oracles.problem)[0]
         return loss, [of[id(p)] for p in self.wanted]
 
     def _trial(self, loss: Tensor, leaves: list[Tensor]) -> _Trial:
@@ -259,6 +260,7 @@ class _Outside:
         self._frozen = [
             (n, p, p._version) for n, p in problem.named_parameters() if id(p) not in variables
         ]
+        self._kept: list[Tensor] = []  # or a new tensor could have the identity of an old one
         self._attributes = dict(self._state())
         self._numpy, self._python = _numpy(), random.getstate()
 
@@ -286,6 +288,7 @@ class _Outside:
                 if name.startswith("__") or isinstance(value, bool):
                     continue
                 if isinstance(value, Tensor):
+                    self._kept.append(value)
                     yield full, (id(value), _version(value))
                 elif isinstance(value, torch.Generator):
                     yield full, value.get_state().tolist()
