@@ -48,6 +48,10 @@ class Training(BaseModel):
     )
     clip_upper: float | None = Field(None, gt=0, description="largest norm of the hypergradient")
     clip_lower: float | None = Field(None, gt=0, description="largest norm of the lower gradient")
+    standardise: bool = Field(
+        False,
+        description="train on columns of mean 0 and deviation 1; the model ends in the data's units",
+    )
     seed: int = Field(0, ge=0, description="seed of everything random")
     max_seconds: float | None = Field(None, gt=0, description="stop after this much training time")
     compile: bool = Field(

@@ -1,5 +1,6 @@
 """`EBLVM`: what every energy-based latent-variable model can do, whatever trains it."""
 
+import copy
 import json
 import os
 from abc import abstractmethod
@@ -20,6 +21,7 @@ from bilevel.methods.config import Training, one_of, refuse_idle, validated
 from bilevel.methods.data import scaled
 from bilevel.methods.fitting import Evaluate, History, fit
 from bilevel.methods.run import write_text
+from bilevel.methods.standardising import Units, standardised
 from bilevel.methods.visibles import admitted, as_tensor, refuse_shape
 from bilevel.optimizers import Optimizers
 from bilevel.sync_batch_norm import BatchNorm
@@ -36,6 +38,8 @@ class EBLVM(Problem):
         binary: whether visibles must be exactly 0 or 1.
         recipe: arguments of the constructor that built the networks; `None` for a model made of the
             caller's own modules, which `load` then needs again.
+        units: those of the rows while it is trained with `standardise`; otherwise `None`.
+        standardised: whether it was, so that its parameters are those of the data's units.
         statistics: batch-norm statistics at evaluation: "running" averages (each output depends on
             its own input only), or those of the "batch" at hand, as the BiDVL paper evaluates.
     """
@@ -46,6 +50,8 @@ class EBLVM(Problem):
     binary: bool = False
     recipe: dict[str, Any] | None = None
     statistics: Statistics = "running"
+    units: Units | None = None
+    standardised: bool = False
 
     @abstractmethod
     def energy(self, v: Tensor) -> Tensor:
@@ -121,7 +127,8 @@ class EBLVM(Problem):
                 makes one of; images may be bytes, which stay bytes on the model's device until a batch
                 is drawn.
             solver: how the hypergradient is computed; `default_solver()` if not given.
-            callbacks: called with every `Step`; one that returns `True` ends the training.
+            callbacks: called with every `Step`; one that returns `True` ends the training. With
+                `standardise` they see the model of the standardised rows.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
             resume: continue the run in that folder from its newest checkpoint, to the bit.
             overwrite: replace the run in that folder.
@@ -145,19 +152,27 @@ class EBLVM(Problem):
         usual = validated(Training, self.training_defaults)
         own = optimizers is not None
         refuse_idle(training, settings, usual, levels=levels, own_optimizers=own)
-        return fit(
-            self,
-            self.admit(data),
-            training,
-            solver=solver,
-            callbacks=callbacks,
-            run=run,
-            resume=resume,
-            overwrite=overwrite,
-            optimizers=optimizers,
-            notes=notes,
-            evaluate=evaluate,
-        )
+        with standardised(self, self.admit(data), training.standardise) as rows:
+            return fit(
+                self,
+                rows,
+                training,
+                solver=solver,
+                callbacks=callbacks,
+                run=run,
+                resume=resume,
+                overwrite=overwrite,
+                optimizers=optimizers,
+                notes=notes,
+                evaluate=evaluate,
+            )
+
+    @final
+    def in_data_units(self) -> None:
+        """Rewrite a model that is being trained on standardised rows as one of the rows as they came."""
+        if self.units is not None:
+            self.units.leave(self)
+            self.units, self.standardised = None, True
 
     @final
     def check(self, v: Any) -> Tensor:
@@ -170,7 +185,14 @@ class EBLVM(Problem):
         Raises:
             TypeError: if they are no such thing, or whole numbers that need a scale.
             ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
+            RuntimeError: while the model is trained on standardised rows.
         """
+        if self.units is not None:
+            raise RuntimeError(
+                "the model is being trained on standardised rows; look at a copy in the data's units, "
+                "`other = copy.deepcopy(model); other.in_data_units()`, or give `fit` the function "
+                "`evaluate`, which gets one"
+            )
         return self.as_visibles(self.admit(v))
 
     @final
@@ -216,10 +238,20 @@ class EBLVM(Problem):
 
     @final
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model.json` (what the model is) and `weights.safetensors` into `folder`."""
+        """Write `model.json` (what the model is) and `weights.safetensors` into `folder`.
+
+        A model that is being trained with `standardise` is saved as one of the data's units.
+        """
+        if self.units is not None:
+            model = copy.deepcopy(self)
+            model.in_data_units()
+            model.save(folder)
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = {"method": type(self).__name__, "recipe": self.recipe}
+        description: dict[str, Any] = {"method": type(self).__name__, "recipe": self.recipe}
+        if self.standardised:
+            description["standardised"] = True
         temporary = folder / "weights.tmp"
         # copies: safetensors stores neither shared memory (a posterior in both levels) nor strides
         save_file({n: t.contiguous().clone() for n, t in self.state_dict().items()}, temporary)
@@ -258,6 +290,7 @@ class EBLVM(Problem):
                 f"`{cls.__name__}.load(folder, energy=..., ...)`"
             )
         model._take_weights(Path(folder) / "weights.safetensors")
+        model.standardised = bool(description.get("standardised", False))
         return model.eval()
 
     def _take_weights(self, path: Path) -> None:

@@ -343,19 +343,19 @@ class _Measured:
 
 def _measured(model: "EBLVM", step: Step, evaluate: Evaluate) -> _Measured | None:
     """Evaluate a copy; `None` if its weights are not finite, of which the next losses will speak."""
-    side = copy.deepcopy(model if step.state.average is None else step.state.average)
+    side: Any = copy.deepcopy(model if step.state.average is None else step.state.average)
     if not all(bool(p.isfinite().all()) for p in side.parameters()):
         return None
-    side.eval()
+    side.eval().in_data_units()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            results = evaluate(side)  # type: ignore[arg-type]
+            results = evaluate(side)
     except Exception as error:
         error.add_note(f"in the evaluation after step {step.number}")
         raise
     numbers = {name: float(value) for name, value in results.items()}
-    return _Measured(side, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})  # type: ignore[arg-type]
+    return _Measured(side, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})
 
 
 def record(step: Step) -> dict[str, Any]:

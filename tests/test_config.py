@@ -28,6 +28,7 @@ VALUES = {
     "final_lr": st.floats(0, 1),
     "clip_upper": st.none() | positive,
     "clip_lower": st.none() | positive,
+    "standardise": st.booleans(),
     "seed": st.integers(0, 2**31),
     "max_seconds": st.none() | positive,
     "compile": st.booleans(),

@@ -212,6 +212,11 @@ def _training(cell: Cell, learner: EBLVM) -> Training:
     settings = {**shared, **cell.method.training}
     if "seed" in settings:
         raise ValueError("`seed` is no training setting of a suite; list `seeds`")
+    if settings.get("standardise"):
+        raise ValueError(
+            "`standardise` is no training setting of a suite, whose models are judged on the way; "
+            "standardise the table"
+        )
     made = {**learner.training_defaults, **settings, "seed": cell.seed}
     training = validated(Training, made, levels=levels)
     refuse_idle(training, settings, validated(Training, learner.training_defaults), levels=levels)
