@@ -1,9 +1,11 @@
 """Optimizers and schedulers of a level: one or several, and whether the loop can work with them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
@@ -179,3 +181,45 @@ def _required(function: Callable[..., Any]) -> list[str]:
         return []
     positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in positional]
+
+
+_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")  # where and how, not what
+_COUNTERS = ("last_epoch", "T_cur", "T_i")
+
+
+def settings_of(
+    optimizers: Mapping[Any, Sequence[Optimizer]], schedulers: Mapping[str, Sequence[Scheduler]]
+) -> dict[str, str]:
+    """The settings of optimizers and schedulers as they are given to a run, by name.
+
+    A checkpoint overwrites them: one that was changed before resuming would be ignored.
+    """
+    settings: dict[str, str] = {}
+    for level, several in optimizers.items():
+        for i, optimizer in enumerate(several):
+            for j, group in enumerate(optimizer.param_groups):
+                here = f"{level}_optimizer" + (f"[{i}]" if i else "") + (f" group {j}" if j else "")
+                moved = ("lr",) if "initial_lr" in group else ()  # by a scheduler, as what follows
+                moved += ("momentum", "betas") if "max_momentum" in group else ()
+                kept = {n: v for n, v in group.items() if n not in (*_MACHINE, *moved)}
+                settings |= {f"{here}.{name}": _plain(value) for name, value in kept.items()}
+    for level, others in schedulers.items():
+        for i, scheduler in enumerate(others):
+            here = f"{level}_scheduler" + (f"[{i}]" if i else "")
+            kept = _fixed(scheduler.state_dict())
+            settings |= {f"{here}.{name}": _plain(value) for name, value in kept.items()}
+    return settings
+
+
+def _fixed(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a scheduler's state what no step changes; of one that is made of others, theirs too."""
+    fixed = {n: v for n, v in state.items() if n[0] != "_" and n not in _COUNTERS}
+    parts = state.get("_schedulers", [])
+    return fixed | {f"parts.{i}": _fixed(part) for i, part in enumerate(parts)}
+
+
+def _plain(value: Any) -> str:
+    """A setting in words that are the same in every process: without types of numbers, addresses."""
+    leaves, structure = optree.tree_flatten(value)
+    numbers = [v.tolist() if isinstance(v, (Tensor, np.generic, np.ndarray)) else v for v in leaves]
+    return re.sub(r" at 0x[0-9a-f]+", "", str(optree.tree_unflatten(structure, numbers)))

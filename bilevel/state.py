@@ -85,6 +85,11 @@ class State:
             CheckpointError: if it belongs to another configuration; nothing is changed then.
         """
         self._refuse_other_configuration(state["configuration"])
+        if state["sources"].keys() != self.sources.keys():
+            had, have = (
+                " and ".join(f"`{n}`" for n in s) for s in (state["sources"], self.sources)
+            )
+            raise CheckpointError(f"the checkpoint's run read {had}, this one reads {have}")
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state)
@@ -166,7 +171,10 @@ class State:
 
     def _refuse_other_configuration(self, saved: dict[str, str]) -> None:
         mine = self.configuration
-        differing = [key for key in mine.keys() | saved.keys() if mine.get(key) != saved.get(key)]
+        everything = mine.keys() | saved.keys()
+        # a setting of an optimizer or a scheduler is told of only where both have that one
+        compared = (k for k in everything if "." not in k or (k in mine and k in saved))
+        differing = [key for key in compared if mine.get(key) != saved.get(key)]
         if differing:
             lines = [
                 f"`{key}` was {saved.get(key)}, is {mine.get(key)}" for key in sorted(differing)

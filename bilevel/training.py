@@ -16,10 +16,12 @@ from bilevel.errors import HypergradientError
 from bilevel.linear.base import LinearSolver
 from bilevel.optimizers import (
     Optimizers,
+    Scheduler,
     Schedulers,
     check_optimizers,
     optimizers_of,
     schedulers_of,
+    settings_of,
 )
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem, refuse_no_problem
@@ -147,19 +149,21 @@ def train(
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
+    schedulers = {
+        "upper": schedulers_of("upper_scheduler", upper_scheduler, optimizers["upper"]),
+        "lower": schedulers_of("lower_scheduler", lower_scheduler, optimizers["lower"]),
+    }
     state = State(
         problem,
         {str(level): group for level, group in optimizers.items()},
-        {
-            "upper": schedulers_of("upper_scheduler", upper_scheduler, optimizers["upper"]),
-            "lower": schedulers_of("lower_scheduler", lower_scheduler, optimizers["lower"]),
-        },
+        schedulers,
         sources_of(data, upper_data, batch_size, seed),
         torch.Generator(problem.device).manual_seed(seed),
         _configuration(
             problem,
             solver,
             optimizers,
+            schedulers,
             order=order,
             lower_steps=lower_steps,
             batch_size=str(batch_size),
@@ -223,6 +227,7 @@ def _configuration(
     problem: Problem,
     solver: Solver,
     optimizers: Mapping[Level, Sequence[torch.optim.Optimizer]],
+    schedulers: Mapping[str, Sequence[Scheduler]],
     **settings: Any,
 ) -> dict[str, str]:
     """What must be the same when a run is resumed; settings that are off are not mentioned."""
@@ -231,6 +236,7 @@ def _configuration(
         "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
         "solver": re.sub(r" at 0x[0-9a-f]+", "", repr(solver)),  # functions print their address
         "optimizers": repr({n: [type(o).__name__ for o in g] for n, g in optimizers.items()}),
+        **settings_of(optimizers, schedulers),
         **{n: str(v) for n, v in settings.items() if v is not None and v is not False},
     }
 
