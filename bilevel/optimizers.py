@@ -199,7 +199,9 @@ def settings_of(
         for i, optimizer in enumerate(several):
             for j, group in enumerate(optimizer.param_groups):
                 here = f"{level}_optimizer" + (f"[{i}]" if i else "") + (f" group {j}" if j else "")
-                moved = ("lr",) if "initial_lr" in group else ()  # by a scheduler, as what follows
+                moved: tuple[str, ...] = (
+                    ("lr",) if "initial_lr" in group else ()
+                )  # by a scheduler, as what follows
                 moved += ("momentum", "betas") if "max_momentum" in group else ()
                 kept = {n: v for n, v in group.items() if n not in (*_MACHINE, *moved)}
                 settings |= {f"{here}.{name}": _plain(value) for name, value in kept.items()}
