@@ -1,59 +1,129 @@
-"""Checkpoint files: written whole or not at all, and read without running what is in them."""
+"""Checkpoint files: written whole or not at all, checked, and read without running what is in them.
 
-import contextlib
+A checkpoint is what `torch.save` writes, a zip archive, with the SHA-256 of that as its comment.
+`torch.load` reads it as ever; it looks at neither this checksum nor the archive's own.
+"""
+
+import hashlib
 import os
-import time
+import re
+import struct
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+import optree
 import torch
 
 from bilevel.errors import CheckpointError
+from bilevel.files import Writer, amount, regular, replacing
 
 FORMAT = "bilevel-checkpoint-1"
+_COMMENT = b"sha256:"
+_END = struct.Struct("<H")  # an archive ends with the length of its comment, and the comment
+_DIGITS = 64
 
 
 def write_atomically(content: Any, path: str | os.PathLike[str]) -> None:
     """`torch.save` into a temporary file beside `path`, flushed to disk, then renamed over it.
 
     Temporary files that a killed process left there more than an hour ago are removed.
+
+    Raises:
+        WriteError: if it cannot be written; the file before is whole.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    tensors = [leaf for leaf in optree.tree_leaves(content) if isinstance(leaf, torch.Tensor)]
+    with replacing(path, sum(t.numel() * t.element_size() for t in tensors)) as file:
+        torch.save(content, cast(BinaryIO, file))
+        _seal(file)
 
 
 def read_checkpoint(
     path: str | os.PathLike[str], map_location: torch.device | str | None = None
 ) -> dict[str, Any]:
-    """A checkpoint's content, loaded with `weights_only=True`.
+    """A checkpoint's content, loaded with `weights_only=True` after its checksum was verified.
+
+    Checkpoints of earlier versions have none; the archive's own, a CRC-32 per entry, is verified then.
 
     Raises:
-        CheckpointError: if the file is missing, truncated or something else.
+        CheckpointError: if the file is missing, truncated, damaged or something else.
     """
-    path = Path(path)
+    return _read(Path(path), verified=True, map_location=map_location)
+
+
+def glance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The same without reading the tensors, hence without looking at the checksum.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, as far as can be seen.
+    """
+    return _read(Path(path), verified=False, mmap=True, map_location="cpu")
+
+
+def _read(path: Path, verified: bool, **options: Any) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at `{path}`")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        if verified:
+            _verify(path)
+        content = torch.load(path, weights_only=True, **options)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises a dozen kinds of error here
         raise CheckpointError(
-            f"`{path}` ({path.stat().st_size} bytes) is truncated or not a checkpoint; "
+            f"`{path}` ({amount(path.stat().st_size)}) is truncated or not a checkpoint; "
             f"use an earlier one ({type(error).__name__})"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("step"), int)
+    ):
         raise CheckpointError(f"`{path}` is not a checkpoint of `bilevel.train`")
     return content
+
+
+def _seal(file: Writer) -> None:
+    """Write the checksum of what was written into the archive's comment, the last thing in it."""
+    comment = _COMMENT + file.digest.hexdigest().encode()
+    file.raw.seek(file.count - _END.size)
+    file.raw.write(_END.pack(len(comment)) + comment)
+
+
+def _verify(path: Path) -> None:
+    """Refuse a file whose content is not what was written.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    size, tail = regular(path), _END.size + len(_COMMENT) + _DIGITS
+    with open(path, "rb") as file:
+        file.seek(max(0, size - tail))
+        found = re.fullmatch(rb"(..)sha256:([0-9a-f]{64})", file.read(), re.DOTALL)
+        if found is not None:
+            file.seek(0)
+            # of what `torch.save` wrote: an archive without comment ends with a length of 0
+            whole = _digest(file, size - tail, _END.pack(0)).encode() == found[2]
+            whole = whole and _END.unpack(found[1])[0] == tail - _END.size
+        else:  # of an earlier version, or damaged in these few bytes
+            file.seek(0)
+            with zipfile.ZipFile(file) as archive:
+                whole = archive.testzip() is None and not archive.comment
+    if not whole:
+        raise CheckpointError(
+            f"`{path}` ({amount(size)}) is truncated or not a checkpoint as it was written: its "
+            "checksum does not fit; use an earlier one"
+        )
+
+
+def _digest(file: BinaryIO, size: int, end: bytes) -> str:
+    """SHA-256 of the first `size` bytes and an end."""
+    digest = hashlib.sha256()
+    while size > 0:
+        piece = file.read(min(size, 2**20))
+        if not piece:
+            break
+        digest.update(piece)
+        size -= len(piece)
+    digest.update(end)
+    return digest.hexdigest()

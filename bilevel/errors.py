@@ -72,6 +72,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that belongs to another configuration."""
 
 
+class WriteError(OSError):
+    """A file that could not be written: which, why, the space, and what is still whole."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 def _pickled(record: Any) -> bytes:
     """The record as bytes; of `None` where a solver of the user's keeps what no pickle can hold.
 

@@ -35,7 +35,7 @@ from bilevel.methods.eblvm import Statistics, chunked, chunked_distribution
 from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
 from bilevel.methods.models import LatentVariableModel
 from bilevel.methods.models.base import check_dim
-from bilevel.methods.networks import Generator, JointEnergy, Posterior
+from bilevel.methods.networks import Generator, JointEnergy, Posterior, channels_of
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -169,10 +169,10 @@ class AdvIL(ModelLearner):
             ValueError: if the shape cannot be halved down to 4-8 pixels, or `sigma` is not positive.
         """
         one_of("statistics", statistics, ("running", "batch"))
-        narrow = max(1, round(width * 3 / 4))
+        narrow = channels_of(width, latent_dim, 3 / 4)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            energy: nn.Module = JointEnergy(shape, latent_dim, max(1, round(width)))
+            energy: nn.Module = JointEnergy(shape, latent_dim, channels_of(width))
             posterior = GaussianPosterior(Posterior(shape, latent_dim, narrow), latent_dim)
             generator = Generator(shape, latent_dim, narrow)
         energy = _Proper(energy) if proper else energy

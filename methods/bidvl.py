@@ -30,7 +30,7 @@ from torch.nn.functional import relu
 from bilevel.methods.config import Training, one_of
 from bilevel.methods.decoupled import DecoupledEBLVM
 from bilevel.methods.eblvm import EBLVM, Statistics, trainable
-from bilevel.methods.networks import conv_networks
+from bilevel.methods.networks import channels_of, conv_networks
 from bilevel.methods.resnets import residual_networks
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
@@ -199,6 +199,7 @@ class BiDVL(DecoupledEBLVM):
         one_of("family", family, get_args(Family))
         conv = family == "conv"
         latent_dim = latent_dim if latent_dim is not None else 100 if conv else 128
+        channels_of(width, latent_dim)
         options = {**(_conv_options(shape) if conv else _RESNET_OPTIONS), **options}
         make = conv_networks if conv else residual_networks
         with torch.random.fork_rng():

@@ -7,7 +7,6 @@ of floats, and models scale a batch at a time; others are float32 in [-1, 1].
 
 import difflib
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.files import regular
 from bilevel.methods import published
 from bilevel.methods.folders import read_files
+from bilevel.methods.limits import GIGABYTES, refuse_array, told
 from bilevel.methods.pixels import Array, Frame, Raw, of_arrays, squared
 
 NAMES = ("digits", *published.NAMES)
@@ -67,6 +68,7 @@ def load_images(
     channels: int | None = None,
     skip_unreadable: bool = False,
     limit: int | None = None,
+    max_gigabytes: float = GIGABYTES,
 ) -> Images:
     """Images by name, from an `.npz` file, a folder or a zip archive.
 
@@ -89,6 +91,8 @@ def load_images(
         channels: 1 makes colours grey, 3 repeats grey in three channels.
         skip_unreadable: leave out files that cannot be read, instead of refusing the first of them.
         limit: most images to take of each part, always the same ones.
+        max_gigabytes: most memory that the images may take; what a file promises beyond is refused
+            before it is read.
 
     Returns:
         The images. Without `side`, those that are not square or of a side the networks cannot halve
@@ -108,9 +112,12 @@ def load_images(
         >>> load_images("digits", side=16, limit=10).train.shape
         torch.Size([8, 1, 16, 16])
     """
-    options = {"side": side, "crop": crop, "channels": channels, "limit": limit}
+    options: dict[str, Any] = {"side": side, "crop": crop, "channels": channels, "limit": limit}
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"skip_unreadable": True} if skip_unreadable else {}
+    options |= {"max_gigabytes": max_gigabytes} if max_gigabytes != GIGABYTES else {}
+    if not max_gigabytes > 0:
+        raise ValueError(f"`max_gigabytes` must be positive, got {max_gigabytes!r}")
     if limit is not None and not limit >= 1:
         raise ValueError(f"`limit` is a number of images of at least 1, got {limit!r}")
     frame = Frame(side, crop, channels)
@@ -123,9 +130,11 @@ def load_images(
             text, path, NAMES, "of an `.npz` file, or of a folder or zip archive of images"
         )
     if path.is_dir() or path.suffix.lower() == ".zip":
-        raw = read_files(path, frame, skip_unreadable=skip_unreadable, limit=limit)
+        raw = read_files(
+            path, frame, skip_unreadable=skip_unreadable, limit=limit, gigabytes=max_gigabytes
+        )
     elif path.suffix.lower() == ".npz":
-        arrays, labels = _read_npz(path)
+        arrays, labels = _read_npz(path, max_gigabytes)
         raw = of_arrays(arrays, labels, path.stem, frame, limit)
     else:
         raise ValueError(
@@ -161,6 +170,8 @@ def unknown_source(text: str, path: Path, names: Sequence[str], elsewhere: str) 
         return ValueError(
             f"there is no data set `{text}`; {hint} Other data are given by the path {elsewhere}"
         )
+    if path.is_symlink():
+        return FileNotFoundError(f"`{text}` is a link that leads nowhere; mend or remove it")
     near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, near, n=1)
     hint = f"; did you mean `{path.parent / close[0]}`?" if close else "; check the path"
@@ -208,9 +219,10 @@ def open_npz(path: Path) -> np.lib.npyio.NpzFile:
     Raises:
         ValueError: if the file cannot be read, or holds a single array without a name.
     """
+    regular(path)
     try:
         file = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # zipfile and numpy raise a dozen kinds
         reason = "it is no archive of arrays" if "pickle" in str(error) else str(error)
         raise ValueError(f"`{path}` cannot be read as an `.npz` file: {reason}") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -220,24 +232,26 @@ def open_npz(path: Path) -> np.lib.npyio.NpzFile:
     return file
 
 
-def read_array(path: Path, file: np.lib.npyio.NpzFile, name: str) -> Array:
+def read_array(
+    path: Path, file: np.lib.npyio.NpzFile, name: str, gigabytes: float = GIGABYTES
+) -> Array:
     """The array `name` of an open archive.
 
     Raises:
-        ValueError: if it is an object array, or the archive is damaged.
+        ValueError: if it is no plain array, too large, or the archive is damaged or encrypted.
     """
     try:
+        assert file.zip is not None  # it is open
+        refuse_array(path, file.zip, name, gigabytes)
         array: Array = file[name]
-    except ValueError:  # numpy refuses to unpickle
-        raise ValueError(
-            f"`{name}` in `{path}` is an object array; save numbers, as one array of one shape"
-        ) from None
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"`{name}` in `{path}` cannot be read: {error}") from None
+    except Exception as error:  # of the header, of unpacking, of a codec that is not there
+        if isinstance(error, ValueError) and str(error).startswith(f"`{name}` in "):
+            raise
+        raise ValueError(f"`{name}` in `{path}` cannot be read: {told(error)}") from None
     return array
 
 
-def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
+def _read_npz(path: Path, gigabytes: float) -> tuple[list[Array], list[Array] | None]:
     """One or two arrays of images, and as many of labels if there are any."""
     with open_npz(path) as file:
         names = list(file.files)
@@ -248,11 +262,11 @@ def _read_npz(path: Path) -> tuple[list[Array], list[Array] | None]:
                 f"{', '.join(f'`{name}`' for name in names[:8]) or 'nothing'}; rename the array"
             )
         wanted = [train, *([test] if test in names else [])]
-        parts = [read_array(path, file, name) for name in wanted]
+        parts = [read_array(path, file, name, gigabytes) for name in wanted]
         known = [name.replace("images", "labels") for name in wanted]
         if not all(name in names for name in known):
             return parts, None
-        return parts, [read_array(path, file, name) for name in known]
+        return parts, [read_array(path, file, name, gigabytes) for name in known]
 
 
 # ---------------------------------------------------------------------- from parts to images

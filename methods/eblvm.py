@@ -1,17 +1,14 @@
 """`EBLVM`: what every energy-based latent-variable model can do, whatever trains it."""
 
 import copy
-import json
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
@@ -20,13 +17,16 @@ from bilevel.distributed import alone
 from bilevel.methods.config import Training, one_of, refuse_idle, validated
 from bilevel.methods.data import scaled
 from bilevel.methods.fitting import Evaluate, History, fit
-from bilevel.methods.run import write_text
+from bilevel.methods.records import read_document, write_document
+from bilevel.methods.schemas import Model
 from bilevel.methods.standardising import Units, standardised
 from bilevel.methods.visibles import admitted, as_tensor, refuse_shape
+from bilevel.methods.weights import fill, read_weights, write_weights
 from bilevel.optimizers import Optimizers
 from bilevel.sync_batch_norm import BatchNorm
 
 Statistics = Literal["running", "batch"]
+AnyModel = TypeVar("AnyModel", bound="EBLVM")
 
 
 class EBLVM(Problem):
@@ -241,22 +241,20 @@ class EBLVM(Problem):
         """Write `model.json` (what the model is) and `weights.safetensors` into `folder`.
 
         A model that is being trained with `standardise` is saved as one of the data's units.
+
+        Raises:
+            WriteError: if the disk is full, say; what was there before is whole.
         """
         if self.units is not None:
             model = copy.deepcopy(self)
             model.in_data_units()
             model.save(folder)
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        description: dict[str, Any] = {"method": type(self).__name__, "recipe": self.recipe}
+        about: dict[str, Any] = {"method": type(self).__name__, "recipe": self.recipe}
         if self.standardised:
-            description["standardised"] = True
-        temporary = folder / "weights.tmp"
-        # copies: safetensors stores neither shared memory (a posterior in both levels) nor strides
-        save_file({n: t.contiguous().clone() for n, t in self.state_dict().items()}, temporary)
-        os.replace(temporary, folder / "weights.safetensors")
-        write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
+            about["standardised"] = True
+        write_weights(Path(folder) / WEIGHTS, self.state_dict(), about)
+        write_document(Path(folder) / "model.json", about)
 
     @final
     @classmethod
@@ -276,47 +274,61 @@ class EBLVM(Problem):
         path = Path(folder) / "model.json"
         if not path.exists():
             raise FileNotFoundError(f"there is no saved model in `{folder}` (no `model.json`)")
-        description = json.loads(path.read_text())
+        description = read_document(path, Model)
         if description["method"] != cls.__name__:
             name = description["method"]
             raise ValueError(f"`{folder}` holds a `{name}`; load it with `{name}.load`")
         if modules:
             model = cls(**modules)
         elif description["recipe"] is not None:
-            model = cls.from_recipe(description["recipe"])
+            model = rebuilt(cls, description["recipe"], path)
         else:
             raise ValueError(
                 f"the model in `{folder}` was made of your own modules; pass them again: "
                 f"`{cls.__name__}.load(folder, energy=..., ...)`"
             )
-        model._take_weights(Path(folder) / "weights.safetensors")
+        model.read(folder)
         model.standardised = bool(description.get("standardised", False))
         return model.eval()
 
-    def _take_weights(self, path: Path) -> None:
-        """The weights in a file, in the precision they were saved in.
+    @final
+    def read(self, folder: str | os.PathLike[str]) -> None:
+        """Take the weights that a model of the same method and settings saved, in their precision.
 
         Raises:
-            ValueError: if it is damaged, or holds other weights.
+            FileNotFoundError: if there are none.
+            ValueError: if they are damaged, or of another model.
         """
-        try:
-            weights = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"the weights in `{path}` cannot be read ({error}); save the model again, or copy the "
-                "file again from where it is whole"
-            ) from None
+        path = Path(folder) / WEIGHTS
+        weights = read_weights(path, read_document(Path(folder) / "model.json", Model))
         own = self.state_dict()
         for name, tensor in weights.items():
             if name in own and own[name].is_floating_point() and tensor.dtype != own[name].dtype:
                 self.to(tensor.dtype)
                 break
-        try:
-            self.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the weights in `{path}` are not those of this model: {_one_line(error)}"
-            ) from None
+        fill(self, weights, path)
+
+
+WEIGHTS = "weights.safetensors"
+
+
+def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyModel:
+    """A model from its recipe.
+
+    Args:
+        kind: the method.
+        recipe: plain values.
+        source: the file they are from.
+
+    Raises:
+        ValueError: if no model can be made of them.
+    """
+    try:
+        return kind.from_recipe(recipe)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"no `{kind.__name__}` can be made of the settings in `{source}`: {error}"
+        ) from None
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -367,7 +379,3 @@ def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
     except (RuntimeError, ValueError) as error:
         shape = tuple(v.shape)
         raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Self, final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bilevel.methods.data import Images, scaled
 from bilevel.methods.eblvm import attempt
 from bilevel.methods.fidelity import refuse_undefined
+from bilevel.methods.records import check
+from bilevel.methods.schemas import Classifier
+from bilevel.methods.weights import fill, read_metadata, read_weights, write_weights
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_AT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -242,12 +243,8 @@ def save_classifier(network: FeatureNetwork, path: str | os.PathLike[str]) -> No
         raise ValueError(f"`{network.name}` is no classifier made here; save its module yourself")
     path = Path(path)
     state = nn.ModuleDict({"trunk": trunk, "head": network.head}).state_dict()
-    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in state.items()}
     about = {"name": network.name, "accuracy": network.accuracy, "sizes": trunk.sizes}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"bilevel": json.dumps(about)})
-    os.replace(temporary, path)
+    write_weights(path, state, about, {"bilevel": json.dumps(about)})
 
 
 def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
@@ -263,14 +260,14 @@ def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
             f"there is no feature network in `{path}`; `bilevel features DATA --out {path}` trains one"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["bilevel"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(read_metadata(path)["bilevel"])
+        check(Classifier, about)
+        tensors = read_weights(path, about)  # before anything is built of what may be damaged
         trunk, head = _networks(*about["sizes"])
-        nn.ModuleDict({"trunk": trunk, "head": head}).load_state_dict(tensors)
-    except Exception as error:  # safetensors raises errors of its own
+        fill(nn.ModuleDict({"trunk": trunk, "head": head}), tensors, path)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"`{path}` is no feature network that `bilevel features` wrote: {error!r}"
+            f"`{path}` is no feature network that `bilevel features` wrote: {error}"
         ) from None
     for module in (trunk, head):
         module.eval().requires_grad_(False)

@@ -218,7 +218,8 @@ def _follow(
     folder: Run | None,
     resume: bool,
 ) -> History:
-    records, evaluations = _so_far(folder) if resume else ([], [])
+    records: list[dict[str, Any]] = []  # of a run with a folder they are there, and only there
+    evaluations: list[dict[str, Any]] = []
     first, step = None, None
     try:
         for step in steps:
@@ -226,7 +227,7 @@ def _follow(
                 first = step.number - 1
                 if folder is not None and resume and is_main():
                     folder.rewind(first)
-                    records, evaluations = _so_far(folder)
+                    folder.prolong(training.model_dump(mode="json"))
             stops = [callback(step) is True for callback in callbacks]  # call every one
             ended = _ended(step, training, any(stops))
             measured = None
@@ -236,11 +237,13 @@ def _follow(
                 and step.number % (training.evaluate_every or 1) == 0
             ):
                 measured = _measured(model, step, evaluate)
-                evaluations += [measured.record] if measured is not None else []
-            if ended or step.number % training.log_every == 0:
-                records.append(record(step))
+            due = ended or step.number % training.log_every == 0
+            line = record(step) if due else None
             if folder is not None:
-                _write(folder, step, training, records, measured, ended)
+                _write(folder, step, training, line, measured, ended)
+            else:
+                records += [line] if line is not None else []
+                evaluations += [measured.record] if measured is not None else []
             if ended:
                 break
     except DivergenceError as error:
@@ -252,6 +255,8 @@ def _follow(
         model.load_state_dict(_average(step, folder))
     if folder is not None and is_main():
         model.save(folder.model_path)
+    if folder is not None:
+        records, evaluations = folder.metrics(), folder.evaluations()
     if step is None or first is None:  # a finished run was resumed
         return History(records, evaluations=evaluations)
     return History(records, step.number - first, step.seconds, evaluations)
@@ -266,15 +271,11 @@ def _ended(step: Step, training: Training, stopped: bool) -> bool:
     return wished or step.number == training.num_steps
 
 
-def _so_far(folder: Run | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return (folder.metrics(), folder.evaluations()) if folder is not None else ([], [])
-
-
 def _write(
     folder: Run,
     step: Step,
     training: Training,
-    records: list[dict[str, Any]],
+    line: dict[str, Any] | None,
     measured: "_Measured | None",
     ended: bool,
 ) -> None:
@@ -287,8 +288,8 @@ def _write(
         if due:
             step.state.save(folder.checkpoint_path)  # takes part; the first process writes
         return
-    if records and records[-1]["step"] == step.number:
-        folder.append(records[-1])
+    if line is not None:
+        folder.append(line)
     if measured is not None:
         folder.append_evaluation(measured.record)
         rule = best.rule_of(training.best, measured.record)

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bilevel.files import amount, read_bytes, regular
+from bilevel.methods.limits import FILE, FOLDERS, GIGABYTES, refuse_large, told
 from bilevel.methods.pixels import Array, Frame, Raw, chosen, coded
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -54,23 +56,81 @@ def opened(path: Path) -> Iterator[Store]:
         ValueError: if it holds no images, or is no archive.
     """
     if path.is_dir():
-        names = [
-            (Path(folder) / file).relative_to(path).as_posix()
-            for folder, _, files in os.walk(path, followlinks=True)
-            for file in files
-        ]
-        yield Store(path, _images_among(names, path), lambda name: (path / name).read_bytes())
+        names = sorted(_files(path))
+        yield Store(path, _images_among(names, path), lambda name: read_bytes(path / name, FILE))
         return
+    regular(path)
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # an unknown version and names that are no text too
         raise ValueError(f"`{path}` cannot be read as a zip archive: {error}") from None
     with archive:
         names = [entry for entry in archive.namelist() if not entry.endswith("/")]
-        yield Store(path, _images_among(names, path), archive.read)
+        _refuse_names(names, path)
+        yield Store(path, _images_among(names, path), lambda name: _unpacked(archive, name))
 
 
-def read_files(path: Path, frame: Frame, *, skip_unreadable: bool, limit: int | None) -> Raw:
+def _files(top: Path) -> Iterator[str]:
+    """The files below a folder, links followed.
+
+    A link to a folder that it lies in shows nothing new and would never end: it is not followed.
+
+    Raises:
+        OSError: if a folder cannot be read.
+        ValueError: if there are more folders than anybody has: links to each other, in layers.
+    """
+    above = {os.fspath(top): {_identity(top)}}
+    for count, (folder, inner, files) in enumerate(os.walk(top, True, _refuse, followlinks=True)):
+        if count > FOLDERS:
+            raise ValueError(
+                f"`{top}` holds more than {FOLDERS:,} folders; look at the links in it"
+            )
+        mine = above.pop(folder)
+        kept = {name: _identity(Path(folder, name)) for name in inner}
+        inner[:] = [name for name in inner if kept[name] not in mine]
+        above |= {os.path.join(folder, name): mine | {kept[name]} for name in inner}
+        yield from ((Path(folder) / file).relative_to(top).as_posix() for file in files)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _refuse_names(names: Sequence[str], path: Path) -> None:
+    """Refuse an archive whose names lead out of it, or are there twice."""
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in name.split("/") or name[1:3] == ":\\":
+            raise ValueError(f"`{path}` holds `{name}`, a name that leads out of it; pack it anew")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"`{path}` holds `{twice}` twice; pack it anew")
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The content of an entry.
+
+    Raises:
+        ValueError: if it is larger than a file of an image is.
+    """
+    size = archive.getinfo(name).file_size
+    if size > FILE:
+        raise ValueError(f"it holds {amount(size)}, and an image at most {amount(FILE)}")
+    return archive.read(name)
+
+
+def read_files(
+    path: Path,
+    frame: Frame,
+    *,
+    skip_unreadable: bool,
+    limit: int | None,
+    gigabytes: float = GIGABYTES,
+) -> Raw:
     """The images of a folder or zip archive as bytes, and their classes.
 
     Args:
@@ -82,9 +142,10 @@ def read_files(path: Path, frame: Frame, *, skip_unreadable: bool, limit: int | 
         frame: what each image is brought to.
         skip_unreadable: leave out what cannot be read, and count it in the notes.
         limit: most images of a part.
+        gigabytes: most memory that a part may take.
 
     Raises:
-        ValueError: if there are no images, one cannot be read or they differ in size.
+        ValueError: if there are no images, too many, one cannot be read or they differ in size.
         ImportError: if Pillow is not installed.
     """
     with opened(path) as store:
@@ -95,24 +156,24 @@ def read_files(path: Path, frame: Frame, *, skip_unreadable: bool, limit: int | 
                 theirs = _rooms(other)
                 if "test" in theirs:
                     parts = [(store, rooms["train"]), (other, theirs["test"])]
-                    raw = _decoded(parts, frame, skip_unreadable, limit)
+                    raw = _decoded(parts, Reading(frame, skip_unreadable, gigabytes), limit)
                     return Raw(
                         raw.parts, raw.classes, [*raw.notes, f"test images of `{beside.name}`"]
                     )
         rooms_in_order = [rooms[part] for part in ("train", "test") if part in rooms]
         two = rooms_in_order if len(rooms_in_order) == 2 else [store.names]
-        return _decoded([(store, names) for names in two], frame, skip_unreadable, limit)
+        reading = Reading(frame, skip_unreadable, gigabytes)
+        return _decoded([(store, names) for names in two], reading, limit)
 
 
 def _decoded(
-    parts: Sequence[tuple[Store, list[str]]], frame: Frame, skip_unreadable: bool, limit: int | None
+    parts: Sequence[tuple[Store, list[str]]], reading: "Reading", limit: int | None
 ) -> Raw:
     """Each part decoded, its classes told by its folders."""
     folders = [_classes(names) for _, names in parts]
     known = all(len(those) for those in folders)
     lengths = [len(names) for _, names in parts]
     classes = coded(folders, lengths, str(parts[0][0].path)) if known else None
-    reading = Reading(frame, skip_unreadable)
     arrays, kept = [], []
     for store, names in parts:
         rows = chosen(len(names), limit)
@@ -131,9 +192,11 @@ class Reading:
     Args:
         frame: what each image is brought to.
         skip_unreadable: count images that cannot be read, instead of refusing them by name.
+        gigabytes: most memory of a part.
     """
 
-    def __init__(self, frame: Frame, skip_unreadable: bool) -> None:
+    def __init__(self, frame: Frame, skip_unreadable: bool, gigabytes: float = GIGABYTES) -> None:
+        self._gigabytes = gigabytes
         self._frame = frame
         self._skip = skip_unreadable
         self._pillow, self._ops = _pillow()
@@ -163,6 +226,8 @@ class Reading:
                 continue
             self._refuse_other_size(store, name, pixels.shape[1:])
             if array is None:
+                size = len(names) * pixels.size
+                refuse_large(size, self._gigabytes, f"the {len(names):,} images in `{store.path}`")
                 array = np.empty((len(names), *pixels.shape), np.uint8)
             elif len(pixels) > array.shape[1]:  # the first colours after greys
                 array = np.repeat(array, 3, axis=1)
@@ -214,16 +279,8 @@ class Reading:
                 if image.mode in _DEEP:
                     return f"it has more than 8 bits per pixel (mode {image.mode})"
                 opaque = self._opaque(image, name)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            RuntimeError,  # an encrypted archive
-            zipfile.BadZipFile,
-            zlib.error,
-            self._pillow.DecompressionBombError,
-        ) as error:
-            reason = re.split(r" '| <", str(error))[0]
+        except Exception as error:  # decoders and archives raise two dozen kinds
+            reason = re.split(r" '| <", told(error))[0]
             return reason or type(error).__name__
         self._sizes.add((opaque.height, opaque.width))
         try:

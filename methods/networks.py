@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 from torch.nn.utils import parametrize
 
+from bilevel.refusals import positive, whole
+
 _LARGEST_BASE = 8
 
 
@@ -312,11 +314,23 @@ class Generator(nn.Module):
         return widened(self.net(h[:, :, None, None])).tanh()
 
 
+def channels_of(width: float, latent_dim: int = 1, share: float = 1.0) -> int:
+    """Channels of a first layer: a share of `width`, at least one.
+
+    Raises:
+        TypeError: if `latent_dim` is no whole number, or `width` no number.
+        ValueError: if one of them is not positive.
+    """
+    positive("width", width)
+    whole("latent_dim", latent_dim)
+    return max(1, round(width * share))
+
+
 def conv_networks(
     shape: tuple[int, int, int], latent_dim: int = 100, width: float = 1.0
 ) -> Networks:
     """The three networks of a size, their channels times `width`; 1 gives the published ones."""
-    wide, narrow = max(1, round(64 * width)), max(1, round(48 * width))
+    wide, narrow = (channels_of(width, latent_dim, share) for share in (64, 48))
     energy, posterior = Energy(shape, wide), Posterior(shape, latent_dim, narrow)
     return Networks(energy, posterior, Generator(shape, latent_dim, narrow))
 

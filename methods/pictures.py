@@ -3,13 +3,13 @@
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel.files import replacing
 from bilevel.methods.data import scaled
 
 _SMALLEST = 48  # pixels of an image's side in a picture, at least
@@ -153,7 +153,8 @@ def _save_panels(
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(lines) > 1:
             axes.legend(fontsize=8, frameon=False)
-    figure.savefig(Path(path))
+    with replacing(path) as file:
+        figure.savefig(cast(Any, file), format="png")
 
 
 _COLOURS = ("#1f6fb4", "#d9652b", "#3c9a5f", "#8a5fb0", "#b04a63", "#5b6670")
@@ -249,4 +250,5 @@ def _write(picture: NDArray[np.uint8], path: str | os.PathLike[str]) -> None:
         from PIL import Image
     except ImportError:
         raise ImportError(_MISSING.format("Pillow")) from None
-    Image.fromarray(picture).save(Path(path), format="PNG", optimize=True)
+    with replacing(path) as file:
+        Image.fromarray(picture).save(cast(Any, file), format="PNG", optimize=True)

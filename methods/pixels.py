@@ -260,9 +260,7 @@ def _grey(images: Tensor) -> Tensor:
 
 def _channels_first(array: Array, name: str) -> Array:
     """Numbers of shape (n, c, h, w), or an error."""
-    if array.dtype == object or not (
-        np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
-    ):
+    if array.dtype.kind not in "biufc":  # timedelta64 is a subtype of the integers
         raise ValueError(
             f"the images of `{name}` are of type `{array.dtype}`; save numbers, as one array "
             "of one shape"

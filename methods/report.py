@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel.files import read_bytes, write_text
 from bilevel.methods.measures import measures_of, result_rows
 from bilevel.methods.page import page
-from bilevel.methods.run import Run, write_text
+from bilevel.methods.records import read_document, write_document
+from bilevel.methods.run import Run
+from bilevel.methods.schemas import Evaluated
 
 
 def save_results(run: Run, results: Mapping[str, float], **how: Any) -> Path:
@@ -22,7 +25,7 @@ def save_results(run: Run, results: Mapping[str, float], **how: Any) -> Path:
         **how: plain values; `features`, the label of the feature network, is shown beside the numbers.
     """
     path = run.folder / "evaluation.json"
-    write_text(path, json.dumps({**how, "results": dict(results)}, indent=2) + "\n")
+    write_document(path, {**how, "results": dict(results)})
     return path
 
 
@@ -40,8 +43,7 @@ def feature_space(run: Run) -> str | None:
 
 def _evaluation(run: Run) -> dict[str, Any]:
     path = run.folder / "evaluation.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content
+    return read_document(path, Evaluated) if path.exists() else {}
 
 
 def saved_pictures(run: Run) -> dict[str, Path]:
@@ -117,7 +119,6 @@ def write_comparison(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
         parts.append(f"<h2>{_text(_name(run))}</h2><p>{_what(run, config)}</p>")
         parts.append(_configuration(config))
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page(f"{len(runs)} runs compared", "\n".join(parts)))
     return target
 
@@ -282,6 +283,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _picture(title: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_bytes(path)).decode()
     kind = "curves" if path.stem == "curves" else "pixels"
     return f'<img class="{kind}" alt="{_text(title)}" src="data:image/png;base64,{data}">'

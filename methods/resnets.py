@@ -32,7 +32,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, softplus
 
-from bilevel.methods.networks import Networks, full_precision, normed, scale_of, widened
+from bilevel.methods.networks import (
+    Networks,
+    channels_of,
+    full_precision,
+    normed,
+    scale_of,
+    widened,
+)
 
 
 class Table(NamedTuple):
@@ -267,5 +274,6 @@ def residual_networks(
     shape: tuple[int, int, int], latent_dim: int = 128, width: float = 1.0
 ) -> Networks:
     """The three networks of a size; `width` 1 gives the published ones."""
+    channels_of(width, latent_dim)
     energy, posterior = ResidualEnergy(shape, width), ResidualPosterior(shape, latent_dim, width)
     return Networks(energy, posterior, ResidualGenerator(shape, latent_dim, width))

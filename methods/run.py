@@ -1,7 +1,5 @@
 """`Run`: the folder of one training run - config, metrics, checkpoints, pictures, report."""
 
-import contextlib
-import json
 import os
 import platform
 import shutil
@@ -12,6 +10,22 @@ from typing import Any
 import torch
 
 import bilevel
+from bilevel.checkpoint import glance
+from bilevel.files import replacing, sweep
+from bilevel.methods.records import (
+    Line,
+    append_line,
+    note,
+    read_document,
+    read_lines,
+    refuse_repeated,
+    write_document,
+    write_lines,
+)
+from bilevel.methods.schemas import Best, Config
+
+_CLOCK = ("seconds",)  # differs from run to run: the checksums of two equal runs are equal
+_LENGTH = ("training.num_steps", "training.max_seconds")  # a run may be made longer
 
 
 class Run:
@@ -85,51 +99,102 @@ class Run:
     def begin(self, config: dict[str, Any]) -> None:
         """Start a new run here: write the configuration, drop what an overwritten run left."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._tidy()
         stale = (self.metrics_path, self.evaluations_path, self.checkpoint_path)
         for file in (*stale, *self._earlier()):
             file.unlink(missing_ok=True)
         for folder in (self.best_path, *self._beside_best()):
             shutil.rmtree(folder, ignore_errors=True)
         record = {**config, "versions": versions()}
-        write_text(self.config_path, json.dumps(record, indent=2) + "\n")
+        write_document(self.config_path, record, _LENGTH)
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run.
 
         Raises:
             FileNotFoundError: if the folder holds no run.
+            ValueError: if the file is damaged, naming what is wrong.
         """
         if not self.config_path.exists():
             raise FileNotFoundError(f"`{self.folder}` holds no run: there is no `config.json`")
-        content: dict[str, Any] = json.loads(self.config_path.read_text())
-        return content
+        return read_document(self.config_path, Config, _LENGTH)
+
+    def prolong(self, training: dict[str, Any]) -> None:
+        """Record the length of a run that is resumed: its number of steps and its time."""
+        config = self.config()
+        length = {name.split(".")[1]: training[name.split(".")[1]] for name in _LENGTH}
+        if any(config["training"].get(name) != value for name, value in length.items()):
+            config["training"] |= length
+            write_document(self.config_path, config, _LENGTH)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line of metrics."""
-        _append(self.metrics_path, record)
+        append_line(self.metrics_path, record, _CLOCK)
 
     def append_evaluation(self, record: dict[str, Any]) -> None:
         """Add a line of evaluations."""
-        _append(self.evaluations_path, record)
+        append_line(self.evaluations_path, record, _CLOCK)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics; a line cut off by a crash is ignored."""
-        return _records(self.metrics_path)
+        """All lines of metrics; one that a crash cut off is left out, and missing ones are noted.
+
+        Raises:
+            ValueError: if a line is damaged or there twice.
+        """
+        records = _records(self.metrics_path)
+        if not records and self.model_path.exists():
+            note(f"`{self.metrics_path}` is missing or empty: nothing is known of the training")
+        if records and (missing := self._missing({record["step"] for record in records})):
+            note(
+                f"`{self.metrics_path}` lacks {len(missing)} of its lines, the first that of step "
+                f"{missing[0]}"
+            )
+        return records
+
+    def _missing(self, there: set[int]) -> list[int]:
+        """The steps whose lines should be among the metrics and are not."""
+        if not self.config_path.exists():
+            return []
+        training, last = self.config().get("training", {}), max(there)
+        if self.checkpoint_path.is_file():
+            last = max(last, int(glance(self.checkpoint_path)["step"]))
+        every = training.get("log_every", last)
+        due = set(range(every, last + 1, every))
+        if last == training.get("num_steps"):
+            due.add(last)
+        return sorted(due - there)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """All lines of evaluations; a line cut off by a crash is ignored."""
+        """All lines of evaluations; one that a crash cut off is left out, with a note.
+
+        Raises:
+            ValueError: if a line is damaged or there twice.
+        """
         return _records(self.evaluations_path)
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, that of the newest checkpoint.
 
-        The resumed run records it again. The best model stays: it is one that was measured.
+        The resumed run records it again. A line of a step at which a run that goes on would have
+        written none, because it was stopped there, is forgotten too. The best model stays: it is one
+        that was measured.
         """
         self._newest = step
-        for path in (self.metrics_path, self.evaluations_path):
+        self._tidy()
+        for path in self._earlier():
+            if _step_of(path) >= step:  # a second name that a crash left, or of another past
+                path.unlink()
+        config = self.config() if self.config_path.exists() else {}
+        every = config.get("training", {}).get("log_every", 1)
+        for path, regular in ((self.metrics_path, every), (self.evaluations_path, 1)):
             if path.exists():
-                kept = [record for record in _records(path) if record["step"] <= step]
-                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+                kept = [r for r in _records(path) if r["step"] <= step and r["step"] % regular == 0]
+                write_lines(path, kept, _CLOCK)
+
+    def _tidy(self) -> None:
+        """Remove temporary files of a process that was killed."""
+        for folder in (self.folder, self.checkpoint_path.parent, self.model_path, self.best_path):
+            sweep(folder)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -174,19 +239,28 @@ class Run:
         fresh, old = self._beside_best()
         save(fresh)
         content = {"step": record["step"], "rule": rule, "evaluation": record}
-        write_text(fresh / "best.json", json.dumps(content, indent=2) + "\n")
+        write_document(fresh / "best.json", content)
         if self.best_path.exists():
             os.replace(self.best_path, old)
         os.replace(fresh, self.best_path)
         shutil.rmtree(old, ignore_errors=True)
 
     def best(self) -> dict[str, Any] | None:
-        """The evaluation of the best model, `None` as long as there is none."""
+        """The evaluation of the best model, `None` as long as there is none.
+
+        Raises:
+            ValueError: if what says how good it was is damaged or missing.
+        """
         self._mend_best()
         path = self.best_path / "best.json"
-        if not path.exists():
+        if not self.best_path.exists():
             return None
-        record: dict[str, Any] = json.loads(path.read_text())["evaluation"]
+        if not path.exists():
+            raise ValueError(
+                f"`{self.best_path}` has no `best.json`, so how good the model in it was is unknown; "
+                "restore it, or remove the folder"
+            )
+        record: dict[str, Any] = read_document(path, Best)["evaluation"]
         return record
 
     def _beside_best(self) -> tuple[Path, Path]:
@@ -202,17 +276,16 @@ class Run:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    records = read_lines(path, Line, _CLOCK)
+    refuse_repeated(path, (record["step"] for record in records), "step")
     return records
+
+
+def _step_of(path: Path) -> int:
+    """The step in the name of an earlier checkpoint."""
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
 
 
 def _second_name(path: Path, name: Path) -> None:
@@ -220,16 +293,8 @@ def _second_name(path: Path, name: Path) -> None:
     try:
         os.link(path, name)
     except OSError:
-        whole = name.with_suffix(".tmp")
-        shutil.copyfile(path, whole)
-        os.replace(whole, name)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        with replacing(name, path.stat().st_size) as copy, open(path, "rb") as file:
+            shutil.copyfileobj(file, copy)
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch.distributions import Distribution, Independent, Normal
 from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import EBLVM, Statistics, attempt, chunked
 from bilevel.methods.models.base import check_dim
-from bilevel.methods.networks import Generator, Posterior
+from bilevel.methods.networks import Generator, Posterior, channels_of
 from bilevel.methods.vae_networks import FixedVariance, LearnedVariance, Moments, perceptron
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
@@ -185,7 +185,7 @@ class VAE(EBLVM):
         Raises:
             ValueError: if the shape cannot be halved down to 4-8 pixels, and as the constructor.
         """
-        narrow = max(1, round(width * 3 / 4))
+        narrow = channels_of(width, latent_dim, 3 / 4)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             encoder = Posterior(shape, latent_dim, narrow)

@@ -120,7 +120,7 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
     config["training"]["max_seconds"] = None  # as if it had been interrupted
     (home / "half" / "config.json").write_text(json.dumps(config))
     assert "`--latent-dim` is 3, but" in refused(capsys, "train --run half --resume --latent-dim 3")
-    assert "`--num-steps`" in refused(capsys, "train --run half --resume --num-steps 9")
+    assert "`--batch-size`" in refused(capsys, "train --run half --resume --batch-size 9")
     assert "`--data`" in refused(capsys, "train --run half --resume --data digits")
     assert "choose one" in refused(capsys, "train --run half --resume --overwrite")
     again = ["--data", "few.npz", "--latent-dim", "2", "--device", "cpu", "--no-report"]

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bilevel import DivergenceError, HypergradientError, __version__
-from bilevel.cli import bench, demo, evaluate, features, presets, report, sample, train
+from bilevel.cli import bench, demo, evaluate, features, presets, report, sample, signals, train
 from bilevel.cli.options import UsageError
 from bilevel.distributed import LostRankError
+from bilevel.errors import WriteError
+from bilevel.files import reason
 from bilevel.methods.config import nearest
 
 OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -47,18 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit status: 0 all is well, 1 training failed, 2 bad usage or bad input, 130 interrupted.
+        The exit status: 0 all is well, 1 training failed, 2 bad usage or bad input, 130 interrupted, 143
+        stopped by SIGTERM, 129 by SIGHUP.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with signals.ending():
+            return _dispatch(arguments)
     except SystemExit as done:  # argparse printed its help
         return int(done.code or 0)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return OK
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        status = signals.status_of(stopped)
+        return _complain(signals.named(status - 128), status)
     except LostRankError as error:
         return _complain(error, FAILED, everywhere=True)
     except (DivergenceError, HypergradientError) as error:
@@ -87,6 +92,9 @@ def _complain(problem: object, status: int, *, everywhere: bool = False) -> int:
         return status  # the first process says the same
     if os.environ.get("BILEVEL_TRACEBACK") and isinstance(problem, BaseException):
         raise problem
-    sentences = [str(problem), *getattr(problem, "__notes__", [])]
+    told = str(problem)
+    if isinstance(problem, OSError) and not isinstance(problem, WriteError) and problem.filename:
+        told = f"`{problem.filename}`: {reason(problem)}"
+    sentences = [told, *getattr(problem, "__notes__", [])]
     print("bilevel: " + " ".join(". ".join(sentences).split()), file=sys.stderr)
     return status

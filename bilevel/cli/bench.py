@@ -7,6 +7,7 @@ from typing import Any
 
 from bilevel.cli.options import Parser, UsageError, choice, whole
 from bilevel.cli.running import device_of
+from bilevel.cli.signals import named, status_of
 from bilevel.methods.config import nearest
 from bilevel.methods.suite.config import SuiteConfig, load_config
 from bilevel.methods.suite.folder import SuiteFolder
@@ -50,9 +51,11 @@ def command(arguments: list[str]) -> int:
     print(f"configuration {source}\nwriting to {home.folder}", flush=True)
     try:
         run_suite(config, home.folder, only=only, device=device, observer=_show)
-    except KeyboardInterrupt:
-        print("bilevel: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        status = status_of(stopped)
+        what = named(status - 128)
+        print(f"bilevel: {what}; the same command goes on from here", file=sys.stderr)
+        return status
     print(f"report: {write_suite_report(home)}")
     return 0
 

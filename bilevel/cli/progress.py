@@ -1,12 +1,8 @@
-"""Progress of a training: a live bar on a terminal, plain lines elsewhere; and Ctrl-C."""
+"""Progress of a training: a live bar on a terminal, plain lines elsewhere."""
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping
 from typing import Any
 
 from bilevel import Step
@@ -110,36 +106,6 @@ class Progress:
             left += to_come * each / len(self._evaluations)
         speed = f", {1 / pace:.3g} steps/s" if pace > 0 else ""
         return f"{duration(left)} left{speed}"
-
-
-class Stop:
-    """A callback that ends training after the step in which Ctrl-C was pressed."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, step: Step) -> bool:
-        """Whether to stop."""
-        return self.asked
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C as a wish to stop; a second one interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, before)
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def _losses(step: Step) -> str:

@@ -1,13 +1,14 @@
 """`bilevel report`: one page about a run, about several side by side, or about a suite."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 from bilevel.cli import outcome
 from bilevel.cli.options import Parser, UsageError
 from bilevel.cli.runs import existing
-from bilevel.methods.report import saved_pictures, write_comparison
+from bilevel.files import replacing
+from bilevel.methods.records import note
+from bilevel.methods.report import saved_pictures, saved_results, write_comparison
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.report import write_suite_report
 
@@ -40,6 +41,8 @@ def command(arguments: list[str]) -> int:
     if not runs:
         raise UsageError("none of these is the folder of a run")
     for run in runs:
+        if saved_results(run) is None:
+            note(f"`{run.folder}` is not evaluated yet; `bilevel evaluate {run.folder}` does it")
         if not saved_pictures(run):
             outcome.draw(run, None, None, seed=0)
     if len(runs) > 1:
@@ -53,8 +56,8 @@ def _show(page: Path, args: argparse.Namespace) -> int:
     """Copy the page to where it is wanted and say where it is."""
     if hasattr(args, "out"):
         target = Path(args.out)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(page, target)
+        with replacing(target, page.stat().st_size) as file:
+            file.write(page.read_bytes())
         page = target
     print(page)
     return 0

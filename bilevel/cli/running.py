@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from bilevel import DivergenceError, Solver
+from bilevel.checkpoint import glance
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, show
-from bilevel.cli.progress import Progress, Stop
+from bilevel.cli.progress import Progress
+from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.config import validated
@@ -65,7 +67,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     """Train, evaluate, report.
 
     Returns:
-        The exit status: 0, or 130 if it was interrupted.
+        The exit status: 0, or 128 and the number of the signal that stopped it.
 
     Raises:
         DivergenceError: if training diverged.
@@ -73,28 +75,39 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     """
     training, folder = plan.training, plan.run.folder
     print(f"{'continuing' if plan.resume else 'writing to'} {folder}")
-    if plan.resume and _steps_taken(plan.run) >= training.num_steps:
+    taken = _steps_taken(plan.run) if plan.resume else 0
+    if taken > training.num_steps:
+        raise UsageError(
+            f"`--num-steps` is {training.num_steps:,}, but `{folder}` has taken {taken:,} steps "
+            "already; a run can only be made longer"
+        )
+    if plan.resume and taken == training.num_steps:
         print(f"all {training.num_steps:,} steps were taken before; only the report is made again")
     stop = Stop()
     try:
-        done, history = _train(plan, training, stop)
-    except KeyboardInterrupt:
-        return _interrupted(plan.run)
+        done, history = _train(plan, training, stop, taken)
+    except KeyboardInterrupt as stopped:
+        return _interrupted(plan.run, status_of(stopped))
     except MemoryError as error:
         raise UsageError(str(error)) from error
     except DivergenceError:
         draw(plan.run, None, None, training.seed)  # the curves may tell why
         raise
-    if stop.asked and done < training.num_steps:
-        return _interrupted(plan.run)
+    if stop.asked is not None and done < training.num_steps:
+        return _interrupted(plan.run, 128 + stop.asked)
     if not report or not is_main():
         print(f"done: {folder}")
-        return 0
-    results = finish(plan.run, plan.model, plan.images, training.seed, history)
-    print()
-    show(results)
-    print(f"\nreport: {folder / 'report.html'}")
-    print(f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*")
+    else:
+        results = finish(plan.run, plan.model, plan.images, training.seed, history)
+        print()
+        show(results)
+        print(f"\nreport: {folder / 'report.html'}")
+        print(f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*")
+    if done < training.num_steps and training.max_seconds is not None:
+        print(
+            f"the clock (`--max-seconds {training.max_seconds:g}`) stopped it at step {done:,} of "
+            f"{training.num_steps:,}; `bilevel train --run {folder} --resume --max-seconds X` goes on"
+        )
     return 0
 
 
@@ -104,6 +117,8 @@ def device_of(name: str | None) -> str:
     Raises:
         UsageError: if it is not there.
     """
+    if name not in (None, "cpu", "cuda"):
+        raise UsageError(f"there is no device `{name}`; use `cpu` or `cuda`")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "`--device cuda`: there is no CUDA device; leave it out to use the processor"
@@ -111,9 +126,9 @@ def device_of(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _train(plan: Plan, training: Training, stop: Stop) -> tuple[int, History]:
+def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int, History]:
     """The number of the last step, and the history."""
-    images, first = plan.images, _steps_taken(plan.run) if plan.resume else 0
+    images = plan.images
     progress = Progress(training, first)
     notes = {
         "data": images.source,
@@ -159,14 +174,14 @@ def _look(plan: Plan, features: FeatureNetwork, progress: Progress) -> Evaluate:
 
 
 def _steps_taken(run: Run) -> int:
-    metrics = run.metrics()
-    return int(metrics[-1]["step"]) if metrics else 0
+    """The step of the newest checkpoint, from which a run goes on."""
+    return int(glance(run.checkpoint_path)["step"])
 
 
-def _interrupted(run: Run) -> int:
+def _interrupted(run: Run, status: int) -> int:
     if run.checkpoint_path.exists():
         advice = f"continue with `bilevel train --run {run.folder} --resume`"
     else:
         advice = "nothing was saved yet"
-    print(f"bilevel: interrupted; {advice}", file=sys.stderr)
-    return 130
+    print(f"bilevel: {named(status - 128)}; {advice}", file=sys.stderr)
+    return status

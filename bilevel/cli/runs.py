@@ -1,5 +1,6 @@
 """Run folders on the command line: finding, naming and loading them."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,11 @@ def images_of(run: Run, source: str | None = None) -> Images:
             f"`{run.folder}` does not say what it was trained on; name it with `--data`"
         )
     if recorded is not None and (source is None or source == recorded or _path(source) == recorded):
-        return load_images(recorded, **notes.get("data_options", {}))
+        options = notes.get("data_options", {})
+        for name in options:
+            if name not in inspect.signature(load_images).parameters:
+                raise UsageError(f"`{run.config_path}` has an unknown `data_options.{name}`")
+        return load_images(recorded, **options)
     shape = config.get("data", {}).get("shape", [])
     if len(shape) != 4:
         return load_images(str(source))

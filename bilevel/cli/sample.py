@@ -7,6 +7,7 @@ import torch
 
 from bilevel.cli.options import Parser, UsageError, whole
 from bilevel.cli.runs import existing, load_model
+from bilevel.files import replacing
 from bilevel.methods.pictures import save_grid
 
 SUMMARY = "draw images from a trained model"
@@ -40,9 +41,9 @@ def command(arguments: list[str]) -> int:
         raise UsageError(f"`--seed` must not be negative, got {args.seed}")
     model = load_model(run)
     samples = model.sample(args.n, torch.Generator().manual_seed(args.seed))
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix.lower() == ".npz":
-        np.savez_compressed(target, images=samples.numpy())
+        with replacing(target) as file:
+            np.savez_compressed(file.raw, images=samples.numpy())
     else:
         save_grid(samples, target)
     print(target)

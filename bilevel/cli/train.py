@@ -19,6 +19,7 @@ from bilevel.cli.options import (
     choice,
     methods,
     model_settings,
+    number,
     training_settings,
     whole,
 )
@@ -27,11 +28,14 @@ from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.config import nearest
 from bilevel.methods.data import Images, load_images
+from bilevel.methods.eblvm import rebuilt
+from bilevel.methods.limits import GIGABYTES
 from bilevel.methods.presets import PRESETS, Preset
 from bilevel.methods.run import Run
 
 SUMMARY = "train a model on images, into a run folder"
-_LOADING = ("side", "crop", "channels", "skip_unreadable", "limit")
+_LENGTH = ("num_steps", "max_seconds")  # what of a run may be changed when it is resumed
+_LOADING = ("side", "crop", "channels", "skip_unreadable", "limit", "max_gigabytes")
 _EXAMPLES = """  bilevel train --preset digits
   bilevel train --preset cifar10 --device cuda
   bilevel train --preset cifar10 --data images.zip --ratio 0.1
@@ -39,6 +43,7 @@ _EXAMPLES = """  bilevel train --preset digits
   bilevel train bidvl --data mnist.npz --latent-dim 32 --width 32 --run runs/mnist
   bilevel train --preset digits --variant complete --solver implicit
   bilevel train --run runs/mnist --resume
+  bilevel train --run runs/mnist --resume --num-steps 20000      make it longer
   bilevel train bidvl --help                      the options of this method's model too
 """
 
@@ -154,6 +159,12 @@ def _add_data(parser: Parser) -> None:
         "--skip-unreadable", action="store_true", help="leave out files that cannot be read"
     )
     group.add_argument("--limit", type=whole, metavar="N", help="most images of each part")
+    group.add_argument(
+        "--max-gigabytes",
+        type=number,
+        metavar="X",
+        help=f"most memory that the images may take (default: {GIGABYTES:g})",
+    )
 
 
 def _start(args: argparse.Namespace) -> int:
@@ -270,7 +281,10 @@ def _resume(args: argparse.Namespace) -> int:
     _refuse_conflicts(args, config)
     notes = config.get("notes", {})
     images = images_of(run, getattr(args, "data", None))
-    solver = solvers.build(notes.get("solver", {}))
+    try:
+        solver = solvers.build(notes.get("solver", {}))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"`{run.config_path}` has a bad `notes.solver`: {error}") from None
     if repr(solver) != config["solver"]:
         raise UsageError(
             f"`{args.run}` was started from Python with the solver `{config['solver']}`; resume it there"
@@ -279,10 +293,22 @@ def _resume(args: argparse.Namespace) -> int:
     if config["model"] is None:
         raise UsageError(f"the model in `{args.run}` was built in Python; resume it there")
     device = device_of(notes.get("device"))
-    model = method.from_recipe(config["model"]).to(device)
-    settings = config["training"]
+    model = rebuilt(method, config["model"], run.config_path).to(device)
+    settings = {**config["training"], **_given(args, _LENGTH)}
+    _refuse_other_rates(args, settings)
     plan = Plan(model, images, run, settings, solver, {}, device, resume=True)
     return carry_out(plan, report=not hasattr(args, "no_report"))
+
+
+def _refuse_other_rates(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """More steps where the learning rates of those already taken depended on their number."""
+    check_training(settings)
+    before = existing(args.run).config()["training"]
+    if settings["schedule"] == "cosine" and settings["num_steps"] != before["num_steps"]:
+        raise UsageError(
+            f"`{args.run}` has cosine schedules, which end after {before['num_steps']} steps: it cannot "
+            "be made longer or shorter; start a new run with `--num-steps`"
+        )
 
 
 def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -303,6 +329,8 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
             same = value == own[name] or str(Path(value).expanduser().resolve()) == own[name]
         elif name == "method":
             same = value.lower() == own[name]
+        elif name in _LENGTH:
+            same = True
         elif name in own:
             same = json.loads(json.dumps(value)) == json.loads(json.dumps(own[name]))
         else:

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bilevel.files import replacing
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.suite.judge import log_density
 from bilevel.methods.suite.learners import Job
@@ -72,7 +73,8 @@ def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(group.title, fontsize=11, x=0.01, ha="left")
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(cast(Any, file), format="png")
 
 
 def _band(
@@ -144,7 +146,8 @@ def draw_densities(jobs: Mapping[str, Job], title: str, path: Path) -> None:
         panel.imshow(values.T, origin="lower", cmap="magma", vmin=0, vmax=brightest)
         panel.set_title(name, fontsize=10, loc="left")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(cast(Any, file), format="png")
 
 
 def draw_filters(jobs: Mapping[str, Job], title: str, path: Path) -> bool:
@@ -224,7 +227,8 @@ def _mosaic(
         panel.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         _bare(panel)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(cast(Any, file), format="png")
 
 
 def _panels(count: int) -> "tuple[Figure, list[Axes]]":

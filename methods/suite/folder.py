@@ -1,13 +1,22 @@
 """`SuiteFolder`: where a suite is - its configuration, its records, its cells."""
 
-import contextlib
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from bilevel.methods.run import write_text
+from bilevel.files import sweep
+from bilevel.methods.records import (
+    Record,
+    append_line,
+    note,
+    read_document,
+    read_lines,
+    refuse_repeated,
+    write_document,
+    write_lines,
+)
+from bilevel.methods.schemas import Outcome
 from bilevel.methods.suite.config import Cell, SuiteConfig, parse_config
 
 
@@ -48,7 +57,8 @@ class SuiteFolder:
         """
         if not self.exists:
             raise FileNotFoundError(f"`{self.folder}` holds no suite: there is no `suite.json`")
-        return parse_config(json.loads(self.config_path.read_text()), str(self.config_path))
+        content = read_document(self.config_path, Record)
+        return parse_config(content, str(self.config_path))
 
     def claim(self, config: SuiteConfig) -> None:
         """Make sure that what is here belongs to this configuration; write it if nothing is here.
@@ -71,20 +81,35 @@ class SuiteFolder:
                     f"`{self.folder}` holds another suite: {shown}{more}. Name another folder with "
                     "`--out`, or change the configuration back"
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.config_path, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
-        # without a line that was cut off, or the next one would be appended to it
         records = self.records()
-        write_text(self.records_path, "".join(json.dumps(record) + "\n" for record in records))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        write_document(self.config_path, config.model_dump(mode="json"))
+        # without a line that was cut off, or the next one would be appended to it
+        if self.records_path.exists():
+            write_lines(self.records_path, records)
 
     def records(self) -> list[dict[str, Any]]:
-        """What is finished or failed, in the order in which it ended."""
-        return read_lines(self.records_path)
+        """What is finished or failed, in the order in which it ended.
+
+        Raises:
+            ValueError: if a line is damaged, or a cell is there twice.
+        """
+        records = read_lines(self.records_path, Outcome)
+        recorded = [record["cell"] for record in records]
+        refuse_repeated(self.records_path, recorded, "the cell")
+        home = self.folder / "cells"
+        trained = {path.parent.relative_to(home).as_posix() for path in home.glob("*/*/*/*/model")}
+        if lost := sorted(trained.difference(recorded)):
+            note(
+                f"`{self.records_path}` lacks {len(lost)} cells that were trained, the first "
+                f"`{lost[0]}`; `bilevel bench` judges them again"
+            )
+        return records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record."""
-        with open(self.records_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record; if the disk is full the file is as it was."""
+        append_line(self.records_path, record)
 
 
 def _flat(config: SuiteConfig) -> dict[str, str]:
@@ -103,15 +128,6 @@ def _flat(config: SuiteConfig) -> dict[str, str]:
             found[place] = repr(value)
 
     visit(config.model_dump(mode="json"), "")
-    return found
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; one that was cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
     return found
 
 

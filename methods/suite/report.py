@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bilevel.files import read_bytes, write_text
 from bilevel.methods.page import page
-from bilevel.methods.run import write_text
 from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
@@ -69,7 +69,7 @@ def write_suite_report(home: SuiteFolder) -> Path:
     for group in found:
         parts.append(f"<h2>{html.escape(group.title)}</h2>{_notes(config, group)}{as_html(group)}")
         for title, path, caption in _draw(home, config, group, records, tables):
-            image = base64.b64encode(path.read_bytes()).decode()
+            image = base64.b64encode(read_bytes(path)).decode()
             parts.append(
                 f"<h3>{html.escape(title)}</h3>"
                 f'<img class="curves" alt="{html.escape(title)}" src="data:image/png;base64,{image}">'

@@ -178,9 +178,7 @@ def trained(cell: Cell, table: Table, folder: Path) -> Job | None:
     weights = Run(folder).model_path / "weights.safetensors"
     if not weights.exists():
         return None
-    from safetensors.torch import load_file
-
     job = make_job(cell, table)
-    job.learner.load_state_dict(load_file(weights))
+    job.learner.read(Run(folder).model_path)
     job.learner.eval()
     return job

@@ -1,6 +1,5 @@
 """`Trace`: the test log-likelihood at some steps of a training, and a clock that survives a restart."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 
 from bilevel import Step
 from bilevel.methods.config import Training
-from bilevel.methods.run import write_text
-from bilevel.methods.suite.folder import read_lines
+from bilevel.methods.records import append_line, read_lines, refuse_repeated, write_lines
+from bilevel.methods.schemas import TraceLine
 
 _FIRST = 1000  # the first evaluation comes after this fraction of all steps
 
@@ -47,9 +46,8 @@ class Trace:
 
     def begin(self) -> None:
         """Start a new trace with the untrained model."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": 0, **self._before, "log_likelihood": self.evaluate()}
-        write_text(self.path, json.dumps(line) + "\n")
+        write_lines(self.path, [line])
 
     def __call__(self, step: Step) -> bool:
         """Evaluate, if it is time to.
@@ -72,15 +70,37 @@ class Trace:
         if is_up or step.number in self.steps:
             line["log_likelihood"] = self.evaluate()
         if "log_likelihood" in line or step.number % self.training.checkpoint_every == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, line)
         return is_up
 
     def _rewind(self, step: int) -> None:
         """Forget what came after the checkpoint at `step`."""
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in self._lines() if line["step"] <= step]
+        if kept[-1]["step"] != step:
+            raise ValueError(
+                f"`{self.path}` has no line of step {step}, that of the checkpoint, so the time that "
+                "had passed is unknown; remove the cell's folder to train it anew"
+            )
+        write_lines(self.path, kept)
         self._before = kept[-1]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What was written, from the untrained model on.
+
+        Raises:
+            ValueError: if a line is damaged, there twice or missing.
+        """
+        lines = read_lines(self.path, TraceLine)
+        steps = [line["step"] for line in lines]
+        refuse_repeated(self.path, steps, "step")
+        evaluated = {line["step"] for line in lines if "log_likelihood" in line}
+        due = {0, *(step for step in self.steps if lines and step <= steps[-1])}
+        if due - evaluated:
+            raise ValueError(
+                f"`{self.path}` lacks the evaluation of step {min(due - evaluated)}; remove the cell's "
+                "folder to train it anew"
+            )
+        return lines
 
     def summary(self) -> dict[str, Any]:
         """Steps, seconds and the trace, as plain values for a record.
@@ -88,7 +108,7 @@ class Trace:
         `startup_seconds` is the time of the first step after every start: compilation, if there is any.
         `seconds` and the trace leave it out.
         """
-        lines = read_lines(self.path)
+        lines = self._lines()
         last = lines[-1]
         steps, seconds = last["step"] - last["starts"], last["seconds"]
         return {
