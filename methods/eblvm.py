@@ -301,11 +301,10 @@ class EBLVM(Problem):
         """
         path = Path(folder) / WEIGHTS
         weights = read_weights(path, read_document(Path(folder) / "model.json", Model))
-        own = self.state_dict()
-        for name, tensor in weights.items():
-            if name in own and own[name].is_floating_point() and tensor.dtype != own[name].dtype:
-                self.to(tensor.dtype)
-                break
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            saved = weights.get(name)
+            if saved is not None and own.is_floating_point() and own.dtype != saved.dtype:
+                own.data = own.data.to(saved.dtype)
         fill(self, weights, path)
 
 
