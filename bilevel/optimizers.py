@@ -127,14 +127,18 @@ def learned_options(optimizer: Optimizer, variables: Iterable[Tensor] = ()) -> I
         variables: tensors that are learned even where an option that shares their memory does not say
             so (`x.detach()`).
     """
+    options = [
+        (name, [t for t in optree.tree_leaves(value) if isinstance(t, Tensor)])
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params"
+    ]
+    if not any(tensors for _, tensors in options):
+        return  # tensors that stand for others have no memory to compare
     memory = {p.untyped_storage().data_ptr() for p in variables if p.layout is torch.strided}
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            tensors = [t for t in optree.tree_leaves(value) if isinstance(t, Tensor)]
-            if name != "params" and any(
-                t.requires_grad or t.untyped_storage().data_ptr() in memory for t in tensors
-            ):
-                yield name
+    for name, tensors in options:
+        if any(t.requires_grad or t.untyped_storage().data_ptr() in memory for t in tensors):
+            yield name
 
 
 def schedulers_of(name: str, given: Any, optimizers: Sequence[Optimizer]) -> list[Scheduler]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.answers import scalar
 from bilevel.autodiff import fill, gradients
@@ -43,6 +44,8 @@ def examine(oracles: Oracles, levels: Sequence[Level], *, whole: bool) -> list[L
     Raises:
         ValueError: naming the loss, what differed or was written, and where it belongs.
     """
+    if any(isinstance(p, FakeTensor) for p in oracles.problem.parameters()):
+        return []  # costs are being counted: nothing has values
     with undisturbed():
         done = _examined.setdefault(oracles.problem, set())
         if not done:
