@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bilevel import CheckpointError, Step, cli
 from bilevel.cli import main
@@ -264,6 +265,36 @@ def test_numbers_in_tables_are_those_of_the_records(done: SuiteFolder) -> None:
     assert f"{statistics.mean(dsm):.3f} ± {statistics.stdev(dsm):.3f}" in line
     assert f"{statistics.mean(ml) - statistics.mean(dsm):.3f}" in line
     assert "| negative entropy of the data | 0.693 |" in text
+
+
+def test_the_first_line_of_a_table_is_the_independent_model(done: SuiteFolder) -> None:
+    """Its likelihood by torch's own distributions, in the records, the tables and the page."""
+    board, digits = groups(done.records())
+    write_suite_report(done)
+    page = (done.folder / "report.html").read_text()
+    for group, data in ((board, BLOCK["data"][0]), (digits, "digits")):
+        rows = make_table(DataConfig.model_validate(data))
+        train, test = rows.train.double(), rows.test.double()
+        if data == "digits":
+            ones = torch.cat([train, torch.zeros(1, 64), torch.ones(1, 64)]).mean(0)
+            grey = [
+                torch.distributions.Bernoulli(ones).log_prob(torch.tensor(x).double())
+                for x in (0.0, 1.0)
+            ]
+            expected = ((1 - test) * grey[0] + test * grey[1]).sum(1).mean()
+        else:
+            normal = torch.distributions.Normal(train.mean(0), train.std(0, correction=0))
+            expected = normal.log_prob(test).sum(1).mean()
+        assert group.independent == pytest.approx(float(expected), rel=1e-9)
+        number = f"{float(expected):.3f}".replace("-", "\N{MINUS SIGN}")
+        first = markdown([group]).splitlines()[4]
+        assert first.startswith(f"| independent columns | {number} |")
+        assert f'class="run">independent columns</th><td class="number">{number}</td>' in page
+
+
+def test_records_of_old_runs_have_no_first_line_of_their_own(done: SuiteFolder) -> None:
+    old = [{k: v for k, v in record.items() if k != "independent"} for record in done.records()]
+    assert "independent" not in markdown(groups(old))
 
 
 class Balanced(HTMLParser):

@@ -127,6 +127,25 @@ def _mean_field_bound(machine: LatentVariableModel, v: Tensor) -> Tensor:
     return energies
 
 
+def independent(job: Job) -> float | None:
+    r"""The mean test log-likelihood of independent columns fitted to the training rows, exact, in nats.
+
+    What a model has to beat to have learned anything of how columns depend on each other. Binary
+    columns have the rate $(\sum_n v_n + 1) / (N + 2)$ (Laplace), so that none is certain; grey rows are
+    judged like the machine judges them. Real columns have their mean and variance; `None` where a
+    column is constant, of which a Gaussian has no density.
+    """
+    train, test = job.table.train.double(), job.table.test.double()
+    if job.machine.visible_range is not None:
+        rates = (train.sum(0) + 1) / (len(train) + 2)
+        return float((test * rates.log() + (1 - test) * (1 - rates).log()).sum(1).mean())
+    variance, mean = torch.var_mean(train, 0, correction=0)
+    if not bool((variance > 0).all()):
+        return None
+    squares = (test - mean).square() / variance
+    return float(-0.5 * (squares + (2 * math.pi * variance).log()).sum(1).mean())
+
+
 def log_density(job: Job, points: Tensor) -> Tensor:
     """The model's log-density at any points, shape (n,), on the CPU; a bound for a VAE.
 

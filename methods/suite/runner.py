@@ -20,7 +20,7 @@ from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
 from bilevel.methods.run import Run, versions
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
-from bilevel.methods.suite.judge import judge
+from bilevel.methods.suite.judge import independent, judge
 from bilevel.methods.suite.learners import Job, make_job, make_table
 from bilevel.methods.suite.trace import Trace
 from bilevel.methods.tables import Table
@@ -148,6 +148,7 @@ def _heading(job: Job, device: str) -> dict[str, Any]:
         "versions": {name: versions()[name] for name in ("bilevel", "torch", "python")},
         "device": versions()["device"] if device != "cpu" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
+        "independent": independent(job),
         "ceiling": None if density is None else -density.entropy,
     }
 

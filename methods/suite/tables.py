@@ -52,6 +52,8 @@ class Group:
         data: short name of the data.
         model: short name of the model.
         rows: one per method, in the order of the records.
+        independent: the test log-likelihood of independent columns, which a model must beat; `None` if
+            unknown (records of old runs).
         ceiling: the negative entropy of the data, no model can be above it; `None` if unknown.
         exact: the mean of exact maximum likelihood, no other way to train this model should be far
             above it; `None` if it was not run.
@@ -61,6 +63,7 @@ class Group:
     data: str
     model: str
     rows: tuple[Row, ...]
+    independent: float | None
     ceiling: float | None
     exact: float | None
     device: str
@@ -99,6 +102,7 @@ def _group(data: str, model: str, methods: Mapping[str, list[Record]]) -> Group:
         data,
         model,
         tuple(_row(name, members) for name, members in methods.items()),
+        next((r["independent"] for r in everything if r.get("independent") is not None), None),
         everything[0]["ceiling"],
         statistics.mean(exact) if exact else None,
         "; ".join(dict.fromkeys(devices)),
@@ -213,12 +217,19 @@ _COLUMNS = (
 
 
 def table(group: Group) -> tuple[list[str], list[list[str]]]:
-    """The head and the lines of a group's table, as text; first what no model can exceed."""
+    """The head and the lines of a table, as text: the independent model, the ceiling, the methods."""
     columns = [c for c in _COLUMNS if any(c.shown(row, group) for row in group.rows)]
     lines = [[column.text(row, group) for column in columns] for row in group.rows]
-    if group.ceiling is not None:
-        top = ["negative entropy of the data", _decimals(group.ceiling)]
-        lines.insert(0, top + [""] * (len(columns) - 2))
+    known = (
+        ("independent columns", group.independent),
+        ("negative entropy of the data", group.ceiling),
+    )
+    top = [
+        [name, _decimals(value)] + [""] * (len(columns) - 2)
+        for name, value in known
+        if value is not None
+    ]
+    lines = top + lines
     return [column.title for column in columns], lines
 
 
