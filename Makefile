@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 CODE := bilevel methods tests $(wildcard examples benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format lint types unit doctest examples docs constraints clean
+.PHONY: help setup demo test format lint types unit doctest examples docs faults constraints clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -70,6 +70,9 @@ examples: $(OK)  ## only the examples and the documents' code, at small size
 
 docs: $(OK)  ## build the site, every warning an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+faults: $(OK)  ## before a release: hundreds of damaged files and signals, some minutes
+	@$(PYTEST) -m faults --capture no tests/test_faults.py
 
 constraints:  ## renew constraints.txt: the newest versions that install together
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \

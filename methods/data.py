@@ -7,6 +7,7 @@ of floats, and models scale a batch at a time; others are float32 in [-1, 1].
 
 import difflib
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,6 +222,8 @@ def open_npz(path: Path) -> np.lib.npyio.NpzFile:
     """
     regular(path)
     try:
+        if zipfile.is_zipfile(path):
+            zipfile.ZipFile(path).close()  # numpy leaves open what zipfile refuses
         file = np.load(path, allow_pickle=False)
     except Exception as error:  # zipfile and numpy raise a dozen kinds
         reason = "it is no archive of arrays" if "pickle" in str(error) else str(error)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -174,9 +175,20 @@ def seen(arguments: list[str], result: Callable[[], Any]) -> Seen:
     """Run a command in this process; whatever it raises is a traceback and passes."""
     note.cache_clear()
     output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), heard(errors):
         status = main(arguments)
     return Seen(status, errors.getvalue(), result() if status == 0 else None)
+
+
+@contextlib.contextmanager
+def heard(stream: io.StringIO) -> Iterator[None]:
+    """What the library logs, as it appears on the screen."""
+    handler, logger = logging.StreamHandler(stream), logging.getLogger("bilevel")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def sampled(world: Path) -> Seen:
@@ -247,7 +259,7 @@ def called(function: Callable[[], Any]) -> Seen:
     """From Python: one exception with a sentence, as on the command line."""
     note.cache_clear()
     errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
+    with heard(errors):
         try:
             result = function()
             return Seen(0, errors.getvalue(), result)
