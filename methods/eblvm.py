@@ -17,6 +17,7 @@ from bilevel.distributed import alone
 from bilevel.methods.config import Training, one_of, refuse_idle, validated
 from bilevel.methods.data import scaled
 from bilevel.methods.fitting import Evaluate, History, fit
+from bilevel.methods.preconditions import begun_with
 from bilevel.methods.records import read_document, write_document
 from bilevel.methods.schemas import Model
 from bilevel.methods.standardising import Units, standardised
@@ -130,7 +131,9 @@ class EBLVM(Problem):
             callbacks: called with every `Step`; one that returns `True` ends the training. With
                 `standardise` they see the model of the standardised rows.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
-            resume: continue the run in that folder from its newest checkpoint, to the bit.
+            resume: continue the run in that folder from its newest checkpoint, to the bit. It keeps its
+                settings; only its end (`num_steps`, the steps in total, `max_seconds`) and what it
+                records beside training may be changed.
             overwrite: replace the run in that folder.
             optimizers: the upper and lower optimizer(s), if not the method's own.
             notes: plain values to keep in the run's `config.json`, such as where the data came from.
@@ -145,10 +148,13 @@ class EBLVM(Problem):
         Raises:
             ValueError: for bad data or settings, before the first step.
             FileExistsError: if `run` already holds a run.
+            CheckpointError: if a run is resumed with settings other than its own.
             DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         """
         levels = 2 if self.variables("lower") else 1
-        training = validated(Training, {**self.training_defaults, **settings}, levels=levels)
+        kept = begun_with(run, evaluated=evaluate is not None) if resume else {}
+        values = {**self.training_defaults, **kept, **settings}
+        training = validated(Training, values, levels=levels)
         usual = validated(Training, self.training_defaults)
         own = optimizers is not None
         refuse_idle(training, settings, usual, levels=levels, own_optimizers=own)

@@ -34,6 +34,7 @@ from bilevel.checkpoint import read_checkpoint
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.methods import best
 from bilevel.methods.config import Training
+from bilevel.methods.preconditions import check, refuse_changes
 from bilevel.methods.run import Run
 from bilevel.optimizers import Optimizers, listed
 from bilevel.sync_batch_norm import synchronise_batch_norm
@@ -52,10 +53,11 @@ class History:
 
     Attributes:
         records: one dict of plain numbers per `log_every` steps.
-        steps: upper steps taken in all.
+        steps: upper steps taken in this call.
         seconds: training time of this call.
         evaluations: one dict of plain numbers per `evaluate_every` steps.
         solver: how the hypergradient was computed.
+        total: upper steps of the run so far, those before it was resumed included.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +65,7 @@ class History:
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     solver: Solver | None = None
+    total: int = 0
 
     @property
     def steps_per_second(self) -> float:
@@ -100,10 +103,12 @@ def fit(
         MemoryError: if memory runs out, with the batch size that would fit.
     """
     solver = model.default_solver() if solver is None else solver
-    _check(data, training, resume, run, evaluate)
+    check(data, training, resume=resume, run=run, evaluated=evaluate is not None)
     folder = Run(run) if run is not None else None
     if folder is not None and is_main():
         folder.claim(resume=resume, overwrite=overwrite)
+        if resume:
+            refuse_changes(folder, training)
     model.probe(model.as_visibles(data[:2]))
     levels = optimizers if optimizers is not None else model.optimizers(training)
     batches = Batches(data, training.batch_size, seed=training.seed, convert=model.as_visibles)
@@ -176,36 +181,6 @@ def describe(model: "EBLVM", training: Training, solver: Solver, data: Tensor) -
     }
 
 
-def _check(
-    data: Tensor,
-    training: Training,
-    resume: bool,
-    run: str | os.PathLike[str] | None,
-    evaluate: Evaluate | None,
-) -> None:
-    refuse_small(data, training)
-    if training.batch_size % (ranks := world_size()):
-        raise ValueError(
-            f"`batch_size` is that of all processes together, and {training.batch_size} cannot be "
-            f"shared out equally among {ranks}; use {max(1, training.batch_size // ranks) * ranks}"
-        )
-    if resume and run is None:
-        raise ValueError("`resume=True` needs the folder of the run: `run=...`")
-    best.check_evaluation(training, evaluated=evaluate is not None, kept=run is not None)
-
-
-def refuse_small(data: Tensor, training: Training) -> None:
-    """Refuse data that do not fill a batch.
-
-    Raises:
-        ValueError: if there are fewer visibles than in a batch.
-    """
-    if len(data) < training.batch_size:
-        raise ValueError(
-            f"`batch_size` is {training.batch_size}, but there are only {len(data)} visibles"
-        )
-
-
 # ---------------------------------------------------------------------- the run
 
 
@@ -258,8 +233,8 @@ def _follow(
     if folder is not None:
         records, evaluations = folder.metrics(), folder.evaluations()
     if step is None or first is None:  # a finished run was resumed
-        return History(records, evaluations=evaluations)
-    return History(records, step.number - first, step.seconds, evaluations)
+        return History(records, evaluations=evaluations, total=training.num_steps)
+    return History(records, step.number - first, step.seconds, evaluations, total=step.number)
 
 
 def _ended(step: Step, training: Training, stopped: bool) -> bool:

@@ -2,8 +2,8 @@
 
 from bilevel.cli.progress import duration
 from bilevel.cli.running import Plan
-from bilevel.methods.fitting import refuse_small
 from bilevel.methods.footprint import Footprint, amount, available, footprint, largest_batch
+from bilevel.methods.preconditions import refuse_small
 
 _SPEEDS = (
     0.1,
