@@ -192,7 +192,7 @@ _COUNTERS = ("last_epoch", "T_cur", "T_i")
 
 
 def settings_of(
-    optimizers: Mapping[Any, Sequence[Optimizer]], schedulers: Mapping[str, Sequence[Scheduler]]
+    optimizers: Mapping[str, Sequence[Optimizer]], schedulers: Mapping[str, Sequence[Scheduler]]
 ) -> dict[str, str]:
     """The settings of optimizers and schedulers as they are given to a run, by name.
 

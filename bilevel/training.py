@@ -149,13 +149,11 @@ def train(
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
-    schedulers = {
-        "upper": schedulers_of("upper_scheduler", upper_scheduler, optimizers["upper"]),
-        "lower": schedulers_of("lower_scheduler", lower_scheduler, optimizers["lower"]),
-    }
+    given = {"upper": upper_scheduler, "lower": lower_scheduler}
+    schedulers = {n: schedulers_of(f"{n}_scheduler", s, optimizers[n]) for n, s in given.items()}
     state = State(
         problem,
-        {str(level): group for level, group in optimizers.items()},
+        optimizers,
         schedulers,
         sources_of(data, upper_data, batch_size, seed),
         torch.Generator(problem.device).manual_seed(seed),
@@ -178,16 +176,14 @@ def train(
     agree(problem)
     if resume is not None:
         _continue(state, resume, num_steps)
-    first = order == "upper_first"
-    turn = Turn(
-        state, solver, lower_steps, first, clip_upper, clip_lower, throw, compile, precision
-    )
+    settings = (order == "upper_first", clip_upper, clip_lower, throw, compile, precision)
+    turn = Turn(state, solver, lower_steps, *settings)
     return _loop(turn, num_steps, check_every, seed)
 
 
 def _owned(
     problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
-) -> dict[Level, list[torch.optim.Optimizer]]:
+) -> dict[str, list[torch.optim.Optimizer]]:
     """The optimizers of both levels, if solver and problem can do with them."""
     refuse_no_problem(problem)
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
@@ -207,7 +203,7 @@ def _owned(
         )
     for level, group in optimizers.items():
         check_optimizers(problem, level, group)
-    return optimizers
+    return {str(level): group for level, group in optimizers.items()}
 
 
 def _continue(state: State, resume: Any, num_steps: int) -> None:
@@ -226,7 +222,7 @@ def _continue(state: State, resume: Any, num_steps: int) -> None:
 def _configuration(
     problem: Problem,
     solver: Solver,
-    optimizers: Mapping[Level, Sequence[torch.optim.Optimizer]],
+    optimizers: Mapping[str, Sequence[torch.optim.Optimizer]],
     schedulers: Mapping[str, Sequence[Scheduler]],
     **settings: Any,
 ) -> dict[str, str]:
