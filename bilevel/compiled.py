@@ -15,6 +15,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
 
 import numpy as np
@@ -43,18 +44,25 @@ class _Key(NamedTuple):
     structure: Any
     tensors: tuple[Any, ...]
     others: tuple[Any, ...]
-    variables: tuple[Any, ...]
     settings: Any
     modes: tuple[Any, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Graph:
-    """A compiled graph, what it takes for granted, and its answer."""
+    """A compiled graph, what it takes for granted, and its answer.
+
+    Attributes:
+        named: how many of its tensors are parameters and buffers, which the guard knows.
+        held: which objects the optimizers kept when it was last bound to the tensors.
+        memory: where the tensors lie that it writes: an argument must not lie there.
+    """
 
     key: _Key
     guard: Guard
     lowered: Lowered
+    named: int
+    held: list[int]
     memory: frozenset[int]
     answer: list[Any]
     structure: Any
@@ -77,7 +85,6 @@ class Compiled(Generic[P, R]):
         self._problem = state.problem
         self._optimizers = [o for group in state.optimizers.values() for o in group]
         self._settings = Settings(self._optimizers, state.problem.device)
-        self._parameters = list(state.problem.parameters())
         self._graphs: list[_Graph] = []
         self._said = said
         self._refused = self._full = False
@@ -127,28 +134,34 @@ class Compiled(Generic[P, R]):
             structure,
             tuple(_signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
             tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
-            tuple((p.requires_grad, *map(id, p._backward_hooks or ())) for p in self._parameters),
             self._settings.fixed(),
             _modes(self._problem.device.type),
         )
 
     def _bound(self, graph: _Graph, leaves: list[Any]) -> _Graph:
         """The graph, reading and writing the tensors as they are now."""
+        if graph.held == self._held() and graph.lowered.in_place(graph.named):
+            return graph
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        aliases = graph.lowered.aliases
+        for optimizer in self._optimizers:
+            begin(optimizer)
         if not graph.lowered.follow(self._live(), arguments):
-            for optimizer in self._optimizers:
-                begin(optimizer)
-            if not graph.lowered.follow(self._live(), arguments):
-                self._graphs.remove(graph)
-                return self._compile(graph.key, leaves)
-        if graph.lowered.aliases is not aliases:
-            graph.memory = _memory(graph.lowered)
+            self._graphs.remove(graph)
+            return self._compile(graph.key, leaves)
+        graph.held, graph.memory = self._held(), _memory(graph.lowered)
         return graph
+
+    def _named(self) -> list[Tensor]:
+        return [*self._problem.parameters(), *self._problem.buffers()]
+
+    def _held(self) -> list[int]:
+        """What the optimizers keep, by identity: quicker to look at than the tensors."""
+        states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
+        return [*map(id, chain.from_iterable([s.values() for s in states]))]
 
     def _live(self) -> list[Tensor]:
         """The tensors that a step reads and writes beside its arguments."""
-        live = [*self._parameters, *self._problem.buffers()]
+        live = self._named()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -159,7 +172,6 @@ class Compiled(Generic[P, R]):
     def _compile(self, key: _Key, leaves: list[Any]) -> _Graph:
         for optimizer in self._optimizers:
             begin(optimizer)
-        self._parameters = list(self._problem.parameters())
         found: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -176,7 +188,8 @@ class Compiled(Generic[P, R]):
                 lowered = lower(flat, arguments, self._live(), self._problem.device)
         guard = Guard(self._problem, reads)
         memory = _memory(lowered)
-        graph = _Graph(key, guard, lowered, memory, found["answer"], found["structure"])
+        named, answer, answered = len(self._named()), found["answer"], found["structure"]
+        graph = _Graph(key, guard, lowered, named, self._held(), memory, answer, answered)
         self._graphs.append(graph)
         return graph
 
@@ -271,7 +284,6 @@ def _modes(device: str) -> tuple[Any, ...]:
 
 
 def _memory(lowered: Lowered) -> frozenset[int]:
-    """Where the tensors lie that a graph writes: an argument must not lie there."""
     return frozenset(t.untyped_storage().data_ptr() for t in lowered.aliases)
 
 

@@ -251,6 +251,8 @@ class Guard:
             d for m in problem.modules() for d in (m._modules, m._parameters, m._buffers)
         ]
         self._members = self._found()
+        self._parameters = list(problem.parameters())
+        self._variables = self._flags()
         self._kept = list(chain.from_iterable(d.values() for d in self._dicts))
         attributes, self._places = reads.lasting()
         simple: dict[int, tuple[nn.Module, list[str]]] = {}
@@ -270,6 +272,7 @@ class Guard:
             return (
                 [get(module) for module, get, _ in self._plain] == self._values
                 and self._found() == self._members
+                and self._flags() == self._variables
                 and all(frozen(get()) == was for get, _, was in self._places)
             )
         except Exception:  # an attribute is gone, a comparison is not a truth value
@@ -284,7 +287,12 @@ class Guard:
         for get, name, was in self._places:
             if frozen(get()) != was:
                 return f"`{name}`"
+        if self._flags() != self._variables:
+            return "which variables require grad"
         return "a module, parameter or buffer"
+
+    def _flags(self) -> list[Any]:
+        return [(p.requires_grad, *(p._backward_hooks or ())) for p in self._parameters]
 
     def _found(self) -> list[int]:
         return [*map(id, chain.from_iterable([d.values() for d in self._dicts]))]

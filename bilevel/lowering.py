@@ -9,6 +9,7 @@ named ones; those that lie on another device, or whose values Python has taken, 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,12 @@ class Lowered:
     def stale(self) -> bool:
         """Whether a constant was written to."""
         return any(tensor._version != version for tensor, version in self.constants)
+
+    def in_place(self, count: int) -> bool:
+        """Whether the first `count` live tensors, and those found, lie where they did."""
+        now = chain(self.live[:count], self.extra)
+        before = chain(self.aliases[:count], self.aliases[len(self.live) :])
+        return all(map(Tensor.is_set_to, now, before))
 
     def follow(self, live: Sequence[Tensor], arguments: Sequence[Tensor]) -> bool:
         """Read and write these tensors from now on, if they are like those before.

@@ -92,6 +92,7 @@ def test_sharing_changes_no_variable_and_saves_forward_passes() -> None:
     assert sharing.forwards == rehearsal + 1 + 4 * (1 + 2)  # what is shared is looked at, too
 
 
+@pytest.mark.usefixtures("traced_only")
 def test_a_shared_computation_is_compiled_with_both_steps() -> None:
     assert_same_parameters(run(Plain()), run(Sharing(), compile=True))
 
