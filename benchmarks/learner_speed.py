@@ -71,6 +71,8 @@ class Entry:
     plain: Callable[[], Plain]
     solver: Solver = Alternating()  # noqa: RUF009 - frozen
     binary: bool = False
+    rate: float = 1e-3
+    lower_steps: int | None = None  # the method's own
 
     def data(self) -> Tensor:
         """Training data; their values do not matter."""
@@ -131,13 +133,18 @@ ENTRIES = (
         lambda: AdvIL(RBM(64, 15)),
         lambda: Adversarial(binary()),
         binary=True,
+        rate=3e-4,
+        lower_steps=100,
     ),
 )
 
 
 def loop(entry: Entry, learner: EBLVM, data: Tensor, *, compiled: bool) -> Iterator[Step]:
     """The steps of `learner.fit`, as an iterator."""
-    settings = Training(**learner.training_defaults)
+    given = {"upper_lr": entry.rate, "lower_lr": entry.rate}
+    if entry.lower_steps is not None:
+        given["lower_steps"] = entry.lower_steps
+    settings = Training(**{**learner.training_defaults, **given})
     upper, lower = learner.optimizers(settings)
     two_levels = bool(learner.variables("lower"))
 

@@ -64,7 +64,9 @@ class AdvIL(ModelLearner):
     r"""Adversarial variational inference and learning of a Boltzmann machine or another energy.
 
     One upper step moves the energy; of the `lower_steps` that follow, all move the sampler and the
-    first moves the encoder, too (the paper's 1 : 100 : 1).
+    first moves the encoder, too. The default settings are for a small machine and a minute or two. The
+    paper's are 1 : 100 : 1 steps, 100,000 times, batches of 500 and rates of 3e-4: `fit(...,
+    num_steps=100_000, batch_size=500, upper_lr=3e-4, lower_lr=3e-4, lower_steps=100)`.
 
     Args:
         model: a machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`), or any module (v, h) -> (n,).
@@ -98,12 +100,12 @@ class AdvIL(ModelLearner):
 
     training_defaults: ClassVar[dict[str, Any]] = {
         **ModelLearner.training_defaults,
-        "num_steps": 100_000,
-        "batch_size": 500,
-        "upper_lr": 3e-4,
-        "lower_lr": 3e-4,
+        "num_steps": 3000,
+        "batch_size": 100,
+        "upper_lr": 5e-3,
+        "lower_lr": 5e-3,
         "betas": (0.5, 0.999),
-        "lower_steps": 100,
+        "lower_steps": 5,
         "order": "upper_first",
         "log_every": 100,
         "checkpoint_every": 1000,

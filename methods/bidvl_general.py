@@ -140,8 +140,8 @@ class GeneralBiDVL(EBLVM):
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {
-        "upper_lr": 1e-3,
-        "lower_lr": 1e-3,
+        "upper_lr": 5e-3,
+        "lower_lr": 5e-3,
         "betas": (0.5, 0.999),
         "lower_weight_decay": 0.0,
         "decay": 1.0,
