@@ -379,8 +379,8 @@ def test_11_lower_steps_share_the_images_and_have_their_own_noise(
     monkeypatch.setattr(ScoreLearner, "lower_loss", spy)
     made = small(method, sigma_range=(1e-3, 1e-3))
     made.fit(images(8), num_steps=1, batch_size=4)
-    assert len(seen) == 1 + 5  # the rehearsal, and K of `training_defaults`
-    for one, other in itertools.combinations(seen[1:], 2):
+    assert len(seen) == 2 + 5  # the rehearsal, twice, and K of `training_defaults`
+    for one, other in itertools.combinations(seen[2:], 2):
         assert not torch.equal(one.visible, other.visible)
         assert (one.visible - other.visible).abs().max() < 0.02
         assert not torch.equal(one.latent, other.latent)
