@@ -26,7 +26,8 @@ from bilevel.references import reached, refuse_overlaps, tensors
 from bilevel.substitution import undisturbed
 from bilevel.tree import Tree, norm
 
-_examined: MutableMapping[Problem, set[Level]] = weakref.WeakKeyDictionary()
+# the upper variables that each loss does not use, for the losses looked at
+_examined: MutableMapping[Problem, dict[Level, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
 @torch.enable_grad()
@@ -47,14 +48,20 @@ def examine(oracles: Oracles, levels: Sequence[Level], *, whole: bool) -> list[L
     if any(isinstance(p, FakeTensor) for p in oracles.problem.parameters()):
         return []  # costs are being counted: nothing has values
     with undisturbed():
-        done = _examined.setdefault(oracles.problem, set())
+        done = _examined.setdefault(oracles.problem, {})
         if not done:
             refuse_overlaps(oracles.problem)
         new = [level for level in levels if level not in done]
         for level in new:
-            _Examination(oracles, level, whole).run()
-            done.add(level)
+            examination = _Examination(oracles, level, whole)
+            examination.run()
+            done[level] = examination.unused()
     return new
+
+
+def unused(problem: Problem, level: Level) -> frozenset[str]:
+    """The upper variables that a loss did not use when it was examined; empty if it was not."""
+    return _examined.get(problem, {}).get(level, frozenset())
 
 
 def refuse_shared_upper(oracles: Oracles) -> None:
@@ -122,6 +129,7 @@ class _Examination:
         # half the digits; a sum of atomic additions on a GPU loses some of the others
         self.tolerance = half**0.5
         self.digits = 100 * half
+        self._missing: list[Tensor] = []
 
     def run(self) -> None:
         """Compare, and say what is wrong.
@@ -245,7 +253,14 @@ class _Examination:
                 f"{self.who} uses `checkpoint(use_reentrant=True)`, which works with `.backward()` "
                 "only; give it `use_reentrant=False`"
             ) from error
+        self._missing = [p for p, g in zip(self.wanted, found, strict=True) if g is None]
         return _Trial(loss.detach().double(), fill(found, leaves))
+
+    def unused(self) -> frozenset[str]:
+        """The names of the upper variables without a gradient in the last trial."""
+        missing = {id(p) for p in self._missing}
+        upper = self.oracles.wiring.variables("upper")
+        return frozenset(name for name, p in upper.items() if id(p) in missing)
 
     @contextlib.contextmanager
     def _garbage(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from bilevel.oracles import Oracles, usable_precision
 from bilevel.problem import Level
 from bilevel.purity import examine, refuse_shared_upper
 from bilevel.references import refuse_graphs
+from bilevel.remarks import remark
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
 from bilevel.tracing import tracing
@@ -68,6 +69,7 @@ class Turn:
         usable_precision(self.precision)
         self._one_source = "upper_data" not in self.state.sources
         self._wiring = Wiring(self.state.problem)
+        self._remarked = False
         self._move_lower, self._move_upper = self._lower_step, self._upper_step
         self._move_both = self._both_steps
         self._fused = all(o.defaults.get("fused") for o in self.state.optimizers["upper"])
@@ -129,6 +131,9 @@ class Turn:
         else:
             self._lower()
             hypergradient = self._upper()
+        if not self._remarked:
+            remark(hypergradient, self.solver, stacklevel=4)  # the caller of `next`
+            self._remarked = True
         for schedulers in self.state.schedulers.values():
             for scheduler in schedulers:
                 scheduler.step()

@@ -26,7 +26,7 @@ from bilevel.errors import HypergradientError, Result
 from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
-from bilevel.purity import examine
+from bilevel.purity import examine, unused
 from bilevel.references import refuse_graphs
 from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
@@ -44,6 +44,8 @@ class Stats:
         linear_residual: relative residual of the linear solve.
         negative_curvature: whether the linear solver met negative curvature.
         num_products: number of Hessian-vector products, or of differentiated lower steps.
+        unreached: names of the upper variables that no loss uses (with `Alternating`, that the upper
+            loss does not use), so that their exact 0 is no derivative.
     """
 
     direct_norm: Tensor
@@ -52,6 +54,7 @@ class Stats:
     linear_residual: Tensor | None = None
     negative_curvature: bool = False
     num_products: int = 0
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,11 +257,20 @@ class Solver(ABC):
                 linear_residual=product.linear_residual,
                 negative_curvature=product.negative_curvature,
                 num_products=product.num_products,
+                unreached=_unreached(oracles, found[: len(upper)], response.vjp is not None),
             ),
             state=product.state,
             logs=evaluation.logs,
             buffers=evaluation.buffers,
         )
+
+
+def _unreached(
+    oracles: Oracles, direct: Sequence[Tensor | None], through_lower: bool
+) -> tuple[str, ...]:
+    """The upper variables that the upper loss does not use, nor the lower loss if that counts."""
+    names = [name for name, g in zip(oracles.upper, direct, strict=True) if g is None]
+    return tuple(n for n in names if not through_lower or n in unused(oracles.problem, "lower"))
 
 
 def _explain(solver: Solver, answer: Hypergradient) -> str:

@@ -1,0 +1,46 @@
+"""What `train` says once, after the first hypergradient, about upper variables that do not move."""
+
+import warnings
+
+import torch
+
+from bilevel.distributed import is_main
+from bilevel.solvers import Alternating, Hypergradient, Solver
+
+_CAUSES = (
+    "look for a `.detach()`, a `float(...)` or `.item()`, or a `torch.no_grad()` between it and the "
+    "losses, or for noise that it scales in `draw` instead of in a loss"
+)
+
+
+def remark(hypergradient: Hypergradient, solver: Solver, *, stacklevel: int) -> None:
+    """Warn of a first hypergradient that is exactly zero, as a whole or where no loss uses a variable.
+
+    It looks at numbers, so it waits for the device.
+
+    Args:
+        hypergradient: the first one of a run.
+        solver: the solver it comes from.
+        stacklevel: as in `warnings.warn`.
+    """
+    grad = hypergradient.grad
+    zero = {name for name, g in grad.items() if not torch.any(g != 0)}
+    still = [name for name in hypergradient.stats.unreached if name in zero]
+    if not is_main() or not (still or (zero and len(zero) == len(grad))):
+        return
+    names = ", ".join(f"`{name}`" for name in still[:3]) + (", ..." if len(still) > 3 else "")
+    alternating = isinstance(solver, Alternating)
+    if still and alternating:
+        text = (
+            f"the upper loss does not depend on {names}, and `Alternating()` (the default solver) drops "
+            "what comes through the lower level: it never moves. Use `solver=Implicit()` or "
+            f"`Unrolled(...)` if it acts through the lower level; if not, {_CAUSES}"
+        )
+    elif still:
+        text = f"neither loss depends on {names}, so it never moves: {_CAUSES}"
+    else:
+        text = (
+            "the first hypergradient is exactly 0 in all upper variables; if they are not at an "
+            f"optimum, {_CAUSES}"
+        )
+    warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
