@@ -1,5 +1,6 @@
 """Dense direct solve: materialise the operator and factorise it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,7 @@ def _is_symmetric(matrix: Tensor) -> bool:
 def _rounding(rhs: Tensor) -> float:
     """What n roundings leave of a number that is 0 exactly, relative to what it was before."""
     eps: float = torch.finfo(rhs.dtype).eps
-    return 2 * eps * len(rhs) ** 0.5
+    return 2 * eps * math.sqrt(len(rhs))
 
 
 def _symmetric(matrix: Tensor, rhs: Tensor, goal: float) -> tuple[Tensor, Result | None]:

@@ -1,10 +1,11 @@
 """Differentiable twins of the lower level's optimizer, for `Unrolled`."""
 
-from bilevel.twins.base import Gradients, Twin, clip
-from bilevel.twins.functional import TransformationTwin, as_transformation, describe
+from bilevel.twins.base import NOT_LEARNED, Gradients, Twin, clip
+from bilevel.twins.functional import TransformationTwin, as_transformation, describe, refuse_learned
 from bilevel.twins.running import RunningTwin, rule_of
 
 __all__ = [
+    "NOT_LEARNED",
     "Gradients",
     "RunningTwin",
     "TransformationTwin",
@@ -12,5 +13,6 @@ __all__ = [
     "as_transformation",
     "clip",
     "describe",
+    "refuse_learned",
     "rule_of",
 ]

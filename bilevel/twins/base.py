@@ -12,6 +12,12 @@ from bilevel.tree import Tree
 
 Gradients = dict[str, Tensor | None]
 
+NOT_LEARNED = (
+    "learned settings of the lower optimizer are not supported, no gradient would come back. Give a "
+    "number (`float(...)`), or enter what is to be learned through the lower loss: a factor in it "
+    "scales a rate of plain gradient descent"
+)
+
 
 class Twin(ABC):
     """An optimizer step `(points, gradients, state) -> (points, state)` that writes nothing.

@@ -1,7 +1,8 @@
 """The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
 
 import inspect
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from types import FunctionType
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.tree import Tree
-from bilevel.twins.base import Gradients, Twin, clip, moved, safe_sqrt
+from bilevel.twins.base import NOT_LEARNED, Gradients, Twin, clip, moved, safe_sqrt
 
 
 @runtime_checkable
@@ -99,6 +100,12 @@ def as_transformation(optimizer: Any) -> Transformation:
             "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)`, got "
             f"{optimizer!r}"
         )
+    if _dampened(optimizer.update):
+        raise ValueError(
+            "torchopt's `sgd(dampening=...)` keeps outside its state whether it was called before, so "
+            "its first step differs from one hypergradient to the next; leave `dampening` out, or "
+            "unroll a running `torch.optim.SGD`"
+        )
     differentiable = _with_differentiable_clip(optimizer)
     if _holds_clip(differentiable.update):
         raise ValueError(
@@ -142,6 +149,67 @@ def _holds_clip(function: Any) -> bool:
     if function.__module__ == "torchopt.clip":
         return True
     return any(_holds_clip(cell.cell_contents) for cell in function.__closure__ or ())
+
+
+def _closed(function: FunctionType) -> dict[str, Any]:
+    """What a function closes over, by name."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a cell that is not filled yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _dampened(function: Any) -> bool:
+    if isinstance(function, (list, tuple)):
+        return any(_dampened(entry) for entry in function)
+    if not isinstance(function, FunctionType):
+        return False
+    closed = _closed(function)
+    if "first_call" in closed and closed.get("dampening"):
+        return True
+    return any(_dampened(value) for value in closed.values())
+
+
+def refuse_learned(transformation: Transformation) -> None:
+    """Refuse a transformation with a setting to be learned, also inside a schedule.
+
+    A step at constants that has a graph got it from such a setting.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    probe = {"y": torch.ones(1)}
+    with torch.enable_grad():
+        try:
+            state = transformation.init(dict(probe))
+            updates, _ = transformation.update(probe, state, params=probe, inplace=False)
+        except Exception:  # it wants particular variables; the steps themselves will tell
+            updates = {}
+    named = _learned(transformation.update)
+    if named or any(isinstance(u, Tensor) and u.requires_grad for u in updates.values()):
+        raise ValueError(
+            f"`{named[0] if named else 'a setting'}` of the transformation that `Unrolled` is to "
+            f"unroll is a tensor that requires grad; {NOT_LEARNED}"
+        )
+
+
+def _learned(function: Any, seen: set[int] | None = None) -> list[str]:
+    """Names under which functions close over tensors that require grad."""
+    seen = set() if seen is None else seen
+    if id(function) in seen:
+        return []
+    seen.add(id(function))
+    if isinstance(function, (list, tuple)):
+        return [name for entry in function for name in _learned(entry, seen)]
+    values: dict[str, Any] = {}
+    if isinstance(function, partial):
+        positional = {str(i): value for i, value in enumerate(function.args)}
+        values = {**positional, **function.keywords, "func": function.func}
+    elif isinstance(function, FunctionType):
+        values = _closed(function)
+    found = [n for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
+    return found + [name for value in values.values() for name in _learned(value, seen)]
 
 
 def describe(transformation: Transformation) -> str:

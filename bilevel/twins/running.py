@@ -148,12 +148,12 @@ def _by_step(members: list[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
     """
     if tracing():
         return [[p] for p in members]
-    groups: dict[tuple[float, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[float, bool, torch.dtype], list[Tensor]] = {}
     for p in members:
         step = optimizer.state.get(p, {}).get("step")
         momentum = optimizer.state.get(p, {}).get("momentum_buffer") is not None
         count = float(momentum) if step is None else float(step)
-        groups.setdefault((count, p.dtype), []).append(p)
+        groups.setdefault((count, step is None, p.dtype), []).append(p)
     return list(groups.values())
 
 

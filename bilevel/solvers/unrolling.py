@@ -1,0 +1,286 @@
+"""One unrolling of `Unrolled`: the steps of a twin, and their products in each mode."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import optree
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bilevel.autodiff import vector_jacobian_product
+from bilevel.distributed import average
+from bilevel.oracles import Oracles
+from bilevel.problem import Problem
+from bilevel.solvers.base import Response, ResponseProduct
+from bilevel.tracing import tracing
+from bilevel.tree import Tree, norm
+from bilevel.twins import (
+    Gradients,
+    RunningTwin,
+    TransformationTwin,
+    Twin,
+    as_transformation,
+    clip,
+)
+
+if TYPE_CHECKING:
+    from bilevel.solvers.unrolled import Unrolled
+
+_VERIFIED_STEPS = 3
+# settings whose forward mode was compared with reverse mode, for each problem
+_VERIFIED: WeakKeyDictionary[Problem, set[tuple[str, int]]] = WeakKeyDictionary()
+
+
+class Unrolling:
+    """One unrolling: the iterates of a twin at the oracles' upper variables."""
+
+    def __init__(
+        self, settings: "Unrolled", oracles: Oracles, running: list[torch.optim.Optimizer]
+    ) -> None:
+        self.settings = settings
+        self.oracles = oracles
+        self.running = running
+        self.upper = oracles.upper
+        self.one_batch = len(oracles.lower_batches) == 1
+        self.used: set[str] = (
+            set()
+        )  # variables that the lower loss uses; the optimizer skips others
+
+    def run(self) -> Response:
+        steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
+        first = steps - (self.settings.truncate or steps)
+        lower = self.oracles.lower
+        grads = self._gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
+        self.twin = self._make_twin(lower)
+        points = self.twin.pack(lower)
+        state = self.twin.start(points)
+        saved = []
+        for t in range(steps):
+            graph = reverse and t >= first
+            if t <= first or not reverse:
+                points = [p.detach().requires_grad_() for p in points]
+                state = _map_moments(Tensor.detach, state)
+            if t == first or (t > first and self.settings.mode == "recompute"):
+                saved.append((t, points, state))
+            if t > 0:
+                at = self.twin.unpack(points)
+                grads = self._gradients(self.upper, at, t, create_graph=graph)
+            with torch.set_grad_enabled(graph):
+                points, state = self.twin.step(points, self._clipped(grads), state)
+        residual = norm([g.detach() for g in grads.values() if g is not None])
+        if reverse:
+            vjp = self._reverse(points)
+        else:
+            vjp = (self._recompute if self.settings.mode == "recompute" else self._forward)(saved)
+        return Response(self.twin.unpack(points), vjp, residual)
+
+    def _make_twin(self, lower: Tree) -> Twin:
+        if self.settings.optimizer is not None:
+            return TransformationTwin(as_transformation(self.settings.optimizer), lower, self.used)
+        return RunningTwin(self.running, self.oracles.wiring.variables("lower"), lower, self.used)
+
+    def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
+        index = 0 if self.one_batch else t
+        # variables that no optimizer moves are constants, yet must be differentiable like the rest;
+        # each step at a leaf of its own: earlier steps' gradients depend on theirs
+        lower = {n: y if y.requires_grad else y.detach().requires_grad_() for n, y in lower.items()}
+        _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
+        found = {name for name, g in grads.items() if g is not None}
+        self.used = self.used or found
+        if late := sorted(found - self.used):
+            raise ValueError(
+                f"`Unrolled`: the lower loss uses `{late[0]}` in a later unrolled step but not in the "
+                "first; make the loss use the same variables in every step"
+            )
+        return grads
+
+    def _step(
+        self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
+    ) -> tuple[list[Tensor], Any]:
+        """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
+        grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
+        return self.twin.step(points, self._clipped(grads), state)
+
+    def _clipped(self, gradients: Gradients) -> Gradients:
+        most = self.settings.max_grad_norm
+        return gradients if most is None else clip(gradients, most)
+
+    def _reverse(self, points: list[Tensor]) -> Callable[[Tree], ResponseProduct]:
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            upper, target = list(self.upper.values()), self.twin.pack(cotangent)
+            product = vector_jacobian_product(points, upper, target)
+            return self._product(product)
+
+        return vjp
+
+    def _recompute(
+        self, saved: list[tuple[int, list[Tensor], Any]]
+    ) -> Callable[[Tree], ResponseProduct]:
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            return self._product(self._adjoint(saved, self.twin.pack(cotangent)))
+
+        return vjp
+
+    def _adjoint(
+        self, saved: list[tuple[int, list[Tensor], Any]], adjoint: list[Tensor]
+    ) -> list[Tensor]:
+        """The product of the saved steps' transposed Jacobian in x with a vector of points."""
+        upper = list(self.upper.values())
+        total = [torch.zeros_like(x) for x in upper]
+        for t, points, state in reversed(saved):
+            grads = self._pull_back(t, points, state, adjoint)
+            total = [a + g for a, g in zip(total, grads, strict=False)]
+            adjoint = grads[len(upper) :]
+        return total
+
+    def _pull_back(
+        self, t: int, points: list[Tensor], state: Any, adjoint: list[Tensor]
+    ) -> list[Tensor]:
+        """The adjoint of step t in (x, y, s); the step's graph ends with this call."""
+        points = [p.detach().requires_grad_() for p in points]
+        state = _map_moments(lambda s: s.detach().requires_grad_(), state)
+        after, next_state = self._step(self.upper, points, state, t, create_graph=True)
+        outputs = [*after, *_moments(next_state)]
+        # after the last step nothing depends on the optimizer's state
+        adjoint = adjoint + [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
+        inputs = [*self.upper.values(), *points, *_moments(state)]
+        return vector_jacobian_product(outputs, inputs, adjoint)
+
+    def _forward(
+        self, saved: list[tuple[int, list[Tensor], Any]]
+    ) -> Callable[[Tree], ResponseProduct]:
+        def vjp(cotangent: Tree) -> ResponseProduct:
+            target, last = self.twin.pack(cotangent), self.settings.num_steps
+            # flat: `zeros_like` would take over the strides of a transposed variable
+            product = {name: x.new_zeros(x.numel()) for name, x in self.upper.items()}
+            self._verify(saved[0])
+            for name, x in self.upper.items():
+                for i in range(x.numel()):
+                    direction = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
+                    direction[i] = 1
+                    tangents = self._tangents(saved[0], {name: direction.view(x.shape)}, last)
+                    product[name][i] = _inner(tangents, target)
+            return self._product([product[n].view(x.shape) for n, x in self.upper.items()])
+
+        return vjp
+
+    def _verify(self, saved: tuple[int, list[Tensor], Any]) -> None:
+        """Compare forward mode with reverse mode, <v, J d> = <J^T v, d>, once per problem.
+
+        torch has operations (and scripted and compiled modules have more) whose backward pass ignores
+        tangents without a word. A few steps show that: in the first, x moves, in the next y and the
+        optimizer's state.
+        """
+        done = _VERIFIED.setdefault(self.oracles.problem, set())
+        key = repr(self.settings), len(self.upper)
+        if key in done or tracing():
+            return
+        first, points, state = saved
+        last = min(first + _VERIFIED_STEPS, self.settings.num_steps)
+        generator = torch.Generator().manual_seed(0)
+        target = [_random(p, generator) for p in points]
+        steps = [saved]
+        for t in range(first, last):
+            points = [p.detach().requires_grad_() for p in points]
+            after, state = self._step(self.upper, points, state, t, create_graph=False)
+            points, state = [p.detach() for p in after], _map_moments(Tensor.detach, state)
+            steps.append((t + 1, points, state))
+        try:
+            product = self._adjoint(steps[:-1], target)
+        except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
+            return
+        for (name, x), reverse in zip(self.upper.items(), product, strict=True):
+            direction = _random(x, generator)
+            tangents = self._tangents(saved, {name: direction}, last)
+            one, other = _inner(tangents, target), _inner([reverse], [direction])
+            size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
+            size = size + _inner([reverse.abs()], [direction.abs()])
+            if bool((one - other).abs() > size * self._precision() ** 0.4):
+                raise ValueError(
+                    f"`{self.settings}`: torch's forward mode gives another derivative of this lower "
+                    f"loss in `{name}` than its reverse mode ({float(one):.3g} and {float(other):.3g} "
+                    'along one direction); use `mode="recompute"`'
+                )
+        done.add(key)
+
+    def _precision(self) -> float:
+        dtypes = [v.dtype for v in (*self.upper.values(), *self.oracles.lower.values())]
+        dtypes += [self.oracles.precision] if self.oracles.precision else []
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def _tangents(
+        self, saved: tuple[int, list[Tensor], Any], directions: Tree, last: int
+    ) -> list[Tensor]:
+        """d(points before step `last`) along directions of upper variables."""
+        try:
+            return self._push_forward(saved, directions, last)
+        except (NotImplementedError, RuntimeError) as error:  # e.g. `F.mse_loss`
+            raise RuntimeError(
+                "torch cannot differentiate this lower loss in forward mode "
+                f"({str(error).splitlines()[0]}); use `mode='recompute'`"
+            ) from error
+
+    def _push_forward(
+        self, saved: tuple[int, list[Tensor], Any], directions: Tree, last: int
+    ) -> list[Tensor]:
+        first, points, state = saved
+        tangents: list[Tensor | None] = [None] * (len(points) + len(_moments(state)))
+        for t in range(first, last):
+            with forward_ad.dual_level():  # a level keeps its tangents, so one for each step
+                upper = {
+                    n: _dual(x.detach().requires_grad_(), directions.get(n))
+                    for n, x in self.upper.items()
+                }
+                carried = iter(tangents)
+                points = [_dual(p.detach().requires_grad_(), next(carried)) for p in points]
+                duals = [_dual(s, next(carried)) for s in _moments(state)]
+                state = _replace_moments(state, duals)
+                # with its graph: torch's backward of a determinant (or a solve, a product) uses what
+                # the forward pass saved, without tangents, unless it is to be differentiated itself
+                points, state = self._step(upper, points, state, t, create_graph=True)
+                pairs = [forward_ad.unpack_dual(d) for d in (*points, *_moments(state))]
+                tangents = [None if d is None else d.detach() for _, d in pairs]
+                points = [p.detach() for p, _ in pairs[: len(points)]]
+                state = _replace_moments(state, [p.detach() for p, _ in pairs[len(points) :]])
+        final = zip(tangents, points, strict=False)
+        return [torch.zeros_like(p) if d is None else d for d, p in final]
+
+    def _product(self, product: list[Tensor]) -> ResponseProduct:
+        steps = self.settings.truncate or self.settings.num_steps
+        # the cotangents that the ranks sent back differ, their average is the adjoint
+        product = average(product)
+        return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _dual(tensor: Tensor, tangent: Tensor | None) -> Tensor:
+    dual: Tensor = tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
+    return dual
+
+
+def _is_moment(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _moments(state: Any) -> list[Tensor]:
+    """The floating-point tensors of an optimizer state, in a fixed order."""
+    leaves: list[Any] = optree.tree_leaves(state)
+    return [leaf for leaf in leaves if _is_moment(leaf)]
+
+
+def _map_moments(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    return optree.tree_map(lambda s: function(s) if _is_moment(s) else s, state)
+
+
+def _replace_moments(state: Any, moments: list[Tensor]) -> Any:
+    new = iter(moments)
+    return _map_moments(lambda _: next(new), state)
