@@ -49,6 +49,7 @@ class Unrolling:
         )  # variables that the lower loss uses; the optimizer skips others
 
     def run(self) -> Response:
+        """Take the steps; the answer and its vector-Jacobian product."""
         steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
         first = steps - (self.settings.truncate or steps)
         lower = self.oracles.lower
