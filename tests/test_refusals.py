@@ -68,6 +68,8 @@ def test_a_single_level_is_for_alternating(solver: Solver) -> None:
     sgd = torch.optim.SGD(problem.upper.parameters(), 0.1)
     with pytest.raises(ValueError, match="`lower_optimizer` holds none of the lower variables"):
         start(problem, upper_optimizer=sgd, lower_optimizer=torch.optim.SGD([normal(2)], 0.1))
+    with torch.no_grad():
+        problem.upper.x.add_(1)  # away from the optimum, where the gradient is exactly 0
     *_, last = train(problem, upper_optimizer=sgd, num_steps=100, lower_steps=0)
     assert float(last.upper_loss) < 1e-12
 
