@@ -299,3 +299,29 @@ def test_settings_out_of_range(make: Any, name: str) -> None:
 def test_cholesky_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="`max_size` = 3"):
         Cholesky(max_size=3).solve(lambda v: v, normal(4))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ConjugateGradient(),
+        GMRES(),
+        Cholesky(),
+        Neumann(num_steps=200, step_size=0.3, rtol=1e-5),
+        ConjugateGradient(warm_start=True),
+        GMRES(warm_start=True),
+    ],
+    ids=repr,
+)
+def test_the_size_of_the_right_hand_side_does_not_matter(solver: LinearSolver, size: float) -> None:
+    """In float32 squares of numbers below 1e-22 are 0: a residual of them called everything solved."""
+    A, b = spd(12).float(), normal(12).float()
+    guess = 0.1 * b
+    own = solver.solve(lambda v: A @ v, b, guess=guess)
+    other = solver.solve(lambda v: A @ v, b * size, guess=guess * size)
+    assert other.result is own.result is Result.SUCCESS
+    torch.testing.assert_close(other.value / size, own.value, rtol=1e-3, atol=1e-5)  # of "auto"
+    wanted = torch.linalg.solve(A.double(), b.double() * size)
+    assert float((other.value - wanted).norm() / wanted.norm()) < 1e-3
+    assert float(other.residual) > 1e-9  # what float32 leaves, not an underflow

@@ -79,6 +79,16 @@ def relative(residual: Tensor, scale: Tensor) -> Tensor:
     return residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
+def in_own_units(rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """A right-hand side with entries up to 1, and the unit it is measured in.
+
+    The squares of a small gradient underflow (in float32 below 1e-22), and a residual made of them
+    would be 0 wherever the solution lies.
+    """
+    unit = rhs.abs().amax().clamp_min(torch.finfo(rhs.dtype).tiny)
+    return rhs / unit, unit
+
+
 def damped(operator: Operator, damping: float) -> Operator:
     """The operator `A + damping I`."""
     return (lambda v: operator(v) + damping * v) if damping else operator

@@ -13,6 +13,7 @@ from bilevel.linear.base import (
     Operator,
     check_rtol,
     dense,
+    in_own_units,
     relative,
     tolerance,
 )
@@ -90,8 +91,9 @@ class Cholesky(LinearSolver):
 
 
 def _residual(matrix: Tensor, w: Tensor, rhs: Tensor) -> Tensor:
-    missing = torch.linalg.vector_norm(rhs - matrix @ w)
-    return relative(missing, torch.linalg.vector_norm(rhs))
+    own, unit = in_own_units(rhs)
+    missing = torch.linalg.vector_norm(own - matrix @ (w / unit))
+    return relative(missing, torch.linalg.vector_norm(own))
 
 
 def _is_symmetric(matrix: Tensor) -> bool:

@@ -15,6 +15,7 @@ from bilevel.linear.base import (
     Operator,
     check_rtol,
     damped,
+    in_own_units,
     initial,
     tolerance,
 )
@@ -78,8 +79,9 @@ class ConjugateGradient(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         operator = damped(operator, self.damping)
-        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
-        # residuals are kept relative to |b|: the square of a small gradient underflows in float32
+        rhs, unit = in_own_units(rhs)
+        guess = guess / unit if self.warm_start and guess is not None else None
+        w, r, products = initial(operator, rhs, guess)
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
         r = r / scale
         goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)
@@ -94,7 +96,7 @@ class ConjugateGradient(LinearSolver):
                 products += 1
             residual = torch.linalg.vector_norm(r)
             if tracing():
-                return LinearSolution(w, Result.SUCCESS, residual, products)
+                return LinearSolution(unit * w, Result.SUCCESS, residual, products)
             # the one wait for the device at the end
             size, negative, flat = torch.stack([residual, *walk[2:]]).tolist()
             if kept is not None and size > last:  # a restart that made it worse
@@ -102,7 +104,7 @@ class ConjugateGradient(LinearSolver):
             result = self._result(min(size, last) if size == size else size, goal, negative, flat)
             helps = math.isfinite(size) and size < last / 2 and walk.steps > 0
             if result is not Result.NOT_CONVERGED or steps >= self.max_steps or not helps:
-                return LinearSolution(w, result, residual, products, bool(negative))
+                return LinearSolution(unit * w, result, residual, products, bool(negative))
             last, kept = size, (w, residual)
 
     def _result(self, size: float, goal: float, negative: float, flat: float) -> Result:

@@ -11,6 +11,7 @@ from bilevel.linear.base import (
     LinearSolver,
     Operator,
     damped,
+    in_own_units,
     initial,
     outcome,
     relative,
@@ -65,7 +66,9 @@ class GMRES(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         operator = damped(operator, self.damping)
-        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
+        rhs, unit = in_own_units(rhs)
+        guess = guess / unit if self.warm_start and guess is not None else None
+        w, r, products = initial(operator, rhs, guess)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
         steps, singular = 0, False
@@ -75,9 +78,8 @@ class GMRES(LinearSolver):
             width = min(self.restart, self.max_steps - steps)
             update, used, degenerate = _cycle(operator, r, width, goal)
             singular |= degenerate
-            new = rhs - operator(
-                w + update
-            )  # the true residual: restarts must not inherit rounding
+            # the true residual: restarts must not inherit rounding
+            new = rhs - operator(w + update)
             steps += used
             products += used + 1
             before, missing = missing, torch.linalg.vector_norm(new)
@@ -93,7 +95,7 @@ class GMRES(LinearSolver):
         result = outcome(residual, self.rtol)
         if singular and result is not Result.NOT_FINITE and residual > (self.rtol or eps**0.5):
             result = Result.SINGULAR
-        return LinearSolution(w, result, residual, products)
+        return LinearSolution(unit * w, result, residual, products)
 
 
 def _cycle(operator: Operator, r: Tensor, width: int, goal: Tensor) -> tuple[Tensor, int, bool]:

@@ -10,6 +10,7 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
+    in_own_units,
     initial,
     outcome,
     relative,
@@ -59,7 +60,9 @@ class Neumann(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
-        w, r, products = initial(operator, rhs, guess if self.warm_start else None)
+        rhs, unit = in_own_units(rhs)
+        guess = guess / unit if self.warm_start and guess is not None else None
+        w, r, products = initial(operator, rhs, guess)
         # b - A w after a step w += eta r is (I - eta A) r, the next term of the series; computed
         # from w at the same cost, it is the true residual and rounding does not add up
         for _ in range(self.num_steps):
@@ -69,11 +72,11 @@ class Neumann(LinearSolver):
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
         result = outcome(residual, self.rtol)
         if tracing():
-            return LinearSolution(w, result, residual, products)
+            return LinearSolution(unit * w, result, residual, products)
         if result is Result.NOT_FINITE:  # it grew until it overflowed, or A or b are to blame
             products += 1
             grew = bool(operator(rhs).isfinite().all())
         else:
             grew = bool(residual > 1 + 1e-6)
         result = Result.DIVERGED if grew else result
-        return LinearSolution(w, result, residual, products)
+        return LinearSolution(unit * w, result, residual, products)

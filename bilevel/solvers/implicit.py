@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
-from bilevel.linear.base import outcome, relative
+from bilevel.linear.base import in_own_units, outcome, relative
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Linearization, Oracles
 from bilevel.solvers.base import Response, ResponseProduct, Solver
@@ -103,8 +103,9 @@ class Implicit(Solver):
                 f"`linear_solver` must return a vector of shape {tuple(rhs.shape)}, as its second "
                 f"argument is, got {got}"
             )
-        missing = torch.linalg.vector_norm(rhs - linear.hessian(value))
-        residual = relative(missing, torch.linalg.vector_norm(rhs))
+        own, unit = in_own_units(rhs)
+        missing = torch.linalg.vector_norm(own - linear.hessian(value / unit))
+        residual = relative(missing, torch.linalg.vector_norm(own))
         # truncated on purpose or not, an answer must be better than zero, which leaves exactly |b|
         nearly = 1 - torch.finfo(rhs.dtype).eps ** 0.5
         return LinearSolution(value, outcome(residual, nearly), residual, num_products=1)
