@@ -646,10 +646,12 @@ def test_chunks_change_neither_values_nor_gradients(
             return [value, model.log_likelihood(v), *first, *second]
 
     whole = derivatives()
+    # sums over the states in another order; a GPU's own order costs some bits of second derivatives
+    bound = EXACT if device == "cpu" else {"rtol": 1e-11, "atol": 1e-11}
     for chunk in (1, 40, 300):  # one state at a time, and several
         monkeypatch.setattr(enumeration, "CHUNK", chunk)
         for a, b in zip(derivatives(), whole, strict=True):
-            torch.testing.assert_close(a, b, **EXACT)
+            torch.testing.assert_close(a, b, **bound)
 
 
 class _Peak(TorchDispatchMode):
