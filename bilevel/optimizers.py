@@ -96,6 +96,11 @@ def check_optimizers(problem: "Problem", level: "Level", optimizers: Sequence[Op
 
 
 def _check_step(level: str, optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            f"`{level}_optimizer` is `SparseAdam`, which takes sparse gradients only; they are dense "
+            "here, also of `nn.Embedding(sparse=True)`: use `Adam`"
+        )
     needed = _required(type(optimizer).step)[1:]  # schedulers hide the bound one's signature
     if isinstance(optimizer, torch.optim.LBFGS) or needed:
         raise TypeError(

@@ -24,7 +24,7 @@ from bilevel import (
 from bilevel.check import solve_lower
 from bilevel.check.differences import Ladder, climb_down, directions, shares
 from bilevel.oracles import Oracles
-from bilevel.solvers import Response, ResponseProduct, unrolled
+from bilevel.solvers import Response, ResponseProduct, unrolling
 from tests.problems import Quadratic, Ridge, generator, normal, regression
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -448,8 +448,8 @@ def test_the_procedure_is_independent_of_the_solver(monkeypatch: pytest.MonkeyPa
     # by the loop a user would write, differences of step 1e-5
     assert float(check.truth) == pytest.approx(-0.1587883007331259, rel=1e-8)
 
-    right = unrolled.clip
-    monkeypatch.setattr(unrolled, "clip", lambda grads, most: right(grads, 0.9 * most))
+    right = unrolling.clip
+    monkeypatch.setattr(unrolling, "clip", lambda grads, most: right(grads, 0.9 * most))
     check = check_hypergradient(problem, solver, lower_optimizer=optimizer)
     assert not check.passed
     assert "takes the upper loss to be" in str(check)
@@ -573,3 +573,26 @@ def test_ridge_regression_still_reaches_ten_digits() -> None:
     test, train = regression(seed=7), regression(seed=9)
     check = check_hypergradient(Ridge(), Implicit(Cholesky()), test, [train], tolerance=1e-10)
     assert check.passed, check
+
+
+def test_several_lower_batches_are_one_lower_loss() -> None:
+    """`Implicit` averages the lower batches, and so does the solution it is compared with."""
+    test, first, second = regression(seed=7), regression(seed=9), regression(seed=11)
+    whole = tuple(torch.cat(parts) for parts in zip(first, second, strict=True))
+    several = check_hypergradient(
+        Ridge(), Implicit(Cholesky()), test, [first, second], tolerance=1e-9
+    )
+    assert several.passed, several
+    together = check_hypergradient(Ridge(), Implicit(Cholesky()), test, [whole], tolerance=1e-9)
+    torch.testing.assert_close(several.truth, together.truth, rtol=1e-8, atol=0)
+
+
+def test_complex_variables_are_refused_with_advice_that_helps() -> None:
+    problem = Problem.from_functions(
+        lambda x, y, _: y["z"].abs().square().sum(),
+        lambda x, y, _: (y["z"] - x["a"]).abs().square().sum(),
+        {"a": number(1.0)},
+        {"z": nn.Parameter(torch.zeros(2, dtype=torch.complex128))},
+    )
+    with pytest.raises(ValueError, match=r"`z` .* is complex; keep it as pairs of reals"):
+        check_hypergradient(problem, Implicit())

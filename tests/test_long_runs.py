@@ -739,7 +739,7 @@ BEGUN = {"num_steps": 3, "batch_size": 5, "upper_lr": 0.02, "log_every": 1, "che
     [
         ({"upper_lr": 0.5}, r"`upper_lr` was 0\.02, is 0\.5; leave them out to resume it"),
         ({"batch_size": 10, "seed": 3}, "`batch_size` was 5, is 10; `seed` was 0, is 3"),
-        ({"lower_steps": 2}, "`lower_steps` was 100, is 2"),
+        ({"lower_steps": 2}, "`lower_steps` was 5, is 2"),
         ({"ema": 0.9}, "`ema` was None, is 0.9"),
         ({"schedule": "cosine"}, "`schedule` was 'exponential', is 'cosine'"),
     ],

@@ -138,6 +138,8 @@ def test_optimizers() -> None:
         start(problem, lower_optimizer=[good, other])
     with pytest.raises(TypeError, match="`LBFGS`"):
         start(problem, lower_optimizer=torch.optim.LBFGS(problem.lower.parameters()))
+    with pytest.raises(TypeError, match="`SparseAdam`, which takes sparse gradients only"):
+        start(problem, lower_optimizer=torch.optim.SparseAdam(problem.lower.parameters()))
     with pytest.raises(TypeError, match="no differentiable twin of `RMSprop`"):
         start(
             problem,

@@ -1,7 +1,5 @@
 """The lower minimum to machine precision, for the check of solvers that claim its derivative."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,8 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
     Raises:
         ValueError: as `solve_lower`.
     """
-    closed = oracles.problem.best_response(oracles.lower_batches[0])
+    several = len(oracles.lower_batches) > 1  # then the lower loss is their mean
+    closed = None if several else oracles.problem.best_response(oracles.lower_batches[0])
     if closed is not None:
         solution = {name: y.detach() for name, y in closed.items()}
         return solution, {name: torch.zeros_like(y) for name, y in solution.items()}
@@ -86,12 +85,18 @@ class _Level:
         return {name: y.clone().requires_grad_() for name, y in self.tree(point).items()}
 
     def gradient(self, point: Tensor) -> Tensor:
-        leaves = self.leaves(point)
-        _, grads = self.oracles.lower_gradient(self.upper, leaves)
-        return self._vector(list(grads.values()), list(leaves.values()))
+        return self.evaluate(point)[1]
 
-    def _vector(self, grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> Tensor:
-        return self.layout.ravel([g.detach() for g in fill(grads, leaves)])
+    def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The lower loss and its gradient, the means over the lower batches."""
+        leaves = self.leaves(point)
+        losses, gradients = [], []
+        for index in range(len(self.oracles.lower_batches)):
+            evaluation, grads = self.oracles.lower_gradient(self.upper, leaves, index)
+            filled = fill(list(grads.values()), list(leaves.values()))
+            losses.append(evaluation.loss.detach())
+            gradients.append(self.layout.ravel([g.detach() for g in filled]))
+        return torch.stack(losses).mean(), torch.stack(gradients).mean(dim=0)
 
     def descend(self, start: Tensor, steps: int) -> Tensor:
         """L-BFGS. On one contiguous vector: torch's implementation takes `.view(-1)` of each tensor."""
@@ -106,10 +111,8 @@ class _Level:
         )
 
         def closure() -> Tensor:
-            leaves = self.leaves(vector)
-            evaluation, grads = self.oracles.lower_gradient(self.upper, leaves)
-            vector.grad = self._vector(list(grads.values()), list(leaves.values()))
-            return evaluation.loss.detach()
+            loss, vector.grad = self.evaluate(vector)
+            return loss
 
         lbfgs.step(closure)
         end = vector.detach()

@@ -189,12 +189,12 @@ class Unrolling:
             points, state = [p.detach() for p in after], _map_moments(Tensor.detach, state)
             steps.append((t + 1, points, state))
         try:
-            product = self._adjoint(steps[:-1], target)
+            product = average(self._adjoint(steps[:-1], target))  # as `_product` does
         except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
             return
         for (name, x), reverse in zip(self.upper.items(), product, strict=True):
             direction = _random(x, generator)
-            tangents = self._tangents(saved, {name: direction}, last)
+            tangents = average(self._tangents(saved, {name: direction}, last))
             one, other = _inner(tangents, target), _inner([reverse], [direction])
             size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
             size = size + _inner([reverse.abs()], [direction.abs()])
