@@ -20,6 +20,7 @@ from bilevel import cli
 from bilevel.cli import main
 from bilevel.cli.options import methods, model_settings, training_settings
 from bilevel.methods.data import load_images
+from bilevel.methods.fidelity import torchmetrics
 from bilevel.methods.presets import DIGITS, PRESETS
 
 TINY = ["--width", "2", "--latent-dim", "2", "--batch-size", "20", "--log-every", "2"]
@@ -104,8 +105,12 @@ def test_the_demo_explains_and_reports(home: Path, capsys: Capture) -> None:
 
 
 def test_missing_extras_are_no_failure(
-    monkeypatch: pytest.MonkeyPatch, home: Path, capsys: Capture
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    home: Path,
+    capsys: Capture,
 ) -> None:
+    request.addfinalizer(torchmetrics.cache_clear)  # it may fail to import here, and remembers
     for name in ("matplotlib", "matplotlib.figure", "rich", "rich.progress", "PIL"):
         monkeypatch.setitem(sys.modules, name, None)
     assert train() == 0
