@@ -426,6 +426,18 @@ def learned(rate: Any) -> Problem:
     )
 
 
+@pytest.mark.parametrize("make", [torchopt.sgd, torchopt.adam, torchopt.adamw])
+def test_moments_that_require_grad_are_no_learned_settings(make: Any) -> None:
+    """torchopt's own option for differentiable runs makes leaves of the moments."""
+    settings = {"momentum": 0.9} if make is torchopt.sgd else {}
+    problem = learned(torch.tensor(0.1))
+    answers = [
+        Unrolled(3, make(0.1, **settings, moment_requires_grad=flag)).hypergradient(problem).value
+        for flag in (False, True)
+    ]
+    assert torch.equal(*answers)
+
+
 def test_learned_rates_are_refused_by_name() -> None:
     """Their hypergradient was exactly 0, and the check agreed."""
     problem = learned(torch.tensor(0.1))

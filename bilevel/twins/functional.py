@@ -6,6 +6,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, Protocol, cast, runtime_checkable
 
+import optree
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -183,6 +184,8 @@ def refuse_learned(transformation: Transformation) -> None:
     with torch.enable_grad():
         try:
             state = transformation.init(dict(probe))
+            # `moment_requires_grad` makes leaves of the moments, which are no settings
+            state = optree.tree_map(lambda s: s.detach() if isinstance(s, Tensor) else s, state)
             updates, _ = transformation.update(probe, state, params=probe, inplace=False)
         except Exception:  # it wants particular variables; the steps themselves will tell
             updates = {}
