@@ -130,7 +130,7 @@ class Problem(nn.Module, ABC):
         return type(self).share is not Problem.share
 
     def forward(self, what: Level | Literal["share"], batch: Any) -> Any:
-        """The loss of one level; exists so that `torch.func.functional_call` can evaluate it."""
+        """The loss of one level; what the oracles call."""
         answers = {"upper": self.upper_loss, "lower": self.lower_loss, "share": self.share}
         return answers[what](batch)
 
