@@ -37,25 +37,23 @@ class Line(Record):
     result: str | None = None
 
 
-def write_document(path: Path, content: Mapping[str, Any], free: Iterable[str] = ()) -> None:
+def write_document(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON document and its checksum.
 
     Args:
         path: the file; replaced whole or not at all.
         content: plain values.
-        free: places such as "training.num_steps" that may be edited by hand.
     """
-    sealed = {**content, CHECKSUM: _sum(content, free)}
+    sealed = {**content, CHECKSUM: _sum(content)}
     write_text(path, json.dumps(sealed, indent=2) + "\n")
 
 
-def read_document(path: Path, kind: type[BaseModel], free: Iterable[str] = ()) -> dict[str, Any]:
+def read_document(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
     """A JSON document as plain values, after its checksum and the types of its fields were verified.
 
     Args:
         path: the file.
         kind: its fields.
-        free: as for `write_document`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -67,7 +65,7 @@ def read_document(path: Path, kind: type[BaseModel], free: Iterable[str] = ()) -
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a record: {{...}}")
         known = content.pop(CHECKSUM, None)
-        if known is not None and known != _sum(content, free):
+        if known is not None and known != _sum(content):
             raise ValueError(
                 "its checksum does not fit its content; it was damaged, or edited: then take the line "
                 f"`{CHECKSUM}` out"
@@ -198,16 +196,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _sum(content: Mapping[str, Any], free: Iterable[str]) -> str:
-    """CRC-32 of the content without the free places, whatever the order of its names."""
-    kept = json.loads(json.dumps(content))  # a copy, as it will be read
-    for place in free:
-        *folders, name = place.split(".")
-        room = kept
-        for folder in folders:
-            room = room.get(folder, {}) if isinstance(room, dict) else {}
-        if isinstance(room, dict):
-            room.pop(name, None)
+def _sum(content: Mapping[str, Any], free: Iterable[str] = ()) -> str:
+    """CRC-32 of the content without the free names, whatever the order of its names."""
+    kept = {name: value for name, value in content.items() if name not in set(free)}
+    kept = json.loads(json.dumps(kept))  # as it will be read: names are strings
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"
 

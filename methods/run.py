@@ -25,7 +25,7 @@ from bilevel.methods.records import (
 from bilevel.methods.schemas import Best, Config
 
 _CLOCK = ("seconds",)  # differs from run to run: the checksums of two equal runs are equal
-_LENGTH = ("training.num_steps", "training.max_seconds")  # a run may be made longer
+_LENGTH = ("num_steps", "max_seconds")  # a run may be made longer
 
 
 class Run:
@@ -106,7 +106,7 @@ class Run:
         for folder in (self.best_path, *self._beside_best()):
             shutil.rmtree(folder, ignore_errors=True)
         record = {**config, "versions": versions()}
-        write_document(self.config_path, record, _LENGTH)
+        write_document(self.config_path, record)
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run.
@@ -117,15 +117,15 @@ class Run:
         """
         if not self.config_path.exists():
             raise FileNotFoundError(f"`{self.folder}` holds no run: there is no `config.json`")
-        return read_document(self.config_path, Config, _LENGTH)
+        return read_document(self.config_path, Config)
 
     def prolong(self, training: dict[str, Any]) -> None:
         """Record the length of a run that is resumed: its number of steps and its time."""
         config = self.config()
-        length = {name.split(".")[1]: training[name.split(".")[1]] for name in _LENGTH}
+        length = {name: training[name] for name in _LENGTH}
         if any(config["training"].get(name) != value for name, value in length.items()):
             config["training"] |= length
-            write_document(self.config_path, config, _LENGTH)
+            write_document(self.config_path, config)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line of metrics."""

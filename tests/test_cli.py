@@ -123,6 +123,7 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
     assert train("--run", "half", "--no-report", "--max-seconds", "1e-9") == 0
     config = json.loads((home / "half" / "config.json").read_text())
     config["training"]["max_seconds"] = None  # as if it had been interrupted
+    del config["checksum"]  # what a refusal advises who edits
     (home / "half" / "config.json").write_text(json.dumps(config))
     assert "`--latent-dim` is 3, but" in refused(capsys, "train --run half --resume --latent-dim 3")
     assert "`--batch-size`" in refused(capsys, "train --run half --resume --batch-size 9")
