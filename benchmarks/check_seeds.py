@@ -8,7 +8,7 @@ taken elsewhere; all of them change a variable's hypergradient by a thousandth o
 be called wrong. Three directions, everything else as by default. Seeds that are not begun when the
 minutes are over are left out, and the record says how many there were.
 
-Records go to `benchmarks/results/check_seeds.jsonl`.
+Records go to `benchmarks/results/check_seeds.jsonl`; `python -m benchmarks.table` prints them.
 """
 
 import argparse

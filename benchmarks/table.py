@@ -8,6 +8,7 @@ prints them and writes them to `benchmarks/results/tables.md`, which the documen
 import json
 from pathlib import Path
 
+from benchmarks.check_page import seeds_table, small_tables_table
 from benchmarks.dropped_page import dropped_table
 from benchmarks.image_page import image_speed_table, images_table
 from benchmarks.likelihood_page import ais_table, reverse_table, suite_table
@@ -75,6 +76,8 @@ def everything() -> str:
         ("Image models", images_table, "images"),
         ("Annealed importance sampling", ais_table, "ais"),
         ("The reverse KL of a machine", reverse_table, "reverse_kl"),
+        ("The check of hypergradients over many seeds", seeds_table, "check_seeds"),
+        ("Default settings on small tables", small_tables_table, "small_tables"),
         ("Checkerboard", suite_table, "checkerboard"),
         ("Digits and an RBM", suite_table, "digits_rbm"),
     ):
