@@ -80,12 +80,13 @@ def relative(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def in_own_units(rhs: Tensor) -> tuple[Tensor, Tensor]:
-    """A right-hand side with entries up to 1, and the unit it is measured in.
+    """A right-hand side with entries up to 2, and the unit it is measured in, a power of 2.
 
     The squares of a small gradient underflow (in float32 below 1e-22), and a residual made of them
-    would be 0 wherever the solution lies.
+    would be 0 wherever the solution lies. A power of 2 changes no digit.
     """
-    unit = rhs.abs().amax().clamp_min(torch.finfo(rhs.dtype).tiny)
+    largest = rhs.abs().amax().clamp_min(torch.finfo(rhs.dtype).tiny)
+    unit = largest.log2().floor().exp2()
     return rhs / unit, unit
 
 
