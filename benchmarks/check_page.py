@@ -36,15 +36,17 @@ def seeds_table(path: Path) -> str:
 
 
 def small_tables_table(path: Path) -> str:
-    """Test log-likelihoods of default settings beside independent columns, newest record."""
+    """Test log-likelihoods of default settings beside independent columns, each set's newest."""
     record = _newest(path)
+    every = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = {row["set"]: row for one in every for row in one["sets"]}
     lines = [
         f"{record['seconds']:g} seconds a method, {record['hidden']} hidden units; {_head(record)}",
         "",
         "| set | columns | independent | AdvIL | steps | GeneralBiDVL | steps |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in record["sets"]:
+    for row in rows.values():
         numbers = " | ".join(
             f"{row[name]:.2f} | {row[f'{name} steps']}" for name in ("AdvIL", "GeneralBiDVL")
         )
