@@ -121,14 +121,17 @@ def outcome(residual: Tensor, rtol: float | None) -> Result:
     return Result.SUCCESS if rtol is None or residual <= rtol else Result.NOT_CONVERGED
 
 
-def initial(operator: Operator, rhs: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Where to start: iterate, its residual, products used.
+def initial(
+    operator: Operator, rhs: Tensor, guess: Tensor | None, unit: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Where to start, for a right-hand side in its own units: iterate, its residual, products used.
 
     A guess that is worse than zero (the problem has moved on, or the last solve failed) is dropped;
     the comparison stays on the device.
     """
     if guess is None or guess.shape != rhs.shape:
         return torch.zeros_like(rhs), rhs, 0
+    guess = guess / unit
     residual = rhs - operator(guess)
     better = torch.linalg.vector_norm(residual) < torch.linalg.vector_norm(rhs)
     zero = torch.zeros_like(rhs)

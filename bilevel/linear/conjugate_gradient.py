@@ -80,8 +80,7 @@ class ConjugateGradient(LinearSolver):
     ) -> LinearSolution:
         operator = damped(operator, self.damping)
         rhs, unit = in_own_units(rhs)
-        guess = guess / unit if self.warm_start and guess is not None else None
-        w, r, products = initial(operator, rhs, guess)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
         r = r / scale
         goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)

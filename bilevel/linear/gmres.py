@@ -67,8 +67,7 @@ class GMRES(LinearSolver):
     ) -> LinearSolution:
         operator = damped(operator, self.damping)
         rhs, unit = in_own_units(rhs)
-        guess = guess / unit if self.warm_start and guess is not None else None
-        w, r, products = initial(operator, rhs, guess)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
         scale = torch.linalg.vector_norm(rhs)
         goal = (self.rtol or 0.0) * scale
         steps, singular = 0, False

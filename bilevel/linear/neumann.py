@@ -61,8 +61,7 @@ class Neumann(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         rhs, unit = in_own_units(rhs)
-        guess = guess / unit if self.warm_start and guess is not None else None
-        w, r, products = initial(operator, rhs, guess)
+        w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
         # b - A w after a step w += eta r is (I - eta A) r, the next term of the series; computed
         # from w at the same cost, it is the true residual and rounding does not add up
         for _ in range(self.num_steps):
