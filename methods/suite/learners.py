@@ -131,7 +131,7 @@ def make_solver(settings: Mapping[str, Any]) -> Solver:
 
     Example:
         >>> make_solver({"kind": "implicit", "linear_solver": "cholesky", "damping": 0.1})
-        Implicit(linear_solver=Cholesky(damping=0.1, max_size=5000))
+        Implicit(linear_solver=Cholesky(damping=0.1, max_size=5000, rtol='auto'))
     """
     options = dict(settings)
     kinds = {"alternating": Alternating, "unrolled": Unrolled, "implicit": _implicit}
