@@ -22,8 +22,8 @@ from benchmarks.peers import RESULTS, environment
 from benchmarks.table import digits_table
 from benchmarks.transcription import PlainBiDVL
 from bilevel.methods import BiDVL
-from bilevel.methods.data import load_images
-from bilevel.methods.evaluation import evaluate
+from bilevel.methods.data.images import load_images
+from bilevel.methods.evaluation.evaluate import evaluate
 from bilevel.methods.presets import DIGITS
 
 PUBLISHED_WIDTH = 64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Problem, Solver, Unrolled
 from bilevel.methods import RBM, BiSM, GaussianRBM, GeneralBiDVL, ScoreMatching
-from bilevel.methods.densities import density
+from bilevel.methods.data.densities import density
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,

@@ -34,8 +34,8 @@ from benchmarks.peers import RESULTS, environment
 from benchmarks.transcription import PlainBiDVL
 from bilevel import Batches, Step, train
 from bilevel.methods import BiDVL
-from bilevel.methods.footprint import footprint
 from bilevel.methods.presets import CIFAR10
+from bilevel.methods.training.footprint import footprint
 
 Run = Callable[[], None]
 TRAINING = CIFAR10.settings()

@@ -25,11 +25,11 @@ from benchmarks.image_page import images_table
 from benchmarks.peers import RESULTS, environment
 from bilevel import DivergenceError, Step
 from bilevel.methods import EBLVM, History
-from bilevel.methods.data import Images, load_images
-from bilevel.methods.evaluation import evaluate
-from bilevel.methods.features import FeatureNetwork, judge, load_classifier
-from bilevel.methods.pictures import save_grid, save_reconstructions
+from bilevel.methods.data.images import Images, load_images
+from bilevel.methods.evaluation.evaluate import evaluate
+from bilevel.methods.evaluation.features import FeatureNetwork, judge, load_classifier
 from bilevel.methods.presets import PRESETS
+from bilevel.methods.report.pictures import save_grid, save_reconstructions
 
 PICTURES = RESULTS.with_name("images")
 

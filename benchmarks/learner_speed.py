@@ -55,7 +55,7 @@ from bilevel.methods import (
     Training,
     VaGES,
 )
-from bilevel.methods.densities import density
+from bilevel.methods.data.densities import density
 from bilevel.optimizers import listed
 
 ROWS = 100

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.peers import RESULTS, environment
 from bilevel.methods import RBM, GeneralBiDVL
-from bilevel.methods.models.enumeration import states
+from bilevel.methods.machines.enumeration import states
 
 PATH = RESULTS.with_name("reverse_kl.jsonl")
 VISIBLES, LATENTS, SCALE = 9, 6, 1.5

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.peers import RESULTS, environment
 from bilevel.methods import RBM, AdvIL, GeneralBiDVL
-from bilevel.methods.tables import load_table
+from bilevel.methods.data.tables import load_table
 
 PATH = RESULTS.with_name("small_tables.jsonl")
 FOREVER = 10**6  # steps; the clock ends the run

@@ -10,6 +10,7 @@ from bilevel.batches import Batches
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
+from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.second_order import check_second_order
@@ -25,6 +26,8 @@ from bilevel.solvers import (
 )
 from bilevel.state import State
 from bilevel.training import Step, train
+
+_follow()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bilevel.tracing import tracing
+from bilevel.compile.tracing import tracing
 
 _LOST = (
     "process {} of {} lost contact with another one, which failed or was killed{}; start the run again "

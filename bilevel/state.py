@@ -11,11 +11,11 @@ import numpy as np
 import optree
 import torch
 
-from bilevel.averaging import Average
 from bilevel.batches import Source
 from bilevel.checkpoint import FORMAT, read_checkpoint, write_atomically
 from bilevel.distributed import agree, is_main
 from bilevel.errors import CheckpointError
+from bilevel.moving_average import Average
 from bilevel.optimizers import Scheduler
 from bilevel.problem import Problem
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from bilevel.tracing import tracing
+from bilevel.compile.tracing import tracing
 
 Tree = dict[str, Tensor]
 

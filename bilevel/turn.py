@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bilevel.compiled import Compiled
+from bilevel.compile.compiled import Compiled
+from bilevel.compile.tracing import tracing
 from bilevel.distributed import rank, world_size
 from bilevel.hooks import accumulated, first_hook, hooked
 from bilevel.oracles import Oracles, usable_precision
@@ -21,7 +22,6 @@ from bilevel.references import refuse_graphs
 from bilevel.remarks import remark
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
-from bilevel.tracing import tracing
 from bilevel.tree import Tree, norm
 from bilevel.twins import RunningTwin, clip
 from bilevel.wiring import Wiring

@@ -6,16 +6,16 @@ if __name__ != "bilevel.methods":
 
 from bilevel.methods.advil import AdvIL
 from bilevel.methods.bidvl import BiDVL
-from bilevel.methods.bidvl_general import GeneralBiDVL
 from bilevel.methods.bism import BiSM
-from bilevel.methods.config import Training
 from bilevel.methods.contrastive_divergence import ContrastiveDivergence
 from bilevel.methods.eblvm import EBLVM
-from bilevel.methods.fitting import History
+from bilevel.methods.general_bidvl import GeneralBiDVL
+from bilevel.methods.machines import DBM, RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.score_matching import ScoreMatching
+from bilevel.methods.training.fit import History
+from bilevel.methods.training.settings import Training
 from bilevel.methods.vae import VAE
 from bilevel.methods.vages import VaGES
 

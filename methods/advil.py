@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bilevel.methods.config import one_of
 from bilevel.methods.eblvm import Statistics, chunked, chunked_distribution
 from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.models.base import check_dim
-from bilevel.methods.networks import Generator, JointEnergy, Posterior, channels_of
+from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.networks.convolutional import Generator, JointEnergy, Posterior, channels_of
+from bilevel.methods.training.settings import one_of
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -239,7 +239,7 @@ class AdvIL(ModelLearner):
 
     def _no_machine(self) -> NotImplementedError:
         return NotImplementedError(
-            f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.models`; "
+            f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.machines`; "
             "use `joint_energy(v, h)` and `posterior(v)`"
         )
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from bilevel.methods.config import Training, one_of
 from bilevel.methods.decoupled import DecoupledEBLVM
 from bilevel.methods.eblvm import EBLVM, Statistics, trainable
-from bilevel.methods.networks import channels_of, conv_networks
-from bilevel.methods.resnets import residual_networks
+from bilevel.methods.networks.convolutional import channels_of, conv_networks
+from bilevel.methods.networks.residual import residual_networks
+from bilevel.methods.training.settings import Training, one_of
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
 from bilevel.sync_batch_norm import BatchNorm

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Solver, Unrolled
-from bilevel.methods.langevin import PUBLISHED, Steps
-from bilevel.methods.models.hidden import OneHidden
+from bilevel.methods.machines.hidden import OneHidden
+from bilevel.methods.models.langevin import PUBLISHED, Steps
+from bilevel.methods.objectives.score import Grid, Noised, Probed, score_objective
 from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
-from bilevel.methods.score_objectives import Grid, Noised, Probed, score_objective
 from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.tree import Tree
@@ -77,7 +77,7 @@ class BiSM(ScoreLearner):
         ValueError: for an energy and a posterior that do not fit, or a bad setting.
 
     Example:
-        >>> from bilevel.methods.models import GaussianRBM
+        >>> from bilevel.methods.machines import GaussianRBM
         >>> learner = BiSM(GaussianRBM(2, 4), objective="denoising", sigma=0.05)
         >>> history = learner.fit(torch.rand(200, 2), num_steps=3)
         >>> type(history.solver).__name__, history.solver.num_steps

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.models.base import check_dim, coin_flips
+from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.machines.base import check_dim, coin_flips
 from bilevel.problem import Loss
 
 
@@ -59,7 +59,7 @@ class ContrastiveDivergence(ModelLearner):
         ValueError: if one is not positive, or `num_chains` is given without `persistent=True`.
 
     Example:
-        >>> from bilevel.methods.models import RBM
+        >>> from bilevel.methods.machines import RBM
         >>> learner = ContrastiveDivergence(RBM(6, 3), persistent=True)
         >>> data = torch.bernoulli(torch.full((200, 6), 0.3))
         >>> history = learner.fit(data, num_steps=2, batch_size=50)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.func import functional_call
 
+from bilevel.methods.data.visibles import latents
 from bilevel.methods.eblvm import EBLVM, attempt, chunked
-from bilevel.methods.networks import widened
-from bilevel.methods.visibles import latents
+from bilevel.methods.networks.spectral_norm import widened
 
 
 class DecoupledEBLVM(EBLVM):

@@ -14,15 +14,15 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 from bilevel import Alternating, Problem, Solver, Step
 from bilevel.distributed import alone
-from bilevel.methods.config import Training, one_of, refuse_idle, validated
-from bilevel.methods.data import scaled
-from bilevel.methods.fitting import Evaluate, History, fit
-from bilevel.methods.preconditions import begun_with
-from bilevel.methods.records import read_document, write_document
-from bilevel.methods.schemas import Model
-from bilevel.methods.standardising import Units, standardised
-from bilevel.methods.visibles import admitted, as_tensor, refuse_shape
-from bilevel.methods.weights import fill, read_weights, write_weights
+from bilevel.methods.data.images import scaled
+from bilevel.methods.data.visibles import admitted, as_tensor, refuse_shape
+from bilevel.methods.training.fit import Evaluate, History, fit
+from bilevel.methods.training.json_lines import read_document, write_document
+from bilevel.methods.training.preconditions import begun_with
+from bilevel.methods.training.schemas import Model
+from bilevel.methods.training.settings import Training, one_of, refuse_idle, validated
+from bilevel.methods.training.standardising import Units, standardised
+from bilevel.methods.training.weights import fill, read_weights, write_weights
 from bilevel.optimizers import Optimizers
 from bilevel.sync_batch_norm import BatchNorm
 

@@ -8,8 +8,8 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.methods.eblvm import EBLVM, chunked
 from bilevel.methods.likelihood.ais import exact_samples
-from bilevel.methods.models import MAX_UNITS, LatentVariableModel, from_recipe
-from bilevel.methods.models.base import check_dim, coin_flips
+from bilevel.methods.machines import MAX_UNITS, LatentVariableModel, from_recipe
+from bilevel.methods.machines.base import check_dim, coin_flips
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.refusals import one_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.models import MAX_UNITS, LatentVariableModel
+from bilevel.methods.machines import MAX_UNITS, LatentVariableModel
 from bilevel.problem import Loss
 
 
@@ -31,7 +31,7 @@ class MaximumLikelihood(ModelLearner):
         ValueError: if they cannot.
 
     Example:
-        >>> from bilevel.methods.models import RBM
+        >>> from bilevel.methods.machines import RBM
         >>> learner = MaximumLikelihood(RBM(6, 3))
         >>> history = learner.fit(torch.ones(200, 6), num_steps=500, upper_lr=0.1)
         >>> bool(learner.model.log_likelihood(torch.ones(1, 6)) > -0.1)

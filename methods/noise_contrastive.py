@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.models.base import check_dim, coin_flips
-from bilevel.methods.models.enumeration import log_one_plus_exp
+from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.machines.base import check_dim, coin_flips
+from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
 from bilevel.problem import Loss
@@ -50,7 +50,7 @@ class NoiseContrastive(ModelLearner):
         ValueError: if it is not positive, or the free energy cannot be enumerated.
 
     Example:
-        >>> from bilevel.methods.models import GaussianRBM
+        >>> from bilevel.methods.machines import GaussianRBM
         >>> learner = NoiseContrastive(GaussianRBM(2, 4))
         >>> history = learner.fit(torch.rand(200, 2), num_steps=2)
         >>> abs(learner.log_normalizer.item()) <= 0.002  # two steps of Adam

@@ -28,19 +28,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from bilevel.methods.config import one_of
-from bilevel.methods.deep_eblvm import VISIBLE_RANGE, CoupledEnergy, image_networks
 from bilevel.methods.eblvm import chunked, chunked_distribution
-from bilevel.methods.langevin import Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.score_objectives import (
+from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.models.langevin import Steps, check_steps, visible_chains
+from bilevel.methods.networks.deep import VISIBLE_RANGE, CoupledEnergy, image_networks
+from bilevel.methods.objectives.score import (
     Grid,
     check_closed,
     check_real_latents,
     check_real_visibles,
     square_norm,
 )
+from bilevel.methods.training.settings import one_of
 from bilevel.methods.variational import BernoulliPosterior, GaussianPosterior, VariationalPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.problem import Loss
@@ -331,7 +331,7 @@ class ScoreLearner(ModelLearner):
         name = type(self.upper.get_submodule("model")).__name__
         return NotImplementedError(
             f"this needs a free energy and Gibbs sampling, or real latents with a `GaussianPosterior`, "
-            f"but `{name}` is no Boltzmann machine of `bilevel.methods.models`; use "
+            f"but `{name}` is no Boltzmann machine of `bilevel.methods.machines`; use "
             "`joint_energy(v, h)` and `posterior(v)`"
         )
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.deep_eblvm import VISIBLE_RANGE, DeepEnergy, seeded
 from bilevel.methods.eblvm import attempt, chunked
-from bilevel.methods.langevin import PUBLISHED, Steps, check_steps, visible_chains
 from bilevel.methods.learner import ModelLearner, Start, check_machine, refuse_chains
-from bilevel.methods.models import LatentVariableModel
-from bilevel.methods.score_objectives import (
+from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.models.langevin import PUBLISHED, Steps, check_steps, visible_chains
+from bilevel.methods.networks.deep import VISIBLE_RANGE, DeepEnergy, seeded
+from bilevel.methods.objectives.score import (
     Grid,
     Noised,
     ObjectiveName,
@@ -46,7 +46,7 @@ class ScoreMatching(ModelLearner):
         ValueError: for a machine with binary visibles, or a bad setting.
 
     Example:
-        >>> from bilevel.methods.models import GaussianRBM
+        >>> from bilevel.methods.machines import GaussianRBM
         >>> learner = ScoreMatching(GaussianRBM(2, 4), objective="sliced")
         >>> history = learner.fit(torch.rand(200, 2), num_steps=10)
         >>> learner.model.log_likelihood(torch.rand(5, 2)).shape

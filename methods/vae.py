@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from bilevel.methods.config import one_of
+from bilevel.methods.data.visibles import latents
 from bilevel.methods.eblvm import EBLVM, Statistics, attempt, chunked
-from bilevel.methods.models.base import check_dim
-from bilevel.methods.networks import Generator, Posterior, channels_of
-from bilevel.methods.vae_networks import FixedVariance, LearnedVariance, Moments, perceptron
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.networks.convolutional import Generator, Posterior, channels_of
+from bilevel.methods.networks.perceptron import FixedVariance, LearnedVariance, Moments, perceptron
+from bilevel.methods.training.settings import one_of
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
-from bilevel.methods.visibles import latents
 from bilevel.problem import Loss
 
 Visible = Literal["bernoulli", "gaussian"]

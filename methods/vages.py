@@ -31,10 +31,8 @@ from typing import Literal, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.config import one_of
-from bilevel.methods.langevin import PUBLISHED, Steps, refined
-from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
-from bilevel.methods.score_objectives import (
+from bilevel.methods.models.langevin import PUBLISHED, Steps, refined
+from bilevel.methods.objectives.score import (
     Grid,
     Noised,
     Regression,
@@ -44,6 +42,8 @@ from bilevel.methods.score_objectives import (
     score_objective,
     square_norm,
 )
+from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
+from bilevel.methods.training.settings import one_of
 from bilevel.methods.variational import (
     BernoulliPosterior,
     GaussianPosterior,
@@ -141,7 +141,7 @@ class VaGES(ScoreLearner):
             a bad setting.
 
     Example:
-        >>> from bilevel.methods.models import GaussianRBM
+        >>> from bilevel.methods.machines import GaussianRBM
         >>> learner = VaGES(GaussianRBM(2, 4), num_samples=2)
         >>> learner.fit(torch.rand(200, 2), num_steps=3).steps
         3

@@ -29,12 +29,12 @@ from safetensors.torch import load_file
 
 import bilevel.files
 from bilevel.cli import main
-from bilevel.methods.features import load_classifier
-from bilevel.methods.records import note
-from bilevel.methods.run import Run
+from bilevel.methods.evaluation.features import load_classifier
 from bilevel.methods.suite import SuiteConfig, SuiteFolder, run_suite
 from bilevel.methods.suite.config import parse_config
 from bilevel.methods.suite.tables import groups, markdown
+from bilevel.methods.training.json_lines import note
+from bilevel.methods.training.run import Run
 
 TINY = ["--width", "2", "--latent-dim", "2", "--batch-size", "10", "--log-every", "2"]
 TINY += ["--checkpoint-every", "3", "--keep-checkpoints", "2", "--device", "cpu"]

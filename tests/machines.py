@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from bilevel.methods.machines.enumeration import states
 from bilevel.methods.models import DBM, RBM, LatentVariableModel
-from bilevel.methods.models.enumeration import states
 from bilevel.methods.variational import Draws, VariationalJoint, VariationalPosterior
 
 NV = 4

@@ -28,13 +28,13 @@ from bilevel.cli.signals import Stop
 from bilevel.errors import WriteError
 from bilevel.files import append_text, write_text
 from bilevel.methods import BiDVL
-from bilevel.methods.data import load_images
-from bilevel.methods.features import classifier, save_classifier
-from bilevel.methods.pictures import save_curves, save_grid
-from bilevel.methods.run import Run
+from bilevel.methods.data.images import load_images
+from bilevel.methods.data.tables import load_table
+from bilevel.methods.evaluation.features import classifier, save_classifier
+from bilevel.methods.report.pictures import save_curves, save_grid
 from bilevel.methods.suite import run_suite
-from bilevel.methods.tables import load_table
-from bilevel.methods.weights import write_weights
+from bilevel.methods.training.run import Run
+from bilevel.methods.training.weights import write_weights
 from tests import faults
 
 Capture = pytest.CaptureFixture[str]

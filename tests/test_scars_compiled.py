@@ -187,8 +187,8 @@ def test_changes_in_mid_run_reach_a_compiled_step(
     After each step one change more.
     """
     changes = list(CHANGES[kind].values())
-    monkeypatch.setattr("bilevel.compiled._MOST", 99)
-    monkeypatch.setattr("bilevel.compiled._FEW", 99)
+    monkeypatch.setattr("bilevel.compile.compiled._MOST", 99)
+    monkeypatch.setattr("bilevel.compile.compiled._FEW", 99)
 
     def states(compile: bool, count: int = 99) -> list[dict[str, Tensor]]:
         monkeypatch.setitem(globals(), "SCALE", 1.0)

@@ -31,11 +31,11 @@ from bilevel.methods import (
     ScoreMatching,
     VaGES,
 )
-from bilevel.methods.best import higher_is_better, read_rule
-from bilevel.methods.data import Images, load_images
-from bilevel.methods.evaluation import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
-from bilevel.methods.features import principal_components
-from bilevel.methods.fidelity import fid, frechet_distance, kid, neighbourhoods
+from bilevel.methods.data.images import Images, load_images
+from bilevel.methods.data.visibles import as_tensor
+from bilevel.methods.evaluation.evaluate import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
+from bilevel.methods.evaluation.features import principal_components
+from bilevel.methods.evaluation.fidelity import fid, frechet_distance, kid, neighbourhoods
 from bilevel.methods.likelihood import (
     Bracket,
     LogPartition,
@@ -48,8 +48,8 @@ from bilevel.methods.likelihood import (
     sampler_lower_bound,
     variational_lower_bound,
 )
+from bilevel.methods.training.best import higher_is_better, read_rule
 from bilevel.methods.variational import TabularEnergy, TabularJoint, TabularPosterior
-from bilevel.methods.visibles import as_tensor
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 
 SHAPE, WIDTH, QUICK = (1, 8, 8), 6, (1, 1, 1)

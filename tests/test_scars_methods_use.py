@@ -21,8 +21,8 @@ from bilevel.methods import (
     MaximumLikelihood,
     ScoreMatching,
 )
-from bilevel.methods.data import load_images
-from bilevel.methods.models.enumeration import states
+from bilevel.methods.data.images import load_images
+from bilevel.methods.machines.enumeration import states
 from tests.machines import machine as some_machine
 
 

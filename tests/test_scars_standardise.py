@@ -25,7 +25,7 @@ from bilevel.methods import (
     ScoreMatching,
     VaGES,
 )
-from bilevel.methods.standardising import Units
+from bilevel.methods.training.standardising import Units
 from bilevel.methods.variational import GaussianPosterior
 
 D = 3

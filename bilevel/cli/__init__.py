@@ -11,7 +11,7 @@ from bilevel.cli.options import UsageError
 from bilevel.distributed import LostRankError
 from bilevel.errors import WriteError
 from bilevel.files import reason
-from bilevel.methods.config import nearest
+from bilevel.methods.training.settings import nearest
 
 OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 

@@ -8,12 +8,12 @@ from typing import Any
 from bilevel.cli.options import Parser, UsageError, choice, whole
 from bilevel.cli.running import device_of
 from bilevel.cli.signals import named, status_of
-from bilevel.methods.config import nearest
 from bilevel.methods.suite.config import SuiteConfig, load_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.presets import PRESETS
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import run_suite
+from bilevel.methods.training.settings import nearest
 
 SUMMARY = "compare methods on Boltzmann machines, judged alike"
 _SUITES = ("eblvm",)

@@ -5,9 +5,9 @@ from bilevel.cli.options import Parser, check_training, number, whole
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import fresh
 from bilevel.methods import BiDVL
-from bilevel.methods.data import load_images
+from bilevel.methods.data.images import load_images
 from bilevel.methods.presets import DIGITS
-from bilevel.methods.run import Run
+from bilevel.methods.training.run import Run
 
 SUMMARY = "train a small model on handwritten digits and show what it learned"
 _EXAMPLES = """  bilevel demo

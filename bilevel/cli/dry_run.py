@@ -2,8 +2,14 @@
 
 from bilevel.cli.progress import duration
 from bilevel.cli.running import Plan
-from bilevel.methods.footprint import Footprint, amount, available, footprint, largest_batch
-from bilevel.methods.preconditions import refuse_small
+from bilevel.methods.training.footprint import (
+    Footprint,
+    amount,
+    available,
+    footprint,
+    largest_batch,
+)
+from bilevel.methods.training.preconditions import refuse_small
 
 _SPEEDS = (
     0.1,

@@ -8,9 +8,9 @@ from bilevel.cli.features import WHICH, feature_network
 from bilevel.cli.options import Parser, UsageError, choice, whole
 from bilevel.cli.outcome import draw, measured, report, show
 from bilevel.cli.runs import existing, images_of, load_model
-from bilevel.methods.data import Images, load_images
-from bilevel.methods.features import judge
-from bilevel.methods.report import save_results
+from bilevel.methods.data.images import Images, load_images
+from bilevel.methods.evaluation.features import judge
+from bilevel.methods.report.report import save_results
 
 SUMMARY = "measure a trained model: samples, reconstructions, outliers"
 _EXAMPLES = """  bilevel evaluate runs/demo-1

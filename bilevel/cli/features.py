@@ -5,8 +5,8 @@ from pathlib import Path
 
 from bilevel.cli.options import Parser, UsageError, choice, whole
 from bilevel.cli.running import device_of
-from bilevel.methods.data import load_images
-from bilevel.methods.features import (
+from bilevel.methods.data.images import load_images
+from bilevel.methods.evaluation.features import (
     FeatureNetwork,
     classifier,
     inception,

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import bilevel.methods
 from bilevel.methods import EBLVM, Training
-from bilevel.methods.config import nearest, validated
+from bilevel.methods.training.settings import nearest, validated
 
 
 class UsageError(ValueError):

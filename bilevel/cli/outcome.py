@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from bilevel.methods import EBLVM, History
-from bilevel.methods.data import Images, scaled
-from bilevel.methods.evaluation import evaluate
-from bilevel.methods.features import FeatureNetwork, judge, nearest_images, some
-from bilevel.methods.measures import result_rows
-from bilevel.methods.pictures import (
+from bilevel.methods.data.images import Images, scaled
+from bilevel.methods.evaluation.evaluate import evaluate
+from bilevel.methods.evaluation.features import FeatureNetwork, judge, nearest_images, some
+from bilevel.methods.report.pictures import (
     save_curves,
     save_evaluations,
     save_grid,
     save_reconstructions,
 )
-from bilevel.methods.report import save_results, saved_pictures, saved_results, write_report
-from bilevel.methods.run import Run
+from bilevel.methods.report.report import save_results, saved_pictures, saved_results, write_report
+from bilevel.methods.training.measures import result_rows
+from bilevel.methods.training.run import Run
 
 _SAMPLES, _PAIRS = 80, 24
 

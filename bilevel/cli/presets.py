@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bilevel.cli.options import Parser, UsageError, model_settings
-from bilevel.methods.config import nearest
 from bilevel.methods.presets import PRESETS, Preset
+from bilevel.methods.training.settings import nearest
 
 SUMMARY = "list the presets: published experiments and small ones"
 _EXAMPLES = """  bilevel presets

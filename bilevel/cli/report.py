@@ -7,10 +7,10 @@ from bilevel.cli import outcome
 from bilevel.cli.options import Parser, UsageError
 from bilevel.cli.runs import existing
 from bilevel.files import replacing
-from bilevel.methods.records import note
-from bilevel.methods.report import saved_pictures, saved_results, write_comparison
+from bilevel.methods.report.report import saved_pictures, saved_results, write_comparison
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.report import write_suite_report
+from bilevel.methods.training.json_lines import note
 
 SUMMARY = "write a page about a run or a suite, or a comparison of several runs"
 _EXAMPLES = """  bilevel report runs/demo-1

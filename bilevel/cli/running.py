@@ -15,12 +15,12 @@ from bilevel.cli.progress import Progress
 from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
 from bilevel.methods import EBLVM, History, Training
-from bilevel.methods.config import validated
-from bilevel.methods.data import Images
-from bilevel.methods.evaluation import evaluate
-from bilevel.methods.features import FeatureNetwork, judge
-from bilevel.methods.fitting import Evaluate, fit
-from bilevel.methods.run import Run
+from bilevel.methods.data.images import Images
+from bilevel.methods.evaluation.evaluate import evaluate
+from bilevel.methods.evaluation.features import FeatureNetwork, judge
+from bilevel.methods.training.fit import Evaluate, fit
+from bilevel.methods.training.run import Run
+from bilevel.methods.training.settings import validated
 
 LOOK = 2000  # samples of an evaluation during training, and images of each set it looks at
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from bilevel.cli.options import UsageError, methods
 from bilevel.methods import EBLVM
-from bilevel.methods.config import nearest
-from bilevel.methods.data import Images, load_images
-from bilevel.methods.run import Run
+from bilevel.methods.data.images import Images, load_images
+from bilevel.methods.training.run import Run
+from bilevel.methods.training.settings import nearest
 
 HOME = Path("runs")
 

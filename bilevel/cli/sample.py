@@ -8,7 +8,7 @@ import torch
 from bilevel.cli.options import Parser, UsageError, whole
 from bilevel.cli.runs import existing, load_model
 from bilevel.files import replacing
-from bilevel.methods.pictures import save_grid
+from bilevel.methods.report.pictures import save_grid
 
 SUMMARY = "draw images from a trained model"
 _EXAMPLES = """  bilevel sample runs/demo-1

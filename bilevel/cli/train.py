@@ -26,12 +26,12 @@ from bilevel.cli.options import (
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.distributed import from_main, is_main, processes
-from bilevel.methods.config import nearest
-from bilevel.methods.data import Images, load_images
+from bilevel.methods.data.images import Images, load_images
+from bilevel.methods.data.limits import GIGABYTES
 from bilevel.methods.eblvm import rebuilt
-from bilevel.methods.limits import GIGABYTES
 from bilevel.methods.presets import PRESETS, Preset
-from bilevel.methods.run import Run
+from bilevel.methods.training.run import Run
+from bilevel.methods.training.settings import nearest
 
 SUMMARY = "train a model on images, into a run folder"
 _LENGTH = ("num_steps", "max_seconds")  # what of a run may be changed when it is resumed
@@ -141,7 +141,7 @@ def _parser(method: str | None) -> Parser:
 
 
 def _add_data(parser: Parser) -> None:
-    group = parser.add_argument_group("data", "`bilevel.methods.data` tells more")
+    group = parser.add_argument_group("data", "`bilevel.methods.data.images` tells more")
     group.add_argument(
         "--data",
         metavar="NAME|PATH",

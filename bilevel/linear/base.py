@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bilevel.compile.tracing import tracing
 from bilevel.errors import Result
 from bilevel.refusals import positive as positive
-from bilevel.tracing import tracing
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.compile.tracing import tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -20,7 +21,6 @@ from bilevel.linear.base import (
     tolerance,
 )
 from bilevel.refusals import positive, whole
-from bilevel.tracing import tracing
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bilevel.compile.tracing import tracing
 from bilevel.errors import Result
 from bilevel.linear.base import LinearSolution, LinearSolver, Operator
 from bilevel.refusals import positive
-from bilevel.tracing import tracing
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.compile.tracing import tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -16,7 +17,6 @@ from bilevel.linear.base import (
     relative,
 )
 from bilevel.refusals import positive, whole
-from bilevel.tracing import tracing
 
 
 @dataclass(frozen=True)

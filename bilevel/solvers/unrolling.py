@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
+from bilevel.compile.tracing import tracing
 from bilevel.distributed import average
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.solvers.base import Response, ResponseProduct
-from bilevel.tracing import tracing
 from bilevel.tree import Tree, norm
 from bilevel.twins import (
     Gradients,

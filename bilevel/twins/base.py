@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.tracing import tracing
+from bilevel.compile.tracing import tracing
 from bilevel.tree import Tree
 
 Gradients = dict[str, Tensor | None]

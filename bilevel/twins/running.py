@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from bilevel.compile.tracing import tracing
 from bilevel.optimizers import Optimizers, listed
-from bilevel.tracing import tracing
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
 

@@ -17,11 +17,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bilevel.methods.data.visibles import admitted
 from bilevel.methods.likelihood.annealing import AnnealedChains
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
-from bilevel.methods.models.base import LatentVariableModel
-from bilevel.methods.models.enumeration import MAX_UNITS, states
-from bilevel.methods.visibles import admitted
+from bilevel.methods.machines.base import LatentVariableModel
+from bilevel.methods.machines.enumeration import MAX_UNITS, states
 
 _CHUNK = 2**20  # states of a first hidden layer weighed at a time
 
@@ -82,7 +82,7 @@ def annealed_importance_sampling(
             of the wrong width or for Gaussian visibles, or chains whose weights are no numbers.
 
     Example:
-        >>> from bilevel.methods.models import RBM
+        >>> from bilevel.methods.machines import RBM
         >>> model, generator = RBM(8, 6), torch.Generator().manual_seed(0)
         >>> found = annealed_importance_sampling(model, temperatures=500, generator=generator)
         >>> abs(found.value - model.log_partition().item()) < 0.1

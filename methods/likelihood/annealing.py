@@ -24,8 +24,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.methods.models.enumeration import log_one_plus_exp
-from bilevel.methods.models.neighbours import Neighbours
+from bilevel.methods.machines.enumeration import log_one_plus_exp
+from bilevel.methods.machines.neighbours import Neighbours
 
 
 @final

@@ -21,8 +21,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from bilevel.methods.data.visibles import admitted
 from bilevel.methods.likelihood.log_partition import LogPartition
-from bilevel.methods.models import MAX_UNITS, LatentVariableModel
+from bilevel.methods.machines import MAX_UNITS, LatentVariableModel
 from bilevel.methods.variational import (
     BernoulliPosterior,
     HierarchicalJoint,
@@ -30,7 +31,6 @@ from bilevel.methods.variational import (
     VariationalJoint,
     VariationalPosterior,
 )
-from bilevel.methods.visibles import admitted
 
 _GAP_UNITS = 15  # of a first hidden layer that is summed out for every visible
 
@@ -86,7 +86,7 @@ def log_likelihood(
             the machine does not take, and a result that is no number.
 
     Example:
-        >>> from bilevel.methods.models import RBM
+        >>> from bilevel.methods.machines import RBM
         >>> model = RBM(8, 4)
         >>> log_likelihood(model, torch.ones(3, 8)) == log_likelihood(
         ...     model, torch.ones(3, 8), model.log_partition()

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, final
 from bilevel.methods.advil import AdvIL
 from bilevel.methods.bidvl import BiDVL
 from bilevel.methods.bism import BiSM
-from bilevel.methods.config import Training, validated
+from bilevel.methods.training.settings import Training, validated
 from bilevel.methods.vae import VAE
 from bilevel.methods.vages import VaGES
 

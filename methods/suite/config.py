@@ -44,8 +44,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bilevel.methods.config import nearest
 from bilevel.methods.suite.presets import BISM_EXACT, BISM_UNROLLED, METHOD_PRESETS, PRESETS
+from bilevel.methods.training.settings import nearest
 
 _NAME = r"^[A-Za-z0-9][\w.+-]*$"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.files import sweep
-from bilevel.methods.records import (
+from bilevel.methods.suite.config import Cell, SuiteConfig, parse_config
+from bilevel.methods.training.json_lines import (
     Record,
     append_line,
     note,
@@ -16,8 +17,7 @@ from bilevel.methods.records import (
     write_document,
     write_lines,
 )
-from bilevel.methods.schemas import Outcome
-from bilevel.methods.suite.config import Cell, SuiteConfig, parse_config
+from bilevel.methods.training.schemas import Outcome
 
 
 class SuiteFolder:

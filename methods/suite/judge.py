@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel.methods.eblvm import EBLVM, chunked
 from bilevel.methods.likelihood import annealed_importance_sampling, bracket, linear_schedule
-from bilevel.methods.models import LatentVariableModel
+from bilevel.methods.machines import LatentVariableModel
 from bilevel.methods.suite.config import EvaluationConfig
 from bilevel.methods.suite.learners import Job
 from bilevel.methods.vae import VAE

@@ -20,17 +20,17 @@ from bilevel import (
 )
 from bilevel.linear import Cholesky
 from bilevel.methods.advil import AdvIL
-from bilevel.methods.bidvl_general import GeneralBiDVL
 from bilevel.methods.bism import BiSM
-from bilevel.methods.config import LOWER_ONLY, Training, nearest, refuse_idle, validated
 from bilevel.methods.contrastive_divergence import ContrastiveDivergence
+from bilevel.methods.data.tables import Table, load_table
 from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.general_bidvl import GeneralBiDVL
+from bilevel.methods.machines import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
 from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.score_matching import ScoreMatching
 from bilevel.methods.suite.config import Cell, DataConfig
-from bilevel.methods.tables import Table, load_table
+from bilevel.methods.training.settings import LOWER_ONLY, Training, nearest, refuse_idle, validated
 from bilevel.methods.vae import VAE
 from bilevel.methods.vages import VaGES
 

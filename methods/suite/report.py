@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.files import read_bytes, write_text
-from bilevel.methods.page import page
+from bilevel.methods.data.tables import Table
+from bilevel.methods.report.page import page
 from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.learners import Job, make_table
 from bilevel.methods.suite.runner import trained
 from bilevel.methods.suite.tables import Group, as_html, groups, markdown, meanings
-from bilevel.methods.tables import Table
 
 Picture = tuple[str, Path, str]  # title, PNG file, caption
 

@@ -17,13 +17,13 @@ import torch
 
 import bilevel
 from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
-from bilevel.methods.run import Run, versions
+from bilevel.methods.data.tables import Table
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
 from bilevel.methods.suite.judge import independent, judge
 from bilevel.methods.suite.learners import Job, make_job, make_table
 from bilevel.methods.suite.trace import Trace
-from bilevel.methods.tables import Table
+from bilevel.methods.training.run import Run, versions
 
 Callbacks = Sequence[Callable[[Step], object]]
 Observer = Callable[[int, int, dict[str, Any]], object]

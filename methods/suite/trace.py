@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 
 from bilevel import Step
-from bilevel.methods.config import Training
-from bilevel.methods.records import append_line, read_lines, refuse_repeated, write_lines
-from bilevel.methods.schemas import TraceLine
+from bilevel.methods.training.json_lines import (
+    append_line,
+    read_lines,
+    refuse_repeated,
+    write_lines,
+)
+from bilevel.methods.training.schemas import TraceLine
+from bilevel.methods.training.settings import Training
 
 _FIRST = 1000  # the first evaluation comes after this fraction of all steps
 

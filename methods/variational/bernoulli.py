@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 from torch.nn.utils import skip_init
 
-from bilevel.methods.models.enumeration import log_one_plus_exp
+from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.variational.base import (
     Draws,
     VariationalPosterior,
@@ -29,7 +29,7 @@ from bilevel.methods.variational.base import (
 )
 
 if TYPE_CHECKING:
-    from bilevel.methods.models import LatentVariableModel
+    from bilevel.methods.machines import LatentVariableModel
 
 
 @final

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self, final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.config import one_of
-from bilevel.methods.models.enumeration import log_one_plus_exp, log_sum_over_states
+from bilevel.methods.machines.enumeration import log_one_plus_exp, log_sum_over_states
+from bilevel.methods.training.settings import one_of
 from bilevel.methods.variational.base import (
     Draws,
     VariationalJoint,
@@ -41,7 +41,7 @@ from bilevel.methods.variational.bernoulli import (
 )
 
 if TYPE_CHECKING:
-    from bilevel.methods.models import LatentVariableModel
+    from bilevel.methods.machines import LatentVariableModel
 
 MAX_BITS = 15
 """Bits of z that `HierarchicalJoint.log_prob` still enumerates."""

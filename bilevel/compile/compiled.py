@@ -1,0 +1,318 @@
+"""`Compiled`: a training step traced once and run as one compiled graph.
+
+A step of a small model is a hundred kernels of microseconds, each behind tens of microseconds of
+Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second derivatives included,
+down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is recorded as a
+CUDA graph besides.
+
+The graph reads and writes in place what the step reads and writes: variables, buffers, the
+optimizers' state and their moving numbers (`settings`). What is decided in Python while tracing is
+decided for good, so it is looked at before every run (`guards`) and decides which graph is the right
+one, if there is one yet.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
+
+import numpy as np
+import optree
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
+
+from bilevel.compile.guards import Guard, reading
+from bilevel.compile.lowering import Lowered, lower
+from bilevel.compile.settings import Settings, begin
+from bilevel.state import State
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MOST = 8  # graphs of one step; each takes some seconds to compile
+_FEW = 4  # of them for the same tensors: what changes in every step needs another way
+_TWO = 2  # of them for the same but for a float in the batch, which seldom has few values
+
+
+class _Key(NamedTuple):
+    """What tells one graph from another before Python's values are looked at."""
+
+    structure: Any
+    tensors: tuple[Any, ...]
+    others: tuple[Any, ...]
+    settings: Any
+    modes: tuple[Any, ...]
+
+
+@dataclass(eq=False)
+class _Graph:
+    """A compiled graph, what it takes for granted, and its answer.
+
+    Attributes:
+        named: how many of its tensors are parameters and buffers, which the guard knows.
+        held: which objects the optimizers kept when it was last bound to the tensors.
+        memory: where the tensors lie that it writes: an argument must not lie there.
+    """
+
+    key: _Key
+    guard: Guard
+    lowered: Lowered
+    named: int
+    held: list[int]
+    memory: frozenset[int]
+    answer: list[Any]
+    structure: Any
+
+
+@final
+class Compiled(Generic[P, R]):
+    """`step` as compiled graphs, one for everything that Python decides in it.
+
+    What cannot be compiled runs as it is, after one warning.
+
+    Args:
+        step: reads its arguments and the run's state, writes the state, returns a pytree.
+        state: the run's state.
+        said: the warnings given so far, none of which is given twice.
+    """
+
+    def __init__(self, step: Callable[P, R], state: State, said: set[str]) -> None:
+        self._step = step
+        self._problem = state.problem
+        self._optimizers = [o for group in state.optimizers.values() for o in group]
+        self._settings = Settings(self._optimizers, state.problem.device)
+        self._graphs: list[_Graph] = []
+        self._said = said
+        self._refused = self._full = False
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        graph = None
+        if not self._refused:
+            try:
+                leaves, structure = _flatten((args, kwargs))
+                graph = self._graph(leaves, structure)
+            except Exception as error:  # whatever the tracer or the compiler did not like
+                self._refused = True
+                self._warn(error)
+        if graph is None:
+            return self._step(*args, **kwargs)
+        tensors = [
+            t.clone() if t.untyped_storage().data_ptr() in graph.memory else t
+            for t in leaves
+            if isinstance(t, Tensor)
+        ]
+        with torch.no_grad():
+            new = iter(graph.lowered.run(*tensors, *graph.lowered.aliases))
+        answer = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in graph.answer]
+        return cast(R, optree.tree_unflatten(graph.structure, answer))
+
+    def _graph(self, leaves: list[Any], structure: Any) -> _Graph | None:
+        """The graph for these arguments as things are; `None` if there are too many."""
+        for optimizer in self._optimizers:
+            _refuse_hooks(optimizer)
+        self._settings.follow()
+        key = self._key(leaves, structure)
+        like = [graph for graph in self._graphs if graph.key == key]
+        for graph in reversed(like):
+            if graph.guard.holds() and not graph.lowered.stale():
+                return self._bound(graph, leaves)
+        same = [g for g in self._graphs if g.key[:2] == key[:2]]
+        few = _TWO if not like and _new_float(key, same) else _FEW
+        if len(self._graphs) >= _MOST or len(same) >= few:
+            if not self._full:
+                self._warn(ValueError(_too_many(key, like, same, len(self._graphs))))
+            self._full = True
+            return None
+        return self._compile(key, leaves)
+
+    def _key(self, leaves: list[Any], structure: Any) -> _Key:
+        return _Key(
+            structure,
+            tuple(_signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
+            tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
+            self._settings.fixed(),
+            _modes(self._problem.device.type),
+        )
+
+    def _bound(self, graph: _Graph, leaves: list[Any]) -> _Graph:
+        """The graph, reading and writing the tensors as they are now."""
+        if graph.held == self._held() and graph.lowered.in_place(graph.named):
+            return graph
+        arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for optimizer in self._optimizers:
+            begin(optimizer)
+        if not graph.lowered.follow(self._live(), arguments):
+            self._graphs.remove(graph)
+            return self._compile(graph.key, leaves)
+        graph.held, graph.memory = self._held(), _memory(graph.lowered)
+        return graph
+
+    def _named(self) -> list[Tensor]:
+        return [*self._problem.parameters(), *self._problem.buffers()]
+
+    def _held(self) -> list[int]:
+        """What the optimizers keep, by identity: quicker to look at than the tensors."""
+        states = [s for optimizer in self._optimizers for s in optimizer.state.values()]
+        return [*map(id, chain.from_iterable([s.values() for s in states]))]
+
+    def _live(self) -> list[Tensor]:
+        """The tensors that a step reads and writes beside its arguments."""
+        live = self._named()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    held = optimizer.state.get(p, {})
+                    live += [held[n] for n in _STATE if isinstance(held.get(n), Tensor)]
+        return live + self._settings.tensors
+
+    def _compile(self, key: _Key, leaves: list[Any]) -> _Graph:
+        for optimizer in self._optimizers:
+            begin(optimizer)
+        found: dict[str, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = cast(Any, optree.tree_unflatten(key.structure, filled))
+            found["answer"], found["structure"] = _flatten(self._step(*args, **kwargs))
+            return [leaf for leaf in found["answer"] if isinstance(leaf, Tensor)]
+
+        arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
+            with reading() as reads, self._settings.as_tensors():
+                lowered = lower(flat, arguments, self._live(), self._problem.device)
+        guard = Guard(self._problem, reads)
+        memory = _memory(lowered)
+        named, answer, answered = len(self._named()), found["answer"], found["structure"]
+        graph = _Graph(key, guard, lowered, named, self._held(), memory, answer, answered)
+        self._graphs.append(graph)
+        return graph
+
+    def _warn(self, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "tracing tensor" in reason:  # torch's words for it are about its own insides
+            reason = (
+                "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
+            )
+        words = f"the step is not compiled and runs as without `compile`: {reason}"
+        if words not in self._said:
+            self._said.add(words)
+            warnings.warn(words, RuntimeWarning, stacklevel=5)
+
+
+# what SGD and Adam keep of a parameter, in the order in which a graph takes it
+_STATE = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The tensors and constants of a tree, dataclasses and dict-likes taken apart, too."""
+    leaves, structure = optree.tree_flatten(tree, namespace="bilevel")
+    if any(_take_apart(type(leaf)) for leaf in leaves):
+        return _flatten(tree)
+    return list(leaves), structure
+
+
+_whole: set[type] = {Tensor, torch.nn.Parameter, float, int, bool, str}
+
+
+def _take_apart(kind: type) -> bool:
+    """Teach `optree` a class of records; whether that was news."""
+    if kind in _whole:
+        return False
+    _whole.add(kind)
+    if dataclasses.is_dataclass(kind) and not issubclass(kind, Mapping):
+        names = [field.name for field in dataclasses.fields(kind)]
+    elif issubclass(kind, Mapping) and not issubclass(kind, dict):
+        names = []
+    else:
+        return False
+
+    def parts(record: Any) -> tuple[list[Any], tuple[str, ...]]:
+        held = {
+            **{name: getattr(record, name) for name in names},
+            **getattr(record, "__dict__", {}),
+        }
+        return list(held.values()), tuple(held)
+
+    def whole(held: tuple[str, ...], values: Any) -> Any:
+        record = object.__new__(kind)  # `__init__` has been, and frozen ones are whole, too
+        for name, value in zip(held, values, strict=True):
+            object.__setattr__(record, name, value)
+        return record
+
+    optree.register_pytree_node(cast(Any, kind), parts, cast(Any, whole), namespace="bilevel")
+    return True
+
+
+def _signature(tensor: Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"a batch holds a tensor of layout `{tensor.layout}`")
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _constant(leaf: Any) -> Any:
+    """What a graph is made for; 1, 1.0 and True are not the same.
+
+    Raises:
+        TypeError: for something that a graph can neither read nor hold.
+    """
+    if isinstance(leaf, np.ndarray):
+        raise TypeError("the batch holds a NumPy array; make it a tensor, `torch.as_tensor(...)`")
+    try:
+        hash(leaf)
+    except TypeError:
+        raise TypeError(
+            f"the batch holds a `{type(leaf).__name__}`, which a graph cannot look into; use "
+            "tensors in tuples, dicts or dataclasses"
+        ) from None
+    return type(leaf), leaf
+
+
+def _modes(device: str) -> tuple[Any, ...]:
+    """What of torch's global state decides how a step is computed."""
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    )
+
+
+def _memory(lowered: Lowered) -> frozenset[int]:
+    return frozenset(t.untyped_storage().data_ptr() for t in lowered.aliases)
+
+
+def _refuse_hooks(optimizer: Optimizer) -> None:
+    """A graph does what `optimizer.step` does, and nothing of what was hung to it."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    if before or after or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+        raise ValueError(
+            f"`{type(optimizer).__name__}` has step hooks, which a graph does not call"
+        )
+
+
+def _new_float(key: _Key, graphs: list[_Graph]) -> bool:
+    """Whether the batch holds a float that it held in none of the graphs."""
+    seen = {constant for graph in graphs for constant in graph.key.others}
+    return any(c not in seen and isinstance(c[1], float) for c in key.others)
+
+
+def _too_many(key: _Key, like: list[_Graph], same: list[_Graph], count: int) -> str:
+    """Why there is no further graph."""
+    if like:
+        what = f"{like[-1].guard.changed()} has changed"
+        advice = "make what changes in every step a buffer (`register_buffer`) or part of the batch"
+    elif same and same[-1].key.others != key.others:
+        pairs = zip(same[-1].key.others, key.others, strict=True)
+        (_, old), (_, new) = next((a, b) for a, b in pairs if a != b)
+        what = f"the batch holds a constant that changes ({old!r}, {new!r})"
+        advice = "make it a tensor, `torch.tensor(...)`"
+    else:
+        what = "structure, shapes or settings have changed"
+        advice = "pad the batches to few shapes"
+    return f"there are {count} graphs of it and {what}; {advice}"

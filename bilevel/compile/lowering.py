@@ -1,0 +1,214 @@
+"""`lower`: a function of tensors, traced and compiled together with all that it reads and writes.
+
+`make_fx` follows the function down to the kernels. Tensors that it reads and that nobody named (a plain
+tensor that a module keeps, a teacher's weights) are found in the graph and read live, as are the
+named ones; those that lie on another device, or whose values Python has taken, are constants, and
+`Lowered.stale` says when one was changed.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bilevel.compile.cuda_graph import Recorded
+from bilevel.compile.tracing import traced
+from bilevel.distributed import world_size
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+_LOOKS = {"item", "tolist", "numpy", "__array__", "__dlpack__"} | {
+    f"__{kind}__" for kind in ("bool", "int", "float", "complex", "index")
+}
+
+
+class _Looks(TorchFunctionMode):
+    """Notices where a function takes a value out of torch.
+
+    Attributes:
+        seen: the constants whose values were taken, which the graph holds from then on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
+
+        if getattr(func, "__name__", None) in _LOOKS and isinstance(args[0], Tensor):
+            mode = get_proxy_mode()
+            if mode is not None and has_proxy_slot(args[0], mode.tracer):
+                raise ValueError(
+                    "it looks at the value of a tensor (`if`, `.item()`, `.numpy()`, a solver that "
+                    "watches itself)"
+                )
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Lowered:
+    """A compiled function and the tensors it reads and writes beside its arguments.
+
+    Attributes:
+        extra: further tensors that it reads.
+        constants: tensors whose values it holds, and the versions these had.
+    """
+
+    compiled: Callable[..., Any]
+    device: torch.device
+    live: list[Tensor]
+    extra: list[Tensor]
+    constants: list[tuple[Tensor, int]]
+    aliases: list[Tensor]
+    run: Callable[..., Any]
+
+    def stale(self) -> bool:
+        """Whether a constant was written to."""
+        return any(tensor._version != version for tensor, version in self.constants)
+
+    def in_place(self, count: int) -> bool:
+        """Whether the first `count` live tensors, and those found, lie where they did."""
+        now = chain(self.live[:count], self.extra)
+        before = chain(self.aliases[:count], self.aliases[len(self.live) :])
+        return all(map(Tensor.is_set_to, now, before))
+
+    def follow(self, live: Sequence[Tensor], arguments: Sequence[Tensor]) -> bool:
+        """Read and write these tensors from now on, if they are like those before.
+
+        A checkpoint loaded inside the loop brings new momenta; `p.data = ...` moves a variable.
+        """
+        now = [*live, *self.extra]
+        if len(now) != len(self.aliases):
+            return False
+        if all(map(Tensor.is_set_to, now, self.aliases)):
+            return True
+        if any(_kind(a) != _kind(b) for a, b in zip(now, self.aliases, strict=True)):
+            return False
+        self.live = list(live)
+        self.bind(arguments)
+        return True
+
+    def bind(self, arguments: Sequence[Tensor]) -> None:
+        """Take the live tensors as they are now; on a GPU, record the function with them."""
+        # a graph cannot write into leaves
+        self.aliases = [tensor.detach() for tensor in (*self.live, *self.extra)]
+        self.run = self.compiled
+        if self.device.type == "cuda" and world_size() == 1:
+            with unchanged(self.aliases), torch.no_grad():
+                self.run = Recorded(self.compiled, arguments, self.aliases)
+
+
+def lower(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor],
+    live: Sequence[Tensor],
+    device: torch.device,
+) -> Lowered:
+    """`function(*arguments)`, which reads and writes the live tensors, as one compiled graph.
+
+    Args:
+        function: what is compiled; traced once.
+        arguments: tensors as it will be called with.
+        live: the tensors that it reads and writes beside.
+        device: where the graph runs.
+
+    Raises:
+        ValueError: if it draws random numbers or takes values out of torch.
+    """
+    import torch._inductor  # four seconds that nobody waits for who does not compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    # Tensors of their own: two arguments that are one tensor now may be two the next time.
+    arguments = [a.detach().requires_grad_(a.requires_grad) for a in arguments]
+    looks = _Looks()
+    with unchanged(live), traced(), _one_fake_mode(), looks:
+        graph = make_fx(function)(*arguments, *live)
+    _refuse_random(graph)
+    extra, constants = _constants(graph, device)
+    constants += looks.seen
+    lowered = Lowered(
+        compiled=graph,
+        device=device,
+        live=list(live),
+        extra=extra,
+        constants=[(c, c._version) for c in constants if not c.is_inference()],
+        aliases=[t.detach() for t in (*live, *extra)],
+        run=graph,
+    )
+    with unchanged(lowered.aliases), torch.no_grad():
+        # the shapes are looked at before each call
+        options = {"size_asserts": False}
+        inputs: list[Any] = [*arguments, *lowered.aliases]
+        lowered.compiled = torch._inductor.compile(graph, inputs, options)
+        lowered.compiled(*inputs)
+    lowered.bind(arguments)
+    return lowered
+
+
+@contextlib.contextmanager
+def _one_fake_mode() -> Iterator[None]:
+    """Let the tracer describe all tensors in one mode; it makes one per tensor, half of its time."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
+
+
+def _constants(graph: "GraphModule", device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors the graph found by itself: those made inputs of it, and those that stay inside."""
+    inputs: dict[int, Any] = {}
+    tensors: list[Tensor] = []
+    kept: list[Tensor] = []
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        held = getattr(graph, node.target) if node.op == "get_attr" else None
+        # those made while tracing, `torch.tensor(2.0)`, are nobody else's
+        if not isinstance(held, Tensor) or all("lift_fresh" in str(u.target) for u in node.users):
+            continue
+        if held.device != device:
+            kept.append(held)
+            continue
+        if id(held) not in inputs:
+            with graph.graph.inserting_after(last):
+                last = inputs[id(held)] = graph.graph.placeholder(f"found_{len(tensors)}")
+            tensors.append(held)
+        node.replace_all_uses_with(inputs[id(held)])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return tensors, kept
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Undo what happens to the tensors inside: tracing and compiling run the step."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def _refuse_random(graph: "GraphModule") -> None:
+    for node in graph.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise ValueError(
+                f"a loss draws random numbers (`{node.target}`; dropout?); draw them in `draw`"
+            )

@@ -1,0 +1,5 @@
+"""What a trained model is worth: its samples, reconstructions and out-of-distribution scores."""
+
+from bilevel.methods.evaluation.evaluate import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
+
+__all__ = ["evaluate", "ood_auroc", "pca_rmse", "reconstruction_rmse"]

@@ -1,0 +1,149 @@
+"""What the files of a run and of a suite hold, field by field: checked whenever one is read."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bilevel.methods.training.json_lines import Line, Record, check
+from bilevel.methods.training.settings import Training, validated
+
+
+class Shape(Record):
+    """Of the training data."""
+
+    shape: list[int] = Field(min_length=1)
+
+
+class Notes(Record):
+    """What whoever started the run noted of it."""
+
+    data: str | None = None
+    data_options: dict[str, bool | int | float | str | None] = Field({})
+    name: str | None = None
+    note: str | None = None
+    solver: dict[str, bool | int | float | str | None] = Field({})
+    device: str | None = None
+    evaluations: dict[str, Any] = Field({})
+
+
+class Config(Record):
+    """`config.json` of a run: all that `fit` writes, or only notes."""
+
+    method: str | None = None
+    model: dict[str, Any] | None = None
+    training: dict[str, Any] = Field({})
+    solver: str | None = None
+    data: Shape | None = None
+    notes: Notes = Field(Notes())
+    versions: dict[str, str] = Field({})
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        wanted = {"method", "model", "training", "solver"}
+        missing = wanted - self.model_fields_set
+        if missing and missing != wanted:
+            raise ValueError(f"`{min(missing)}` is missing")
+        if not missing:
+            if self.method is None or self.solver is None or self.data is None:
+                raise ValueError("`method`, `solver` and `data` cannot be null")
+            validated(Training, self.training)
+        return self
+
+
+class Evaluated(Record):
+    """`evaluation.json` of a run."""
+
+    results: dict[str, float]
+    features: str | None = None
+    statistics: str | None = None
+
+
+class Best(Record):
+    """`best.json` of a run."""
+
+    step: int = Field(ge=1)
+    rule: str
+    evaluation: Line
+
+
+class Model(Record):
+    """`model.json` of a saved model."""
+
+    method: str
+    recipe: dict[str, Any] | None
+
+
+class Classifier(BaseModel):
+    """What a file of feature weights says of itself."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    accuracy: float = Field(ge=0, le=1)
+    sizes: list[Any] = Field(min_length=3, max_length=3)
+
+
+class Named(Record):
+    """A part of a cell that a record spells out."""
+
+    name: str
+
+
+class Method(Named):
+    """The method of a cell."""
+
+    method: str
+    options: dict[str, Any]
+
+
+class Test(Record):
+    """How a trained cell was judged."""
+
+    known: str
+    value: float
+    standard_error: float | None
+    lower: float | None
+    upper: float | None
+
+
+class Outcome(Record):
+    """A line of a suite's `records.jsonl`."""
+
+    cell: str
+    status: Literal["finished", "failed"]
+    data: Named
+    model: Named
+    method: Method
+    seed: int
+    solver: str
+    training: dict[str, Any]
+    commit: str | None
+    versions: dict[str, str]
+    device: str
+    threads: int
+    ceiling: float | None
+    steps: int = Field(ge=0)
+    seconds: float
+    startup_seconds: float
+    steps_per_second: float | None
+    trace: list[list[float | None]]
+    test: dict[str, Any] | None = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.status == "finished":
+            check(Test, self.test or {})
+        elif self.reason is None:
+            raise ValueError("a cell failed, but `reason` is missing")
+        return self
+
+
+class TraceLine(Record):
+    """A line of a cell's `trace.jsonl`."""
+
+    step: int = Field(ge=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    startup_seconds: float = Field(ge=0, allow_inf_nan=False)
+    starts: int = Field(ge=0)
+    log_likelihood: float | None = None

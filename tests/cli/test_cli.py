@@ -1,0 +1,347 @@
+"""The command line, from the outside: what is printed, written and returned."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bilevel import cli
+from bilevel.cli import main
+from bilevel.cli.options import methods, model_settings, training_settings
+from bilevel.methods.data.images import load_images
+from bilevel.methods.evaluation.fidelity import torchmetrics
+from bilevel.methods.presets import DIGITS, PRESETS
+
+TINY = ["--width", "2", "--latent-dim", "2", "--batch-size", "20", "--log-every", "2"]
+TINY += ["--checkpoint-every", "2"]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with a small data set."""
+    monkeypatch.chdir(tmp_path)
+    images = load_images("digits")
+    assert images.train_labels is not None
+    array = ((images.train[:120, 0].numpy() + 1) * 8).astype(np.uint8)
+    np.savez(tmp_path / "few.npz", images=array, labels=images.train_labels[:120].numpy())
+    return tmp_path
+
+
+def train(*more: str) -> int:
+    return main(["train", "bidvl", "--data", "few.npz", *TINY, "--num-steps", "4", *more])
+
+
+def refused(capture: Capture, arguments: str) -> str:
+    """The one sentence with which bad arguments are refused."""
+    capture.readouterr()
+    assert main(arguments.split()) == cli.BAD_USAGE
+    message = capture.readouterr().err
+    assert message.startswith("bilevel: ")
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    return message
+
+
+def test_a_run_from_training_to_comparison(home: Path, capsys: Capture) -> None:
+    assert train() == 0
+    folder = home / "runs" / "bidvl-few-1"
+    assert "runs/bidvl-few-1/report.html" in capsys.readouterr().out
+    for name in ("config.json", "metrics.jsonl", "model/model.json", "evaluation.json"):
+        assert (folder / name).is_file()
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"samples.png", "reconstructions.png", "curves.png"}
+    shown = json.loads((folder / "evaluation.json").read_text())["results"]
+    assert shown["steps_per_second"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["notes"]["data"] == str(home / "few.npz")
+    assert config["training"]["num_steps"] == 4
+
+    assert main(["sample", "runs/bidvl-few-1", "-n", "5", "--out", "s.npz", "--seed", "1"]) == 0
+    assert main(["sample", "runs/bidvl-few-1", "-n", "5", "--out", "t.npz", "--seed", "1"]) == 0
+    one, two = (np.load(name)["images"] for name in ("s.npz", "t.npz"))
+    assert one.shape == (5, 1, 8, 8)
+    np.testing.assert_array_equal(one, two)
+    assert main(["sample", "runs/bidvl-few-1"]) == 0
+    assert (folder / "drawn.png").is_file()
+
+    assert main(["evaluate", "runs/bidvl-few-1", "--statistics", "batch"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["statistics"] == "batch"
+    assert main(["evaluate", "runs/bidvl-few-1", "--data", "digits"]) == 0
+    assert json.loads((folder / "evaluation.json").read_text())["statistics"] == "batch"
+
+    assert train("--variant", "complete", "--solver", "unrolled", "--unroll-steps", "1") == 0
+    assert main(["report", "runs/bidvl-few-1", "--out", "page.html"]) == 0
+    assert (home / "page.html").is_file()
+    capsys.readouterr()
+    assert main(["report", "runs/bidvl-few-1", "runs/bidvl-few-2"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/comparison.html"
+    assert "solver" in (home / "runs" / "comparison.html").read_text()
+
+
+def test_the_demo_explains_and_reports(home: Path, capsys: Capture) -> None:
+    threads = torch.get_num_threads()
+    assert main(["demo", "--num-steps", "3"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "handwritten digits",
+        "step      3/3",
+        "Reconstruction: RMSE",
+        "demo-1/report.html",
+    ):
+        assert words in out
+    assert torch.get_num_threads() == threads
+
+
+def test_missing_extras_are_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    home: Path,
+    capsys: Capture,
+) -> None:
+    request.addfinalizer(torchmetrics.cache_clear)  # it may fail to import here, and remembers
+    for name in ("matplotlib", "matplotlib.figure", "rich", "rich.progress", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train() == 0
+    assert "pip install 'bilevel[report]'" in capsys.readouterr().err
+    assert (home / "runs" / "bidvl-few-1" / "report.html").is_file()
+
+
+def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -> None:
+    assert train("--run", "whole", "--no-report") == 0
+    assert train("--run", "half", "--no-report", "--max-seconds", "1e-9") == 0
+    config = json.loads((home / "half" / "config.json").read_text())
+    config["training"]["max_seconds"] = None  # as if it had been interrupted
+    del config["checksum"]  # what a refusal advises who edits
+    (home / "half" / "config.json").write_text(json.dumps(config))
+    assert "`--latent-dim` is 3, but" in refused(capsys, "train --run half --resume --latent-dim 3")
+    assert "`--batch-size`" in refused(capsys, "train --run half --resume --batch-size 9")
+    assert "`--data`" in refused(capsys, "train --run half --resume --data digits")
+    assert "choose one" in refused(capsys, "train --run half --resume --overwrite")
+    again = ["--data", "few.npz", "--latent-dim", "2", "--device", "cpu", "--no-report"]
+    assert main(["train", "bidvl", "--run", "half", "--resume", *again]) == 0
+    weights = [
+        load_file(home / name / "model" / "weights.safetensors") for name in ("whole", "half")
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("trian", "did you mean `train`?"),
+        ("train bidv --data few.npz", "did you mean `bidvl`?"),
+        ("train bidvl", "--data NAME|PATH is missing"),
+        ("train --preset digit", "did you mean `digits`?"),
+        ("train vae --preset digits", "`digits` is for `bidvl`, not for `vae`; leave `vae` out"),
+        ("train --preset=digits --sigma 1", "there is no option `--sigma`"),
+        ("train --preset cifar10 --data few.npz", "colour images of 32x32 pixels, but `few` holds"),
+        ("train --preset cifar10 --data few.npz", "make them so with `--side 32 --channels 3`"),
+        ("train --preset cifar10 --data few.npz --side 32", "with `--channels 3`, train on them"),
+        ("train --preset digits --num-steps 0", "`--num-steps`: input should be greater"),
+        ("train bidvl --data few.npz --crop 50", "`crop=50` is larger"),
+        ("train bidvl --data few.npz --channels 2", "`channels`"),
+        ("presets cifar", "there is no preset `cifar`; did you mean `cifar10`?"),
+        ("train --data few.npz", "METHOD ("),
+        ("train bidvl --dta few.npz", "did you mean `--data`?"),
+        ("train bidvl --data few.npz extra", "`extra` is one argument too many"),
+        ("train bidvl --data fewer.npz", "did you mean `few.npz`?"),
+        ("train bidvl --data digit", "did you mean `digits`?"),
+        ("train bidvl --data few.npz --variant ofset", "did you mean `offset`?"),
+        ("train bidvl --data few.npz --solver implict", "did you mean `implicit`?"),
+        ("train bidvl --data few.npz --num-steps many", "a whole number, got `many`"),
+        ("train bidvl --data few.npz --num-steps 0", "`--num-steps`: input should be greater"),
+        ("train bidvl --data few.npz --upper-lr fast", "a number, got `fast`"),
+        ("train bidvl --data few.npz --damping 1", "belongs to `--solver implicit`"),
+        ("train bidvl --data few.npz --batch-size 500", "`batch_size` is 500"),
+        ("train bidvl --data few.npz --batch-size 50 --solver implicit", "variant='offset'"),
+        ("train bidvl --resume", "needs the folder"),
+        ("train --resume --run nowhere", "there is no run in `nowhere`"),
+        ("sample nowhere", "there is no run in `nowhere`; train one first"),
+        ("sample", "RUN"),
+        ("evaluate nowhere", "there is no run"),
+        ("report nowhere", "there is no run"),
+        ("demo --num-steps 0", "`--num-steps`"),
+    ],
+)
+def test_bad_arguments_are_one_helpful_sentence(
+    arguments: str, words: str, home: Path, capsys: Capture
+) -> None:
+    assert words in refused(capsys, arguments)
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named(capsys: Capture) -> None:
+    assert "no CUDA device" in refused(capsys, "train bidvl --data few.npz --device cuda")
+
+
+def test_a_run_is_not_overwritten_by_accident(capsys: Capture) -> None:
+    assert train("--run", "mine", "--no-report") == 0
+    message = refused(capsys, "train bidvl --data few.npz --run mine")
+    assert "`--resume`" in message
+    assert "`--overwrite`" in message
+    assert train("--run", "mine", "--no-report", "--overwrite") == 0
+    assert ".png or .npz" in refused(capsys, "sample mine --out s.gif")
+    assert "`-n` must be positive" in refused(capsys, "sample mine -n 0")
+
+
+def test_divergence_is_status_one(capsys: Capture) -> None:
+    # The tanh and the spectral norm leave little that can overflow; an absurd weight does it.
+    assert train("--no-report", "--latent-weight", "1e38", "--lower-lr", "1e30") == cli.FAILED
+    message = capsys.readouterr().err
+    assert "diverged at step" in message
+    assert message.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BILEVEL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no command"):
+        main(["nothing"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "demo", "train", "train bidvl", "train vae", "presets", "sample", "evaluate", "report"],
+)
+def test_help_is_short_and_has_examples(command: str, capsys: Capture) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:\n  bilevel" in text
+    assert text.isascii()
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("bilevel ")
+    assert main([]) == cli.BAD_USAGE
+
+
+def test_every_setting_is_explained() -> None:
+    assert all(setting.help for setting in training_settings())
+    for method in methods().values():
+        assert all(setting.help for setting in model_settings(method))
+
+
+# ---------------------------------------------------------------------- presets and data
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_a_preset_names_method_and_data_and_yields_to_the_command_line(home: Path) -> None:
+    few = ["--num-steps", "2", "--no-report"]
+    assert main(["train", "--preset", "digits", *few, "--ratio", "0.2"]) == 0
+    config = config_of(home / "runs" / "bidvl-digits-1")
+    assert (config["method"], config["notes"]["data"]) == ("BiDVL", "digits")
+    training = {**DIGITS.settings().model_dump(mode="json"), "num_steps": 2}
+    assert config["training"] == training
+    assert {name: config["model"][name] for name in DIGITS.model} == {**DIGITS.model, "ratio": 0.2}
+    small = ["--width", "4", "--latent-dim", "2", "--batch-size", "20"]
+    fits = ["--data", "few.npz", "--side", "32", *small]
+    assert main(["train", "--preset", "vae-mnist", *few, *fits]) == 0
+    config = config_of(home / "runs" / "vae-mnist-1")
+    assert (config["method"], config["model"]["shape"]) == ("VAE", [1, 32, 32])
+    # images of another shape, if they are asked for
+    kept = ["--data", "few.npz", "--side", "8", "--channels", "1", *small]
+    assert main(["train", "--preset", "advil-cifar10", *few, *kept]) == 0
+    config = config_of(home / "runs" / "advil-cifar10-1")
+    assert (config["method"], config["model"]["shape"]) == ("AdvIL", [1, 8, 8])
+    assert config["training"]["lower_steps"] == 1
+
+
+def test_images_are_loaded_the_same_way_when_a_run_is_resumed(home: Path, capsys: Capture) -> None:
+    assert train("--run", "r", "--no-report", "--side", "16", "--limit", "50") == 0
+    config = config_of(home / "r")
+    assert config["model"]["shape"] == [1, 16, 16]
+    assert config["notes"]["data_options"] == {"side": 16, "limit": 50}
+    assert "`--side` is 32, but" in refused(capsys, "train --run r --resume --side 32")
+    assert main(["train", "--run", "r", "--resume", "--side", "16", "--no-report"]) == 0
+
+
+def test_a_dry_run_writes_nothing(home: Path, capsys: Capture) -> None:
+    assert train("--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (home / "runs").exists()
+
+
+def test_presets_are_listed_and_shown_in_full(capsys: Capture) -> None:
+    assert main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    for preset in PRESETS.values():
+        assert preset.about in listed
+    assert main(["presets", "CelebA64"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("the code has 1.0", "celeba64", "crop      160", "ratio          0.1"):
+        assert words in shown
+    for name, value in PRESETS["celeba64"].settings().model_dump().items():
+        text = "-" if value is None else str(value)
+        assert isinstance(value, tuple) or re.search(rf"^  {name} +{text}$", shown, re.MULTILINE)
+
+
+def test_only_options_that_are_passed_on_are_offered() -> None:
+    names = {setting.name for setting in model_settings(methods()["vae"])}
+    assert names == {"latent_dim", "width", "statistics"}
+    assert "variant" in {setting.name for setting in model_settings(methods()["bidvl"])}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another thing there")
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on_and_does(home: Path) -> None:
+    start = [sys.executable, "-m", "bilevel", "train"]
+    options = [
+        "bidvl",
+        "--data",
+        "few.npz",
+        *TINY,
+        "--num-steps",
+        "300",
+        "--no-report",
+        "--run",
+        "r",
+    ]
+    slow = ["--lower-steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*start, *options, *slow],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = home / "r" / "metrics.jsonl"
+    wait_for(metrics.exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "bilevel train --run r --resume" in errors
+    assert "Traceback" not in errors
+    reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert 0 < reached < 300
+    assert main(["train", "--run", "r", "--resume", "--no-report"]) == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps[-1] == 300
+    assert steps == sorted(set(steps))
