@@ -5,8 +5,8 @@
 
 The yardstick is `benchmarks.transcription` in eager float32, on the same networks as one would write
 them: every convolution a convolution, torch's spectral norm, contiguous images, Adam with its
-defaults. That both move the variables alike is a test (`tests/test_bidvl_parity.py`); here a step is
-compared once more, in float64.
+defaults. That both move the variables alike is a test (`tests/methods/test_bidvl_parity.py`); here
+a step is compared once more, in float64.
 Competitors take turns; times are medians of rounds. On CUDA the clock waits for the device at both ends
 of a round.
 

@@ -12,7 +12,7 @@ from bilevel.methods.data.images import NAMES
 from bilevel.methods.networks.convolutional import parameter_count
 from bilevel.methods.presets import DIGITS, PRESETS, Preset, small
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 class Row(NamedTuple):

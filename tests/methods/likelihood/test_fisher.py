@@ -15,7 +15,7 @@ from bilevel.methods.likelihood import (
 )
 from bilevel.methods.machines.enumeration import states
 from bilevel.methods.models import GaussianRBM
-from tests.methods.test_likelihood import DEVICES
+from tests.devices import DEVICES
 from tests.problems import generator, normal, spd
 
 
