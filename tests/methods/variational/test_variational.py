@@ -1,4 +1,4 @@
-"""Variational families of binary latents against enumeration; numbers are AdvIL's assertions."""
+"""Variational families of binary latents: probabilities, draws and derivatives, against enumeration."""
 
 import math
 
@@ -9,241 +9,26 @@ from torch.distributions import Bernoulli, Independent, Normal
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bilevel.methods.machines.enumeration import states
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, GaussianRBM
 from bilevel.methods.variational import (
     BernoulliPosterior,
     HierarchicalJoint,
-    TabularEnergy,
-    TabularJoint,
-    TabularPosterior,
 )
-from tests.devices import DEVICES
 from tests.machines import rng
-
-NV = 3
-TIGHT = {"atol": 1e-8, "rtol": 1e-7}  # what central differences with steps of 1e-6 resolve
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
-
-
-def linear(below: int, above: int, seed: int) -> nn.Linear:
-    layer = nn.Linear(below, above, dtype=torch.float64)
-    with torch.no_grad():
-        layer.weight.copy_(randn(above, below, seed=seed))
-        layer.bias.copy_(randn(above, seed=seed + 100))
-    return layer
-
-
-def net(below: int, above: int, seed: int) -> nn.Module:
-    return nn.Sequential(linear(below, 4, seed), nn.Tanh(), linear(4, above, seed + 50))
-
-
-def posterior(dims: tuple[int, ...] = (2,), temperature: float = 0.1) -> BernoulliPosterior:
-    widths = (NV, *dims)
-    networks = [net(widths[i], widths[i + 1], seed=i) for i in range(len(dims))]
-    return BernoulliPosterior(networks, dims, temperature=temperature)
-
-
-def joint(
-    dims: tuple[int, ...] = (2,),
-    *,
-    bits: int = 2,
-    prior: str = "bernoulli",
-    visible: str = "bernoulli",
-    auxiliary: nn.Module | None = None,
-    temperature: float = 0.1,
-) -> HierarchicalJoint:
-    widths = (bits, *reversed(dims))
-    networks = [net(widths[i], widths[i + 1], seed=10 + i) for i in range(len(dims))]
-    networks.append(net(dims[0], NV * (1 + (visible == "gaussian")), seed=20))
-    if auxiliary is None:
-        auxiliary = net(dims[-1], bits * (1 + (prior == "gaussian")), seed=30)
-    return HierarchicalJoint(
-        networks,
-        auxiliary,
-        visible_dim=NV,
-        latent_dims=dims,
-        latent_dim=bits,
-        prior=prior,
-        visible=visible,
-        temperature=temperature,
-    )
-
-
-def every(units: int) -> Tensor:
-    return states(units, 0, 2**units, torch.zeros((), dtype=torch.float64))
-
-
-def product(*tables: Tensor) -> list[Tensor]:
-    """Every combination of the rows of the tables, one tensor per table."""
-    index = torch.cartesian_prod(*(torch.arange(len(t)) for t in tables))
-    return [t[i] for t, i in zip(tables, index.unbind(1), strict=True)]
-
-
-def triples(q: HierarchicalJoint) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every (v, h, z) of a fully binary joint, with log q(z, h, v) by torch.distributions."""
-    v, h, z = product(every(NV), every(sum(q.latent_dims)), every(q.latent_dim))
-    layers = [z, *reversed(h.split(q.latent_dims, dim=1)), v]
-    log_q = Bernoulli(torch.full_like(z, 0.5)).log_prob(z).sum(1)
-    for network, above, below in zip(q.networks, layers, layers[1:], strict=False):
-        log_q = log_q + Independent(Bernoulli(logits=network(above)), 1).log_prob(below)
-    return v, h, z, log_q
-
-
-class ExactAuxiliary(nn.Module):
-    """The logit of q(z|h) for one bit z."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, h: Tensor) -> Tensor:
-        zero, one = (
-            Independent(Bernoulli(logits=self.network(h.new_tensor([[bit]]))), 1).log_prob(h)
-            for bit in (0.0, 1.0)
-        )
-        return (one - zero)[:, None]
-
-
-def exact_joint(dims: tuple[int, ...] = (2,), temperature: float = 1e-9) -> HierarchicalJoint:
-    inexact = joint(dims, bits=1)
-    return joint(
-        dims,
-        bits=1,
-        auxiliary=ExactAuxiliary(inexact.networks[0]),
-        temperature=temperature,
-    )
-
-
-def close(a: Tensor, b: Tensor | float, tol: float = 1e-12) -> None:
-    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=tol, atol=tol)
-
-
-# ---------------------------------------------------------------------- AdvIL's assertions
-
-
-def tabular(model: LatentVariableModel) -> TabularEnergy:
-    units = sum(model.latent_dims)
-    v, h = product(every(model.visible_dim), every(units))
-    return TabularEnergy(model(v, h).detach().view(-1, 2**units))
-
-
-def saddle(energy: TabularEnergy, q: TabularPosterior, p: TabularJoint, data: Tensor) -> Tensor:
-    """AdvIL's objective, every expectation exact."""
-    none = torch.zeros(0)
-    up, down = q.draws(data, none), p.draws(none)
-    return up.mean(energy(up.visible, up.latent) + up.log_prob) - down.mean(
-        energy(down.visible, down.latent) + down.log_prob
-    )
-
-
-@pytest.mark.parametrize("model", [RBM(NV, 2), DBM(NV, (2, 2))], ids=["RBM", "DBM"])
-def test_2_the_objective_at_the_exact_distributions_is_the_likelihood(model) -> None:
-    model = model.double()
-    energy, data = tabular(model), torch.tensor([0, 3, 5, 5])
-    log_joint = energy.log_joint().detach()
-    exact = saddle(energy, TabularPosterior(log_joint), TabularJoint(log_joint), data)
-    close(exact, -model.log_likelihood(every(NV)[data]).mean())
-
-
-def test_3_the_objective_misses_the_likelihood_by_two_divergences_of_either_sign() -> None:
-    model = RBM(NV, 2).double()
-    energy, data = tabular(model), torch.tensor([0, 3, 5, 5])
-    log_joint = energy.log_joint().detach()
-    log_posterior = log_joint.log_softmax(1)
-    nll = -model.log_likelihood(every(NV)[data]).mean()
-    gaps = []
-    for up_noise, down_noise in ((1.0, 0.1), (0.1, 1.0)):
-        q = TabularPosterior(log_joint + up_noise * randn(8, 4, seed=1))
-        p = TabularJoint(log_joint + down_noise * randn(8, 4, seed=2))
-        log_q, log_p = q.logits.log_softmax(1), p.logits.flatten().log_softmax(0).view(8, 4)
-        kl_up = (log_q.exp() * (log_q - log_posterior)).sum(1)[data].mean()
-        kl_down = (log_p.exp() * (log_p - log_joint)).sum()
-        gaps.append(saddle(energy, q, p, data) - nll)
-        close(gaps[-1], kl_up - kl_down)
-    assert gaps[0] > 0 > gaps[1]
-
-
-def test_3_holds_for_the_sampled_families_by_enumeration() -> None:
-    model, q, p = RBM(NV, 2).double(), posterior(), joint()
-    data = every(NV)[[0, 3, 5, 5]]
-    v, h = product(data, every(2))
-    log_q = q.log_prob(v, h)
-    up = (log_q.exp() * (model(v, h) + log_q)).sum() / len(data)
-    kl_up = (log_q.exp() * (log_q + model(v, h) - model.free_energy(v))).sum() / len(data)
-    v, h = product(every(NV), every(2))
-    log_p = p.log_prob(v, h)
-    down = (log_p.exp() * (model(v, h) + log_p)).sum()
-    kl_down = (log_p.exp() * (log_p + model(v, h) + model.log_partition())).sum()
-    close(up - down + model.log_likelihood(data).mean(), kl_up - kl_down)
-
-
-def sampler_bound(model: LatentVariableModel, q: HierarchicalJoint) -> Tensor:
-    """The lower bound on log Z with exact expectations over 0/1 states."""
-    v, h, z, log_q = triples(q)
-    return (log_q.exp() * (-model(v, h) - q.log_weight(v, h, z))).sum()
-
-
-@pytest.mark.parametrize(
-    ("model", "dims"), [(RBM(NV, 2), (2,)), (DBM(NV, (2, 2)), (2, 2))], ids=["RBM", "DBM"]
+from tests.methods.variational.cases import (
+    NV,
+    close,
+    every,
+    exact_joint,
+    joint,
+    linear,
+    posterior,
+    product,
+    randn,
+    triples,
 )
-def test_4_the_sampler_bounds_log_z_from_below(model, dims) -> None:
-    model = model.double()
-    assert sampler_bound(model, joint(dims)) < model.log_partition() - 1e-3
-    assert sampler_bound(model, exact_joint(dims)) < model.log_partition() - 1e-3
 
-
-def test_4_with_equality_where_the_sampler_is_the_model_and_r_exact() -> None:
-    """One hidden unit: p(h) is a coin that z need not bend, so q(z|h) is uniform."""
-    model = RBM(NV, 1).double()
-    with torch.no_grad():
-        model.visible_bias.copy_(randn(NV))
-    q = HierarchicalJoint.for_model(model, prior="bernoulli", latent_dim=2, hidden=0)
-    log_odds = model.log_unnormalized_first(every(1)).diff()
-    with torch.no_grad():
-        for p in q.parameters():
-            p.zero_()
-        q.networks[0].bias.copy_(log_odds)
-        q.networks[1].weight.copy_(model.weight)
-        q.networks[1].bias.copy_(model.visible_bias)
-    close(sampler_bound(model, q), model.log_partition())
-    with torch.no_grad():
-        q.networks[0].bias += 0.1
-    assert sampler_bound(model, q) < model.log_partition() - 1e-5
-
-
-@pytest.mark.parametrize("dims", [(2,), (2, 3)])
-def test_5_the_entropy_bound_is_tight_iff_r_is_the_posterior_of_z(dims) -> None:
-    def entropy(q: HierarchicalJoint) -> Tensor:
-        v, h = product(every(NV), every(sum(q.latent_dims)))
-        log_prob = q.log_prob(v, h)
-        return -(log_prob.exp() * log_prob).sum()
-
-    def bound(q: HierarchicalJoint) -> Tensor:
-        v, h, z, log_q = triples(q)
-        return -(log_q.exp() * q.log_weight(v, h, z)).sum()
-
-    close(bound(exact_joint(dims)), entropy(exact_joint(dims)))
-    for loose in (joint(dims, bits=1), joint(dims, bits=3)):
-        assert bound(loose) < entropy(loose) - 1e-3
-
-
-def test_8_linear_logits_contain_the_posterior_of_an_rbm() -> None:
-    model = RBM(NV, 2, generator=rng(4)).double()
-    q = BernoulliPosterior.for_model(model)
-    with torch.no_grad():
-        model.latent_bias.copy_(randn(2))
-        q.networks[0].weight.copy_(model.weight.mT)
-        q.networks[0].bias.copy_(model.latent_bias)
-    v, h = product(every(NV), every(2))
-    close(q.log_prob(v, h), model.free_energy(v) - model(v, h))
-    close(q.logits(v), model.posterior_logits(v))
-    log_q = q.log_prob(v, h)
-    encoder_loss = (log_q.exp() * (model(v, h) + log_q)).sum() / 2**NV
-    close(encoder_loss, model.free_energy(every(NV)).mean())
+TIGHT = {"atol": 1e-8, "rtol": 1e-7}  # what central differences with steps of 1e-6 resolve
 
 
 # ---------------------------------------------------------------------- probabilities
@@ -528,94 +313,3 @@ def test_losses_can_be_traced(model, prior) -> None:
     for got, expected in zip(traced(*noise(1)), gradients(*noise(1)), strict=True):
         close(got, expected)
         assert got.isfinite().all()
-
-
-# ---------------------------------------------------------------------- for a model
-
-
-@pytest.mark.parametrize(
-    ("model", "prior", "latent_dim", "hidden", "activation"),
-    [
-        (RBM(64, 50), "gaussian", 15, 25, nn.ReLU),
-        (RBM(500, 200), "gaussian", 50, 100, nn.ReLU),
-        (RBM(300, 100), "gaussian", 25, 50, nn.ReLU),
-        (RBM(64, 15), "bernoulli", 10, 15, nn.ReLU),
-        (DBM(64, (50, 50)), "gaussian", 15, 25, nn.Sigmoid),
-    ],
-)
-def test_published_architectures(model, prior, latent_dim, hidden, activation) -> None:
-    p = HierarchicalJoint.for_model(model, prior=prior)
-    first, middle, last = p.networks[0]
-    assert (first.in_features, first.out_features) == (latent_dim, hidden)
-    assert isinstance(middle, activation)
-    assert last.out_features == model.latent_dims[-1]
-    assert p.networks[-1].out_features == model.visible_dim
-    shapes = [layer.weight.shape for layer in p.auxiliary if isinstance(layer, nn.Linear)]
-    heads = 2 if prior == "gaussian" else 1
-    assert shapes == [(hidden, model.latent_dims[-1]), (heads * latent_dim, hidden)]
-    assert isinstance(p.auxiliary[1], nn.Sigmoid)
-    largest = 4 * math.sqrt(6 / (hidden + model.latent_dims[-1]))
-    assert 0.9 * largest < p.auxiliary[0].weight.abs().max() <= largest
-    assert all(not bias.any() for name, bias in p.named_parameters() if name.endswith("bias"))
-
-
-def test_frey_faces_have_a_linear_sampler() -> None:
-    p = HierarchicalJoint.for_model(GaussianRBM(560, 200))
-    assert [layer.weight.shape for layer in p.networks] == [(200, 50), (2 * 560, 200)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "model",
-    [RBM(6, 3), DBM(6, (4, 3)), GaussianRBM(6, 4), GaussianDBM(6, (4, 3))],
-    ids=["RBM", "DBM", "GaussianRBM", "GaussianDBM"],
-)
-def test_families_follow_their_model(model, dtype, device) -> None:
-    model = model.to(device, dtype)
-    before = torch.get_rng_state()
-    q = BernoulliPosterior.for_model(model)
-    generator = torch.Generator(device).manual_seed(0)
-    for prior in ("gaussian", "bernoulli"):
-        p = HierarchicalJoint.for_model(model, prior=prior)
-        hard = p.hard(5, generator)
-        draws = p.draws(p.noise(5, generator, hard.visible))
-        up = q.draws(hard.visible, q.noise(5, generator, hard.visible))
-        bound = p.bound(hard.visible, hard.latent, p.code_noise(5, generator, hard.visible))
-        results = [*hard, *draws, *up, bound, q.hard(hard.visible, generator)]
-        assert model(draws.visible, up.latent).shape == (5,)
-        for result in results:
-            assert result.dtype == dtype
-            assert result.device.type == device
-            assert result.isfinite().all()
-    assert torch.equal(before, torch.get_rng_state())
-    again = HierarchicalJoint.for_model(model)
-    first, second = (HierarchicalJoint.for_model(model).state_dict(), again.state_dict())
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-# ---------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_temperature_must_be_positive(temperature) -> None:
-    for make in (posterior, joint):
-        with pytest.raises(ValueError, match="`temperature` must be positive"):
-            make(temperature=temperature)
-
-
-def test_log_prob_that_cannot_be_enumerated_says_what_to_use() -> None:
-    for q in (joint(prior="gaussian"), joint(bits=16)):
-        with pytest.raises(NotImplementedError, match=r"use `bound\(v, h, noise\)`"):
-            q.log_prob(every(NV)[:1], every(2)[:1])
-
-
-def test_networks_and_widths_must_match() -> None:
-    with pytest.raises(ValueError, match="one width per network, got 1 networks"):
-        BernoulliPosterior([net(NV, 2, 0)], (2, 2))
-    with pytest.raises(ValueError, match="one module per hidden layer"):
-        HierarchicalJoint(
-            [net(2, 2, 0)], net(2, 4, 1), visible_dim=3, latent_dims=(2,), latent_dim=2
-        )
-    with pytest.raises(ValueError, match="prior"):
-        joint(prior="cauchy")
