@@ -19,8 +19,8 @@ from bilevel import (
     train,
 )
 from bilevel.methods import RBM, AdvIL, BiDVL, BiSM, GaussianRBM, GeneralBiDVL, Training, VaGES
+from bilevel.methods.catalogue import make_solver
 from bilevel.methods.suite.config import MethodConfig
-from bilevel.methods.suite.learners import make_solver
 from bilevel.methods.suite.presets import METHOD_PRESETS
 
 

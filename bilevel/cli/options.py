@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import bilevel.methods
 from bilevel.methods import EBLVM, Training
-from bilevel.methods.training.settings import nearest, validated
+from bilevel.methods.catalogue import METHODS
+from bilevel.methods.training.settings import validated
+from bilevel.refusals import nearest
 
 
 class UsageError(ValueError):
@@ -141,16 +142,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"it takes a number, got `{text}`") from None
 
 
-def methods() -> dict[str, type[EBLVM]]:
-    """The methods that make their networks by themselves, by their lower-case names."""
-    found = [getattr(bilevel.methods, name) for name in bilevel.methods.__all__]
-    return {
-        member.__name__.lower(): member
-        for member in found
-        if inspect.isclass(member) and issubclass(member, EBLVM) and hasattr(member, "for_images")
-    }
-
-
 def training_settings() -> list[Setting]:
     """The fields of `Training`."""
     return [
@@ -191,7 +182,8 @@ def model_settings(method: type[EBLVM]) -> list[Setting]:
         "visible_range",
         *Training.model_fields,
     }
-    for_images: Callable[..., EBLVM] = getattr(method, "for_images")  # noqa: B009
+    for_images = METHODS[method.__name__].for_images
+    assert for_images is not None  # the command line offers no other
     kinds = {parameter.kind for parameter in inspect.signature(for_images).parameters.values()}
     passes_on = inspect.Parameter.VAR_KEYWORD in kinds
     for function in (for_images, method.__init__) if passes_on else (for_images,):

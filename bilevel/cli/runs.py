@@ -4,11 +4,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from bilevel.cli.options import UsageError, methods
+from bilevel.cli.options import UsageError
 from bilevel.methods import EBLVM
+from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.training.run import Run
-from bilevel.methods.training.settings import nearest
+from bilevel.refusals import nearest
 
 HOME = Path("runs")
 
@@ -43,9 +44,8 @@ def load_model(run: Run) -> EBLVM:
         UsageError: if its training never ended, or the method is not known here.
     """
     config = run.config()
-    known = methods()
     name = str(config["method"]).lower()
-    if name not in known:
+    if name not in IMAGE_METHODS:
         raise UsageError(
             f"`{run.folder}` holds a `{config['method']}`, which cannot be loaded here"
         )
@@ -54,7 +54,7 @@ def load_model(run: Run) -> EBLVM:
             f"the training in `{run.folder}` has not ended, so there is no model yet; continue it with "
             f"`bilevel train --run {run.folder} --resume`"
         )
-    model = known[name].load(run.model_path)
+    model = IMAGE_METHODS[name].kind.load(run.model_path)
     model.eval()
     return model
 

@@ -1,20 +1,11 @@
-"""Solvers by name, with the options that are worth a flag."""
+"""Solvers on the command line: the options that are worth a flag, and what they stand for."""
 
 import argparse
 from typing import Any
 
-from bilevel import (
-    GMRES,
-    Alternating,
-    ConjugateGradient,
-    Identity,
-    Implicit,
-    LinearSolver,
-    Neumann,
-    Solver,
-    Unrolled,
-)
+from bilevel import Solver
 from bilevel.cli.options import Parser, UsageError, choice, number, whole
+from bilevel.methods.catalogue import LINEAR_SOLVERS, SOLVERS, arguments, make_solver, pick
 
 _OWNERS = {
     "unroll_steps": "unrolled",
@@ -22,7 +13,8 @@ _OWNERS = {
     "linear_steps": "implicit",
     "damping": "implicit",
 }
-_LINEAR = ("conjugate-gradient", "neumann", "gmres", "identity")
+_LINEAR = tuple(name.replace("_", "-") for name in LINEAR_SOLVERS)
+_STEPS, _DAMPING = 20, 0.1  # of a linear solver, where the command line does not say
 
 
 def add_options(parser: Parser) -> None:
@@ -30,7 +22,7 @@ def add_options(parser: Parser) -> None:
     group = parser.add_argument_group(
         "solver", "how the upper level feels the lower level's answer (the hypergradient)"
     )
-    kinds = ("alternating", "implicit", "unrolled")
+    kinds = tuple(SOLVERS)
     group.add_argument(
         "--solver",
         type=choice(kinds),
@@ -47,10 +39,13 @@ def add_options(parser: Parser) -> None:
         help="implicit: how the linear system is solved (default: conjugate-gradient)",
     )
     group.add_argument(
-        "--linear-steps", type=whole, metavar="N", help="implicit: steps of it (default: 20)"
+        "--linear-steps", type=whole, metavar="N", help=f"implicit: steps of it (default: {_STEPS})"
     )
     group.add_argument(
-        "--damping", type=number, metavar="X", help="implicit: added to the Hessian (default: 0.1)"
+        "--damping",
+        type=number,
+        metavar="X",
+        help=f"implicit: added to the Hessian (default: {_DAMPING})",
     )
 
 
@@ -76,27 +71,29 @@ def build(options: dict[str, Any]) -> Solver:
     Raises:
         ValueError: if a value is out of range.
     """
-    kind = options.get("solver", "alternating")
-    if kind == "alternating":
-        return Alternating()
-    if kind == "unrolled":
-        return Unrolled(num_steps=options.get("unroll_steps", 5))
-    return Implicit(_linear(options))
+    settings: dict[str, Any] = {"kind": options.get("solver", "alternating")}
+    if settings["kind"] == "unrolled":
+        settings["num_steps"] = options.get("unroll_steps", 5)
+    if settings["kind"] == "implicit":
+        settings |= _linear(options)
+    return make_solver(settings)
 
 
-def _linear(options: dict[str, Any]) -> LinearSolver:
-    steps, damping = options.get("linear_steps", 20), options.get("damping", 0.1)
-    kind = options.get("linear_solver", "conjugate-gradient")
-    if kind == "conjugate-gradient":
-        return ConjugateGradient(max_steps=steps, damping=damping)
-    if kind == "gmres":
-        return GMRES(max_steps=steps, damping=damping)
-    if "damping" in options:
-        raise UsageError(f"`--damping` has no meaning for `--linear-solver {kind}`; leave it out")
-    if kind == "neumann":
-        return Neumann(num_steps=steps)
-    if "linear_steps" in options:
-        raise UsageError(
-            "`--linear-steps` has no meaning for `--linear-solver identity`; leave it out"
-        )
-    return Identity()
+def _linear(options: dict[str, Any]) -> dict[str, Any]:
+    """The linear solver and its own arguments: not every one counts steps, or knows damping."""
+    name = options.get("linear_solver", "conjugate-gradient").replace("-", "_")
+    known = arguments(pick("linear solver", name, LINEAR_SOLVERS))
+    settings: dict[str, Any] = {"linear_solver": name}
+    for option, own, usual in (
+        ("linear_steps", ("max_steps", "num_steps"), _STEPS),
+        ("damping", ("damping",), _DAMPING),
+    ):
+        found = [argument for argument in own if argument in known]
+        if found:
+            settings[found[0]] = options.get(option, usual)
+        elif option in options:
+            flag, kind = option.replace("_", "-"), name.replace("_", "-")
+            raise UsageError(
+                f"`--{flag}` has no meaning for `--linear-solver {kind}`; leave it out"
+            )
+    return settings

@@ -17,7 +17,6 @@ from bilevel.cli.options import (
     add,
     check_training,
     choice,
-    methods,
     model_settings,
     number,
     training_settings,
@@ -26,12 +25,13 @@ from bilevel.cli.options import (
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.distributed import from_main, is_main, processes
+from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.data.limits import GIGABYTES
 from bilevel.methods.eblvm import rebuilt
 from bilevel.methods.presets import PRESETS, Preset
 from bilevel.methods.training.run import Run
-from bilevel.methods.training.settings import nearest
+from bilevel.refusals import nearest
 
 SUMMARY = "train a model on images, into a run folder"
 _LENGTH = ("num_steps", "max_seconds")  # what of a run may be changed when it is resumed
@@ -51,9 +51,9 @@ _EXAMPLES = """  bilevel train --preset digits
 def command(arguments: list[str]) -> int:
     """Read the arguments and train."""
     args = _parser(_named(arguments)).read(arguments)
-    if hasattr(args, "method") and args.method.lower() not in methods():
+    if hasattr(args, "method") and args.method.lower() not in IMAGE_METHODS:
         raise UsageError(
-            f"there is no method `{args.method}`; {nearest(args.method.lower(), methods())}"
+            f"there is no method `{args.method}`; {nearest(args.method.lower(), IMAGE_METHODS)}"
         )
     with processes(_device(args)) as device, _main_speaks():
         if device is not None:
@@ -81,7 +81,7 @@ def _main_speaks() -> Iterator[None]:
 def _named(arguments: list[str]) -> str | None:
     """The method whose options these are: named itself, or by the preset."""
     for text in arguments:
-        if text.lower() in methods():
+        if text.lower() in IMAGE_METHODS:
             return text.lower()
     values = [*pairwise(arguments), *(a.split("=", 1) for a in arguments)]
     presets = [pair[1].lower() for pair in values if pair[0] == "--preset" and len(pair) == 2]
@@ -92,7 +92,7 @@ def _named(arguments: list[str]) -> str | None:
 def _parser(method: str | None) -> Parser:
     usage = "METHOD --data NAME|PATH [options]\n       bilevel train --preset NAME [options]"
     parser = Parser("train", SUMMARY, usage, _EXAMPLES)
-    parser.add_argument("method", nargs="?", metavar="METHOD", help=", ".join(methods()))
+    parser.add_argument("method", nargs="?", metavar="METHOD", help=", ".join(IMAGE_METHODS))
     parser.add_argument(
         "--preset",
         type=choice(list(PRESETS)),
@@ -120,9 +120,8 @@ def _parser(method: str | None) -> Parser:
     parser.add_argument(
         "--dry-run", action="store_true", help="say what it would cost; train and write nothing"
     )
-    known = methods()
-    chosen = [known[method]] if method is not None else list(known.values())
-    model = {setting.name: setting for kind in chosen for setting in model_settings(kind)}
+    chosen = list(IMAGE_METHODS.values()) if method is None else [IMAGE_METHODS[method]]
+    model = {setting.name: setting for one in chosen for setting in model_settings(one.kind)}
     note = None if method else "`bilevel train METHOD --help` shows one method's alone"
     for title, settings, about in (
         ("model", list(model.values()), note),
@@ -169,17 +168,17 @@ def _add_data(parser: Parser) -> None:
 
 def _start(args: argparse.Namespace) -> int:
     preset = PRESETS[args.preset] if hasattr(args, "preset") else None
-    method = methods()[_method(args, preset)]
+    method = IMAGE_METHODS[_method(args, preset)]
     source = getattr(args, "data", None if preset is None else preset.data)
     if source is None:
         raise UsageError("--data NAME|PATH is missing: `bilevel train METHOD --data NAME|PATH`")
     options = solvers.given(args)
     solver = solvers.build(options)
-    model_names = [setting.name for setting in model_settings(method)]
+    model_names = [setting.name for setting in model_settings(method.kind)]
     recipe = {**(preset.model if preset else {}), **_given(args, model_names)}
     training_names = [setting.name for setting in training_settings()]
     settings = {**(preset.training if preset else {}), **_given(args, training_names)}
-    check_training({**method.training_defaults, **settings})
+    check_training({**method.kind.training_defaults, **settings})
     device = device_of(getattr(args, "device", None))
     overwrite = hasattr(args, "overwrite")
     if hasattr(args, "run") and Run(args.run).exists and not overwrite:
@@ -192,9 +191,12 @@ def _start(args: argparse.Namespace) -> int:
     if preset is not None:
         _refuse_other_images(preset, images, args)
     plain = preset is None or preset.name == images.name
-    stem = f"{method.__name__.lower()}-{images.name}" if plain or preset is None else preset.name
+    stem = (
+        f"{method.kind.__name__.lower()}-{images.name}" if plain or preset is None else preset.name
+    )
     folder = Path(args.run) if hasattr(args, "run") else from_main(fresh(stem))
-    model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)  # type: ignore[attr-defined]
+    assert method.for_images is not None  # it is one of `IMAGE_METHODS`
+    model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)
     if preset is not None:
         print(f"{preset.name}: {preset.about}")
     print(f"{images.name}: {len(images.train):,} training images, {images.note}")
@@ -220,8 +222,8 @@ def _method(args: argparse.Namespace, preset: Preset | None) -> str:
     if preset is None:
         if not hasattr(args, "method"):
             raise UsageError(
-                f"METHOD ({', '.join(methods())}) is missing: `bilevel train METHOD --data NAME|PATH`, "
-                "or `bilevel train --preset NAME`"
+                f"METHOD ({', '.join(IMAGE_METHODS)}) is missing: `bilevel train METHOD --data "
+                "NAME|PATH`, or `bilevel train --preset NAME`"
             )
         return str(args.method.lower())
     own = preset.method.__name__.lower()
@@ -289,7 +291,7 @@ def _resume(args: argparse.Namespace) -> int:
         raise UsageError(
             f"`{args.run}` was started from Python with the solver `{config['solver']}`; resume it there"
         )
-    method = methods()[str(config["method"]).lower()]
+    method = IMAGE_METHODS[str(config["method"]).lower()].kind
     if config["model"] is None:
         raise UsageError(f"the model in `{args.run}` was built in Python; resume it there")
     device = device_of(notes.get("device"))
@@ -314,12 +316,12 @@ def _refuse_other_rates(args: argparse.Namespace, settings: dict[str, Any]) -> N
 def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Options that differ from what the run was started with."""
     notes = config.get("notes", {})
-    method = methods().get(str(config["method"]).lower())
+    method = IMAGE_METHODS.get(str(config["method"]).lower())
     if method is None:
         raise UsageError(f"`{args.run}` holds a `{config['method']}`, which cannot be resumed here")
     if hasattr(args, "preset"):
         raise UsageError("a resumed run has its own settings: leave `--preset` out")
-    model = {s.name: s.default for s in model_settings(method)} | (config["model"] or {})
+    model = {s.name: s.default for s in model_settings(method.kind)} | (config["model"] or {})
     solver = {"solver": "alternating", **notes.get("solver", {})}
     own = {**config["training"], **model, **solver, "method": str(config["method"]).lower()}
     own |= {name: notes[name] for name in ("data", "device") if name in notes}

@@ -1,5 +1,6 @@
 """Boltzmann machines: energies, exact sums, Gibbs sampling, annealing; learners are elsewhere."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from bilevel.methods.machines.base import LatentVariableModel
@@ -9,6 +10,7 @@ from bilevel.methods.machines.rbm import RBM, GaussianRBM
 
 __all__ = [
     "DBM",
+    "MACHINES",
     "MAX_UNITS",
     "RBM",
     "GaussianDBM",
@@ -16,6 +18,11 @@ __all__ = [
     "LatentVariableModel",
     "from_recipe",
 ]
+
+MACHINES: Mapping[str, type[LatentVariableModel]] = {
+    kind.__name__: kind for kind in (RBM, GaussianRBM, DBM, GaussianDBM)
+}
+"""Boltzmann machines by the name of the class: what a recipe calls them."""
 
 
 def from_recipe(recipe: dict[str, Any]) -> LatentVariableModel:
@@ -28,10 +35,8 @@ def from_recipe(recipe: dict[str, Any]) -> LatentVariableModel:
         >>> from_recipe(RBM(6, 3).recipe).latent_dims
         (3,)
     """
-    kinds = {"RBM": RBM, "GaussianRBM": GaussianRBM, "DBM": DBM, "GaussianDBM": GaussianDBM}
     arguments = dict(recipe)
     kind = arguments.pop("kind", None)
-    if kind not in kinds:
-        raise ValueError(f"there is no model of kind {kind!r}; choose one of {', '.join(kinds)}")
-    model: LatentVariableModel = kinds[kind](**arguments)
-    return model
+    if kind not in MACHINES:
+        raise ValueError(f"there is no model of kind {kind!r}; choose one of {', '.join(MACHINES)}")
+    return MACHINES[kind](**arguments)

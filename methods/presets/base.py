@@ -2,16 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
-from bilevel.methods.advil import AdvIL
-from bilevel.methods.bidvl import BiDVL
-from bilevel.methods.bism import BiSM
+from bilevel.methods.catalogue import METHODS
+from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.training.settings import Training, validated
-from bilevel.methods.vae import VAE
-from bilevel.methods.vages import VaGES
-
-Method: TypeAlias = type[BiDVL] | type[AdvIL] | type[BiSM] | type[VaGES] | type[VAE]
 
 
 @final
@@ -40,7 +35,7 @@ class Preset:
 
     name: str
     about: str
-    method: Method
+    method: type[EBLVM]
     data: str
     shape: tuple[int, int, int]
     source: str
@@ -49,13 +44,15 @@ class Preset:
     loading: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
-    def build(self, **options: Any) -> BiDVL | AdvIL | BiSM | VaGES | VAE:
+    def build(self, **options: Any) -> EBLVM:
         """The untrained model.
 
         Args:
             **options: of the method's `for_images`, instead of the preset's or beside them.
         """
-        return self.method.for_images(self.shape, **{**self.model, **options})
+        make = METHODS[self.method.__name__].for_images
+        assert make is not None  # there are presets of nothing else
+        return make(self.shape, **{**self.model, **options})
 
     def settings(self, **options: Any) -> Training:
         """The training settings, all of them.

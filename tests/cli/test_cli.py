@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from bilevel import cli
 from bilevel.cli import main
-from bilevel.cli.options import methods, model_settings, training_settings
+from bilevel.cli.options import model_settings, training_settings
+from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.fidelity import torchmetrics
 from bilevel.methods.presets import DIGITS, PRESETS
@@ -230,8 +231,8 @@ def test_version(capsys: Capture) -> None:
 
 def test_every_setting_is_explained() -> None:
     assert all(setting.help for setting in training_settings())
-    for method in methods().values():
-        assert all(setting.help for setting in model_settings(method))
+    for method in IMAGE_METHODS.values():
+        assert all(setting.help for setting in model_settings(method.kind))
 
 
 # ---------------------------------------------------------------------- presets and data
@@ -293,9 +294,9 @@ def test_presets_are_listed_and_shown_in_full(capsys: Capture) -> None:
 
 
 def test_only_options_that_are_passed_on_are_offered() -> None:
-    names = {setting.name for setting in model_settings(methods()["vae"])}
+    names = {setting.name for setting in model_settings(IMAGE_METHODS["vae"].kind)}
     assert names == {"latent_dim", "width", "statistics"}
-    assert "variant" in {setting.name for setting in model_settings(methods()["bidvl"])}
+    assert "variant" in {setting.name for setting in model_settings(IMAGE_METHODS["bidvl"].kind)}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

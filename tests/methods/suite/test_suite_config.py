@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bilevel.methods.catalogue import make_solver
 from bilevel.methods.suite import SuiteConfig, load_config, run_suite
 from bilevel.methods.suite.config import (
     Block,
@@ -15,7 +16,7 @@ from bilevel.methods.suite.config import (
     ModelConfig,
     parse_config,
 )
-from bilevel.methods.suite.learners import make_job, make_solver, make_table
+from bilevel.methods.suite.learners import make_job, make_table
 from bilevel.methods.suite.presets import METHOD_PRESETS, PRESETS
 from bilevel.methods.training.settings import Training
 from tests.methods.suite.small_suite import no_steps, suite

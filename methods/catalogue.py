@@ -1,0 +1,232 @@
+"""The one place where strings become classes: methods, machines, solvers and linear solvers.
+
+The command line, the suite and the presets look names up here and nowhere else. A new method is one
+line in `METHODS`; with `for_images` it becomes a command of `bilevel train`, with `for_machine` a method
+of the suite.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
+
+import torch
+
+from bilevel import (
+    GMRES,
+    Alternating,
+    Cholesky,
+    ConjugateGradient,
+    Identity,
+    Implicit,
+    LinearSolver,
+    Neumann,
+    Solver,
+    Unrolled,
+)
+from bilevel.methods.advil import AdvIL
+from bilevel.methods.bidvl import BiDVL
+from bilevel.methods.bism import BiSM
+from bilevel.methods.contrastive_divergence import ContrastiveDivergence
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.general_bidvl import GeneralBiDVL
+from bilevel.methods.machines import MACHINES, LatentVariableModel
+from bilevel.methods.maximum_likelihood import MaximumLikelihood
+from bilevel.methods.noise_contrastive import NoiseContrastive
+from bilevel.methods.score_matching import ScoreMatching
+from bilevel.methods.vae import VAE, Visible
+from bilevel.methods.vages import VaGES
+from bilevel.refusals import nearest
+
+AnyEntry = TypeVar("AnyEntry")
+Made = TypeVar("Made")
+
+
+@final
+@dataclass(frozen=True)
+class Method:
+    """A method, and how it is made of plain values.
+
+    Attributes:
+        kind: its class.
+        for_images: takes (channels, side, side), a `seed` and options, and builds the networks; `None`
+            if the method has none for images.
+        for_machine: takes a Boltzmann machine and options; `None` if the method trains none.
+        draws_weights: whether `for_machine` has networks, whose weights it draws with a `generator`.
+    """
+
+    kind: type[EBLVM]
+    for_images: Callable[..., EBLVM] | None = None
+    for_machine: Callable[..., EBLVM] | None = None
+    draws_weights: bool = False
+
+
+def _vae_beside(
+    machine: LatentVariableModel,
+    *,
+    latent_dim: int | None = None,
+    hidden: Sequence[int] = (200, 200),
+    visible: Visible | None = None,
+    grey: bool | None = None,
+    generator: torch.Generator,
+) -> VAE:
+    """A VAE for the rows that a machine takes; by default with as many latents as its last layer."""
+    gaussian = machine.visible_range is None
+    usual: Visible = "gaussian" if gaussian else "bernoulli"
+    return VAE.for_table(
+        machine.visible_dim,
+        machine.latent_dims[-1] if latent_dim is None else latent_dim,
+        hidden=hidden,
+        visible=usual if visible is None else visible,
+        grey=(not gaussian and not machine.binary) if grey is None else grey,
+        generator=generator,
+    )
+
+
+METHODS: Mapping[str, Method] = {
+    method.kind.__name__: method
+    for method in (
+        Method(BiDVL, for_images=BiDVL.for_images),
+        Method(GeneralBiDVL, for_machine=GeneralBiDVL.for_model),
+        Method(AdvIL, for_images=AdvIL.for_images, for_machine=AdvIL),
+        Method(BiSM, for_images=BiSM.for_images, for_machine=BiSM),
+        Method(VaGES, for_images=VaGES.for_images, for_machine=VaGES),
+        Method(MaximumLikelihood, for_machine=MaximumLikelihood),
+        Method(ContrastiveDivergence, for_machine=ContrastiveDivergence),
+        Method(ScoreMatching, for_images=ScoreMatching.for_images, for_machine=ScoreMatching),
+        Method(NoiseContrastive, for_machine=NoiseContrastive),
+        Method(VAE, for_images=VAE.for_images, for_machine=_vae_beside, draws_weights=True),
+    )
+}
+"""Methods by the name of the class."""
+
+SOLVERS: Mapping[str, type[Solver]] = {
+    "alternating": Alternating,
+    "implicit": Implicit,
+    "unrolled": Unrolled,
+}
+"""Ways to compute the hypergradient."""
+
+LINEAR_SOLVERS: Mapping[str, type[LinearSolver]] = {
+    "conjugate_gradient": ConjugateGradient,
+    "neumann": Neumann,
+    "gmres": GMRES,
+    "identity": Identity,
+    "cholesky": Cholesky,
+}
+"""Ways in which `Implicit` solves its linear system."""
+
+IMAGE_METHODS: Mapping[str, Method] = {
+    name.lower(): method for name, method in METHODS.items() if method.for_images is not None
+}
+"""Methods that build networks for images, by the name they have on the command line."""
+
+_OBJECTS = frozenset(("model", "energy", "posterior", "joint", "generator"))  # no plain values
+
+
+def pick(what: str, name: str, known: Mapping[str, AnyEntry]) -> AnyEntry:
+    """The entry of that name.
+
+    Args:
+        what: it is, such as "method".
+        name: of it.
+        known: all entries by name.
+
+    Raises:
+        ValueError: if there is none, with the nearest name there is.
+
+    Example:
+        >>> pick("linear solver", "newmann", LINEAR_SOLVERS)
+        Traceback (most recent call last):
+            ...
+        ValueError: there is no linear solver `newmann`; did you mean `neumann`?
+    """
+    if name not in known:
+        raise ValueError(f"there is no {what} `{name}`; {nearest(str(name), known)}")
+    return known[name]
+
+
+def construct(
+    name: str, make: Callable[..., Made], options: Mapping[str, Any], *given: Any, **objects: Any
+) -> Made:
+    """`make(*given, **options, **objects)`.
+
+    Args:
+        name: what to call it in a refusal.
+        make: a class or function.
+        options: plain values from a configuration.
+        *given: its first arguments.
+        **objects: further arguments that no configuration can hold.
+
+    Raises:
+        ValueError: for an option it does not have, with the nearest that it has.
+    """
+    known = [option for option in arguments(make)[len(given) :] if option not in _OBJECTS]
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "it takes none"
+            raise ValueError(f"`{name}` has no option `{option}`; {hint}")
+    return make(*given, **options, **objects)
+
+
+def arguments(make: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a class or function takes."""
+    return list(inspect.signature(make).parameters)
+
+
+def make_machine(
+    kind: str, options: Mapping[str, Any], visible_dim: int, seed: int = 0
+) -> LatentVariableModel:
+    """A Boltzmann machine from plain values.
+
+    Args:
+        kind: a name in `MACHINES`.
+        options: of its constructor.
+        visible_dim: width of its visibles.
+        seed: of its weights.
+
+    Raises:
+        ValueError: for a name or an option there is not, or a value out of range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return construct(kind, pick("model", kind, MACHINES), options, visible_dim, generator=generator)
+
+
+def make_for_machine(
+    name: str, options: Mapping[str, Any], machine: LatentVariableModel, seed: int = 0
+) -> EBLVM:
+    """A method that trains a Boltzmann machine, from plain values.
+
+    Args:
+        name: a name in `METHODS`.
+        options: of its constructor.
+        machine: what it trains, or (`VAE`) what it stands beside.
+        seed: of the weights of networks.
+
+    Raises:
+        ValueError: for a name or an option there is not, or a value out of range.
+    """
+    makers = {n: method for n, method in METHODS.items() if method.for_machine is not None}
+    method = pick("method", name, makers)
+    assert method.for_machine is not None
+    objects = {"generator": torch.Generator().manual_seed(seed)} if method.draws_weights else {}
+    return construct(name, method.for_machine, options, machine, **objects)
+
+
+def make_solver(settings: Mapping[str, Any]) -> Solver:
+    """A solver from plain values: its kind and arguments.
+
+    Raises:
+        ValueError: for a name or an argument there is not, or a value out of range.
+
+    Example:
+        >>> make_solver({"kind": "implicit", "linear_solver": "cholesky", "damping": 0.1})
+        Implicit(linear_solver=Cholesky(damping=0.1, max_size=5000, rtol='auto'))
+    """
+    options = dict(settings)
+    kind = options.pop("kind", "alternating")
+    make = pick("solver", kind, SOLVERS)
+    if make is not Implicit:
+        return construct(kind, make, options)
+    name = options.pop("linear_solver", "conjugate_gradient")
+    return Implicit(construct(name, pick("linear solver", name, LINEAR_SOLVERS), options))
