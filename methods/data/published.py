@@ -39,7 +39,9 @@ from bilevel.methods.data.folders import Reading, opened
 from bilevel.methods.data.pixels import Frame, Raw, chosen, of_arrays
 
 _GZ = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-_FACES_SPLIT = (50_000, 1_000)
+FACES = (50_000, 1_000)
+"""Training and test images drawn from CelebA."""
+
 _FACES_CROP = 160
 _SPLIT_SEED = 0
 _INSTALL = "`pip install 'bilevel[images]'`"
@@ -82,13 +84,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BILEVEL_CACHE") or "~/.cache/bilevel").expanduser()
 
 
-def read(name: str, frame: Frame, limit: int | None) -> Raw:
+def read(
+    name: str, frame: Frame, limit: int | None, *, faces: tuple[int, int] = FACES
+) -> Raw:
     """A published set, downloaded if it is not in the cache folder.
 
     Args:
         name: one of `NAMES`.
         frame: what each image is brought to; faces are cut to 160x160 if it does not say otherwise.
         limit: most images of a part.
+        faces: how many training and test images are drawn from CelebA.
 
     Raises:
         ImportError: if torchvision is missing or broken.
@@ -96,7 +101,7 @@ def read(name: str, frame: Frame, limit: int | None) -> Raw:
         ValueError: if a side is asked for that the name contradicts, or the set is not whole.
     """
     if name in _FACES:
-        return _faces(name, frame, limit)
+        return _faces(name, frame, limit, faces)
     known = _SETS[name]
     arrays, labels = [], []
     for part in known.parts:
@@ -106,7 +111,7 @@ def read(name: str, frame: Frame, limit: int | None) -> Raw:
     return of_arrays(arrays, labels, name, frame, limit)
 
 
-def _faces(name: str, frame: Frame, limit: int | None) -> Raw:
+def _faces(name: str, frame: Frame, limit: int | None, count: tuple[int, int]) -> Raw:
     side = _FACES[name]
     if frame.side not in (None, side):
         raise ValueError(
@@ -120,14 +125,14 @@ def _faces(name: str, frame: Frame, limit: int | None) -> Raw:
         _downloaded(name, "CelebA", {"split": "all"}, ("celeba/img_align_celeba.zip",))
     reading = Reading(frame, skip_unreadable=False)
     with opened(archive if archive.exists() else unpacked) as store:
-        if len(store.names) < sum(_FACES_SPLIT):
+        if len(store.names) < sum(count):
             raise ValueError(
                 f"`{store.path}` holds {len(store.names):,} images, fewer than the "
-                f"{sum(_FACES_SPLIT):,} that are used; it is not whole: delete it and try again"
+                f"{sum(count):,} that are used; it is not whole: delete it and try again"
             )
         generator = torch.Generator().manual_seed(_SPLIT_SEED)
         order = torch.randperm(len(store.names), generator=generator).numpy()
-        first, second = _FACES_SPLIT
+        first, second = count
         parts = []
         for rows in (order[:first], order[first : first + second]):
             some = rows[chosen(len(rows), limit)]

@@ -274,7 +274,9 @@ def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
     return FeatureNetwork(about["name"], trunk, _FEATURES, head, about["accuracy"])
 
 
-def inception(path: str | os.PathLike[str] | None = None) -> FeatureNetwork:
+def inception(
+    path: str | os.PathLike[str] | None = None, *, published: str = INCEPTION
+) -> FeatureNetwork:
     """The network of the published FID: TensorFlow's Inception of 2015-12-05, 2048 features.
 
     By torchmetrics and torch-fidelity, with the weights of the latter, images resized as TensorFlow 1
@@ -283,23 +285,24 @@ def inception(path: str | os.PathLike[str] | None = None) -> FeatureNetwork:
     Args:
         path: of the weights; by default `checkpoints/weights-inception-2015-12-05-6726825d.pth` in
             `torch.hub.get_dir()`, where both packages look for them.
+        published: the name of the weights, which ends in the first digits of their SHA-256.
 
     Raises:
         FileNotFoundError: if the weights are not there, saying where they come from and go.
         ValueError: if the file holds something else.
         ImportError: if torchmetrics or torch-fidelity is missing.
     """
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION if path is None else Path(path)
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / published if path is None else Path(path)
     if not weights.is_file():
         raise FileNotFoundError(
-            f"there are no Inception weights in `{weights}`; fetch {_INCEPTION_AT}{INCEPTION} (95 MB) "
+            f"there are no Inception weights in `{weights}`; fetch {_INCEPTION_AT}{published} (95 MB) "
             "and put it there, or give the path of the file"
         )
     with open(weights, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(INCEPTION.removesuffix(".pth").rsplit("-", 1)[1]):
+    if not found.startswith(published.removesuffix(".pth").rsplit("-", 1)[1]):
         raise ValueError(
-            f"`{weights}` is not the file {INCEPTION}: its SHA-256 starts with {found[:8]}; FIDs of "
+            f"`{weights}` is not the file {published}: its SHA-256 starts with {found[:8]}; FIDs of "
             "other weights cannot be compared with published ones"
         )
     return FeatureNetwork("Inception of 2015-12-05", _Inception(weights), 2048)

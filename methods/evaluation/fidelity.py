@@ -51,7 +51,7 @@ Array: TypeAlias = NDArray[np.float64]
 FEWEST = 6
 """Rows of a set that `neighbourhoods` needs: each has 5 neighbours."""
 
-_SUBSETS, _SUBSET = 20, 1000
+_SUBSETS = 20
 _NEAR = 5  # the neighbours of density and coverage
 _NEARER = 3  # those of precision and recall
 
@@ -110,13 +110,14 @@ def _distance(value: float) -> float:
     return max(0.0, value)
 
 
-def kid(a: ArrayLike, b: ArrayLike, seed: int = 0) -> float | None:
+def kid(a: ArrayLike, b: ArrayLike, seed: int = 0, *, subset: int = 1000) -> float | None:
     """Kernel distance of two sets of features, each (n, k), by torchmetrics; `None` without it.
 
     Args:
         a: features of images.
         b: features of other images.
         seed: draws the subsets.
+        subset: features in each of the 20 subsets; all of a set that has fewer.
 
     Raises:
         ValueError: if a set has fewer than two rows, the sets differ in their number of features, or a
@@ -127,7 +128,7 @@ def kid(a: ArrayLike, b: ArrayLike, seed: int = 0) -> float | None:
     if library is None:
         return None
     generator = torch.Generator().manual_seed(seed)
-    size = min(_SUBSET, *map(len, sets))
+    size = min(subset, *map(len, sets))
 
     def some(rows: Tensor) -> Tensor:
         return rows[torch.randperm(len(rows), generator=generator)[:size]]

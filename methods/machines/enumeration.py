@@ -37,7 +37,12 @@ def states(units: int, start: int, stop: int, like: Tensor) -> Tensor:
 
 
 def log_sum_over_states(
-    log_weight: Callable[[Tensor], Tensor], units: int, width: int, like: Tensor
+    log_weight: Callable[[Tensor], Tensor],
+    units: int,
+    width: int,
+    like: Tensor,
+    *,
+    chunk: int = CHUNK,
 ) -> Tensor:
     r"""$\log \sum_{x \in \{0,1\}^n} e^{w(x)}$, differentiable any number of times.
 
@@ -51,12 +56,13 @@ def log_sum_over_states(
         units: n.
         width: numbers the largest intermediate of `log_weight` holds per state.
         like: a tensor of the device and dtype to compute on.
+        chunk: numbers one intermediate may hold; at least one state is taken at a time.
 
     Returns:
         Shape (...): the shape of w's values without their last dimension.
     """
     total = 2**units
-    size = min(total, 2 ** max(0, (CHUNK // width).bit_length() - 1))
+    size = min(total, 2 ** max(0, (chunk // width).bit_length() - 1))
 
     def part(start: int) -> Tensor:
         return log_weight(states(units, start, start + size, like)).logsumexp(-1)

@@ -85,14 +85,18 @@ def test_train_and_test_may_be_two_archives(tmp_path: Path) -> None:
     assert load_images(tmp_path / "set_test.zip").test.shape[0] == 1  # not the other way round
 
 
-def test_many_files_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bilevel.methods.data.folders._AHEAD", 4)
-    monkeypatch.setattr("bilevel.methods.data.folders._TOGETHER", 3)
-    for i in range(30):
-        for part in ("train", "test"):
-            (tmp_path / part).mkdir(exist_ok=True)
-            Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / part / f"{i:02}.png")
-    assert load_images(tmp_path).train[:, 0, 0, 0].tolist() == list(range(30))
+def test_many_files_keep_their_order(tmp_path: Path) -> None:
+    """Threads take 32 files at a time, and 32 times before the pixels are written to their place."""
+    numbers = np.arange(1100)
+    for i in numbers:
+        pixels = np.full((8, 8), i // 256, np.uint8)
+        pixels[0, 0] = i % 256
+        (tmp_path / "train").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "train" / f"{i:04}.png", compress_level=0)
+    (tmp_path / "test").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "test" / "0.png")
+    found = load_images(tmp_path).train.numpy().astype(int)
+    assert (256 * found[:, 0, 1, 1] + found[:, 0, 0, 0]).tolist() == numbers.tolist()
 
 
 def test_an_unreadable_file_is_named_and_skipped_only_if_told_so(tmp_path: Path) -> None:

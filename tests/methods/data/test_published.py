@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bilevel.methods.data.images import (
-    load_images,
-)
+from bilevel.methods.data import published
+from bilevel.methods.data.images import load_images
+from bilevel.methods.data.pixels import Frame, Raw
 from tests.methods.data.files import as_zip, random, write
 
 
@@ -93,25 +93,28 @@ def test_published_sets_come_as_bytes(name: str, shape: tuple[int, int, int]) ->
     assert (images.name, images.source) == (name, name)
 
 
-def test_faces_are_cut_and_split_as_bidvl_does(
-    torchvision: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bilevel.methods.data.published._FACES_SPLIT", (6, 2))
-    images = load_images("celeba32")
-    assert (len(images.train), len(images.test)) == (6, 2)
-    assert images.shape == (3, 32, 32)
-    assert "218x178 pixels cut to the centre's 160x160, resized to 32x32" in images.note
-    assert "6 training and 2 test images drawn with seed 0" in images.note
+def test_faces_are_cut_and_split_as_bidvl_does(torchvision: SimpleNamespace) -> None:
+    def faces(name: str = "celeba32", limit: int | None = None) -> Raw:
+        return published.read(name, Frame(), limit, faces=(6, 2))
+
+    raw = faces()
+    train, test = raw.parts
+    assert train.shape == (6, 3, 32, 32)
+    assert test.shape == (2, 3, 32, 32)
+    assert any(
+        "218x178 pixels cut to the centre's 160x160, resized to 32x32" in n for n in raw.notes
+    )
+    assert "6 training and 2 test images drawn with seed 0" in raw.notes
     files = sorted((torchvision.cache / "celeba" / "img_align_celeba").iterdir())
     drawn = torch.randperm(9, generator=torch.Generator().manual_seed(0))[0]
     with Image.open(files[drawn]) as image:
         first = image.crop((9, 29, 169, 189)).resize((32, 32), Image.Resampling.BILINEAR)
-    assert torch.equal(images.train[0], torch.from_numpy(np.array(first)).permute(2, 0, 1))
+    assert torch.equal(train[0], torch.from_numpy(np.array(first)).permute(2, 0, 1))
     archive = torchvision.cache / "celeba" / "img_align_celeba.zip"
     as_zip(archive.with_suffix(""), archive, "img_align_celeba/")
     torchvision.error = OSError("nothing is to be downloaded again")
-    assert torch.equal(load_images("celeba32").train, images.train)
-    assert len(load_images("celeba64", limit=3).train) == 3
+    assert torch.equal(faces().parts[0], train)
+    assert [len(part) for part in faces("celeba64", limit=3).parts] == [3, 2]
     with pytest.raises(ValueError, match="leave `side=64` out"):
         load_images("celeba32", side=64)
 

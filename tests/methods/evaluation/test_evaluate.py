@@ -1,9 +1,7 @@
 """Evaluation of models whose answers are known."""
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -158,17 +156,19 @@ def test_the_nearest_images_of_copies_are_the_originals() -> None:
     assert torch.equal(nearest_images(pixels, copies, v), v[[7, 3, 11]])
 
 
-def test_models_that_draw_by_chains_are_asked_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bilevel.methods.evaluation.evaluate._MOST_CHAINS", 20)
-    asked: list[int] = []
-
-    def counted(model: Any, policy: Any, seen: Any, count: int, seed: int) -> Any:
-        asked.append(count)
-        raise NotImplementedError
-
-    monkeypatch.setattr("bilevel.methods.evaluation.evaluate._features", counted)
-    model = BiSM.for_images((1, 8, 8), latent_dim=2, width=2, langevin=(1, 1, 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of so few images
-        evaluate(model, load_images("digits"))
-    assert set(asked) == {20}
+@pytest.mark.parametrize(("chains", "most"), [(True, 500), (False, 10_000)])
+def test_models_that_draw_by_chains_are_asked_for_few(chains: bool, most: int) -> None:
+    small = {"latent_dim": 2, "width": 2}
+    model = (
+        BiSM.for_images((1, 8, 8), langevin=(1, 1, 1), **small)
+        if chains
+        else BiDVL.for_images((1, 8, 8), **small)
+    )
+    rows: list[int] = []
+    network = nn.Flatten()
+    network.register_forward_pre_hook(lambda _, images: rows.append(len(images[0])))
+    images = load_images("digits")
+    evaluate(model, images, features=FeatureNetwork("pixels", network, 64), statistics="running")
+    train, test = min(most, len(images.train)), min(most, len(images.test))
+    policies = 1 if chains else 2  # batch norm has another one
+    assert sum(rows) == train + test + policies * train
