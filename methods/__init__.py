@@ -14,7 +14,7 @@ from bilevel.methods.machines import DBM, RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
 from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.score_matching import ScoreMatching
-from bilevel.methods.training.fit import History
+from bilevel.methods.training.history import History
 from bilevel.methods.training.settings import Training
 from bilevel.methods.vae import VAE
 from bilevel.methods.vages import VaGES

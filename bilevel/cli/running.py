@@ -18,9 +18,9 @@ from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate
 from bilevel.methods.evaluation.features import FeatureNetwork, judge
-from bilevel.methods.training.fit import Evaluate, fit
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.settings import validated
+from bilevel.methods.training.trainable import Evaluate
 
 LOOK = 2000  # samples of an evaluation during training, and images of each set it looks at
 
@@ -33,13 +33,14 @@ class Plan:
         model: on its device.
         images: what it is trained on.
         run: the folder.
-        settings: fields of `Training` that were chosen.
+        settings: fields of `Training` that were chosen now.
         solver: how the hypergradient is computed.
         solver_options: the same as plain values.
         device: where.
         resume: continue the run in the folder.
         overwrite: replace it.
         features: what evaluations during training judge samples by; `judge(images)` by default.
+        kept: settings that a run which is continued was begun with.
     """
 
     model: EBLVM
@@ -52,6 +53,7 @@ class Plan:
     resume: bool = False
     overwrite: bool = False
     features: FeatureNetwork | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training(self) -> Training:
@@ -60,7 +62,7 @@ class Plan:
         Raises:
             ValueError: for one that cannot be.
         """
-        return validated(Training, {**self.model.training_defaults, **self.settings})
+        return validated(Training, {**self.model.training_defaults, **self.kept, **self.settings})
 
 
 def carry_out(plan: Plan, *, report: bool = True) -> int:
@@ -144,18 +146,16 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
         look = _look(plan, features, progress)
         notes["evaluations"] = {"features": features.label, "samples": LOOK, "seed": training.seed}
     with progress, stop.listening():
-        history = fit(
-            plan.model,
-            plan.model.admit(images.train),
-            training,
+        history = plan.model.fit(
+            images.train,
             solver=plan.solver,
             callbacks=[progress, stop],
             run=plan.run.folder,
             resume=plan.resume,
             overwrite=plan.overwrite,
-            optimizers=None,
             notes=notes,
             evaluate=look,
+            **plan.settings,
         )
     return progress.step, history
 

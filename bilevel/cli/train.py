@@ -296,9 +296,9 @@ def _resume(args: argparse.Namespace) -> int:
         raise UsageError(f"the model in `{args.run}` was built in Python; resume it there")
     device = device_of(notes.get("device"))
     model = rebuilt(method, config["model"], run.config_path).to(device)
-    settings = {**config["training"], **_given(args, _LENGTH)}
-    _refuse_other_rates(args, settings)
-    plan = Plan(model, images, run, settings, solver, {}, device, resume=True)
+    longer, kept = _given(args, _LENGTH), config["training"]
+    _refuse_other_rates(args, {**kept, **longer})
+    plan = Plan(model, images, run, longer, solver, {}, device, resume=True, kept=kept)
     return carry_out(plan, report=not hasattr(args, "no_report"))
 
 

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, TypeVar, final
 
 import optree
 import torch
@@ -34,12 +34,12 @@ from torch.utils.flop_counter import flop_registry
 
 from bilevel import Solver
 from bilevel.distributed import world_size
-from bilevel.methods.training.fit import begin
 from bilevel.methods.training.settings import Training
+from bilevel.methods.training.steps import begin
+from bilevel.methods.training.trainable import Trainable
 from bilevel.optimizers import listed
 
-if TYPE_CHECKING:
-    from bilevel.methods.eblvm import EBLVM
+AnyModel = TypeVar("AnyModel", bound=Trainable)
 
 
 @final
@@ -72,7 +72,7 @@ class Footprint:
 
 
 def footprint(
-    model: "EBLVM",
+    model: Trainable,
     batch_size: int,
     *,
     training: Training | None = None,
@@ -147,7 +147,7 @@ def footprint(
 
 
 def largest_batch(
-    model: "EBLVM",
+    model: Trainable,
     available: int,
     *,
     training: Training | None = None,
@@ -224,7 +224,7 @@ def available(device: torch.device) -> int | None:
 
 def advice(
     error: BaseException,
-    model: "EBLVM",
+    model: Trainable,
     training: Training,
     solver: Solver,
     shape: tuple[int, ...],
@@ -326,13 +326,13 @@ class _Same:
         pass
 
 
-def _weightless(model: "EBLVM", mode: FakeTensorMode) -> "EBLVM":
+def _weightless(model: AnyModel, mode: FakeTensorMode) -> AnyModel:
     """A copy whose tensors have shapes and no numbers, on the devices they are on."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(t): mode.from_tensor(t) for t in tensors})
 
 
-def _parameters(model: "EBLVM") -> dict[str, int]:
+def _parameters(model: Trainable) -> dict[str, int]:
     networks: dict[str, nn.Module] = {}
     for level, module in (("upper", model.upper), ("lower", model.lower)):
         parts = dict(module.items()) if isinstance(module, nn.ModuleDict) else {level: module}

@@ -167,6 +167,8 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
         ("train bidvl --data few.npz --damping 1", "belongs to `--solver implicit`"),
         ("train bidvl --data few.npz --batch-size 500", "`batch_size` is 500"),
         ("train bidvl --data few.npz --batch-size 50 --solver implicit", "variant='offset'"),
+        ("train bidvl --data few.npz --batch-size 50 --standardise", "`standardise` is for rows"),
+        ("train vae --data few.npz --batch-size 50 --lower-lr 1", "did you mean `upper_lr`"),
         ("train bidvl --resume", "needs the folder"),
         ("train --resume --run nowhere", "there is no run in `nowhere`"),
         ("sample nowhere", "there is no run in `nowhere`; train one first"),
