@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.methods.machines.enumeration import log_sum_over_states
 from bilevel.methods.models import (
     DBM,
     RBM,
@@ -75,6 +76,19 @@ def by_definition(model: Any, v: Tensor, h: Tensor) -> Tensor:
 def visibles(model: Any, n: int = 7, seed: int = 3) -> Tensor:
     v = normal(n, model.visible_dim, seed=seed, device=model.visible_bias.device.type)
     return v if model.visible_range is None else (v > 0).double()
+
+
+def likelihood_in_chunks(model: Any, v: Tensor, at_once: int) -> Tensor:
+    """Log p(v) from energies of all latents and from all first layers, so many states at a time."""
+
+    def minus_energy(h: Tensor) -> Tensor:
+        return -model(*pairs(v, h)).view(len(v), len(h))
+
+    minus_free_energy = log_sum_over_states(
+        minus_energy, sum(model.latent_dims), 1, v, chunk=at_once
+    )
+    first = model.log_unnormalized_first
+    return minus_free_energy - log_sum_over_states(first, model.latent_dims[0], 1, v, chunk=at_once)
 
 
 def line(dim: int, points: int, half_width: float, device: str = "cpu") -> tuple[Tensor, float]:

@@ -10,38 +10,32 @@ from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bilevel.methods.models import (
-    DBM,
-    RBM,
-    GaussianDBM,
-    enumeration,
-)
-from tests.methods.machines.cases import EXACT, trained, visibles
+from bilevel.methods.machines.enumeration import CHUNK, log_sum_over_states
+from bilevel.methods.models import DBM, RBM, GaussianDBM
+from tests.methods.machines.cases import EXACT, likelihood_in_chunks, trained, visibles
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: RBM(9, 6), lambda: DBM(5, (6, 3)), lambda: GaussianDBM(2, (6, 3))]
+    "make", [lambda: RBM(9, 6), lambda: DBM(5, (4, 2)), lambda: GaussianDBM(2, (4, 2))]
 )
-def test_chunks_change_neither_values_nor_gradients(
-    make: Any, device: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_chunks_change_neither_values_nor_gradients(make: Any, device: str):
     model = trained(make(), device)
     v = visibles(model)
     parameters = list(model.parameters())
 
-    def derivatives() -> list[Tensor]:
-        value = model.log_likelihood(v).sum()
+    def derivatives(at_once: int) -> list[Tensor]:
+        value = likelihood_in_chunks(model, v, at_once).sum()
         first = grad(value, parameters, create_graph=True)
         second = grad(sum(g.sin().sum() for g in first), parameters)
         with torch.no_grad():
-            return [value, model.log_likelihood(v), *first, *second]
+            return [value, likelihood_in_chunks(model, v, at_once), *first, *second]
 
-    whole = derivatives()
+    whole = derivatives(64)
+    torch.testing.assert_close(whole[1], model.log_likelihood(v), **EXACT)
     # sums over the states in another order; a GPU's own order costs some bits of second derivatives
     bound = EXACT if device == "cpu" else {"rtol": 1e-11, "atol": 1e-11}
-    for chunk in (1, 40, 300):  # one state at a time, and several
-        monkeypatch.setattr(enumeration, "CHUNK", chunk)
-        for a, b in zip(derivatives(), whole, strict=True):
+    for at_once in (1, 4, 16):  # of 64 states, or of the 16 of a first layer
+        for a, b in zip(derivatives(at_once), whole, strict=True):
             torch.testing.assert_close(a, b, **bound)
 
 
@@ -66,18 +60,14 @@ class _Peak(TorchDispatchMode):
         self.alive -= size
 
 
-@pytest.mark.parametrize("quantity", ["log_partition", "free_energy"])
 @pytest.mark.parametrize("differentiate", [False, True])
-def test_chunks_bound_the_memory(
-    quantity: str, differentiate: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_chunks_bound_the_memory(differentiate: bool):
     model = trained(DBM(32, (13, 12)))
-    args = (visibles(model, 32),) if quantity == "free_energy" else ()
 
     def peak(chunk: int) -> int:
-        monkeypatch.setattr(enumeration, "CHUNK", chunk)
         with torch.set_grad_enabled(differentiate), _Peak() as memory:
-            value = getattr(model, quantity)(*args).sum()
+            first = model.log_unnormalized_first
+            value = log_sum_over_states(first, 13, 32, model.visible_bias, chunk=chunk)
             if differentiate:
                 grad(value, list(model.parameters()), allow_unused=True)
         return memory.most
@@ -86,3 +76,14 @@ def test_chunks_bound_the_memory(
     assert whole > 2**13 * 32 * 8  # all states at once, 32 wide
     assert chunked < 8 * 2**13 * 8 + 100_000  # a few tensors of a chunk, and the parameters'
     assert chunked < whole / 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantity", ["log_partition", "free_energy"])
+def test_machines_are_enumerated_in_chunks(quantity: str):
+    """A machine says how wide its states are; 2^21 of them at once would be 32 wide, 8 bytes each."""
+    model = trained(DBM(32, (21, 20)))
+    args = (visibles(model, 32),) if quantity == "free_energy" else ()
+    with _Peak() as memory:
+        getattr(model, quantity)(*args)
+    assert memory.most < 8 * CHUNK * 8 <= 2**21 * 32 * 8 / 2
