@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bilevel.errors import CheckpointError
+from bilevel.loaders import Repeated, Stateful
 from bilevel.refusals import SEEDS, shown, whole
-from bilevel.repeated import Repeated, Stateful
 
 _AT_ONCE = 4096  # rows looked at together
 

@@ -1,7 +1,7 @@
 """Checkpoint files: written whole or not at all, checked, and read without running what is in them.
 
 A checkpoint is what `torch.save` writes, a zip archive, with the SHA-256 of that as its comment.
-`torch.load` reads it as ever; it looks at neither this checksum nor the archive's own.
+`torch.load` reads it like any other archive; it checks neither this checksum nor the archive's own.
 """
 
 import hashlib
@@ -9,11 +9,14 @@ import os
 import re
 import struct
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import optree
 import torch
+from torch import nn
 
 from bilevel.errors import CheckpointError
 from bilevel.files import Writer, amount, regular, replacing
@@ -58,6 +61,53 @@ def glance(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: as `read_checkpoint`, as far as can be seen.
     """
     return _read(Path(path), verified=False, mmap=True, map_location="cpu")
+
+
+def loadable(value: Any, path: str) -> Any:
+    """The value with NumPy scalars as Python numbers; anything `weights_only` refuses is an error.
+
+    Args:
+        value: tensors, plain values, and containers of them.
+        path: where it stands in the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: naming what could be saved but not loaded again.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: loadable(entry, f"{path}.{key}") for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(loadable(entry, f"{path}.{i}") for i, entry in enumerate(value))
+    numbers = (torch.Tensor, str, bytes, bool, int, float, complex, Counter, OrderedDict)
+    known = (*numbers, torch.dtype, torch.device, torch.Size)
+    if value is not None and not isinstance(value, known):
+        raise CheckpointError(
+            f"`{path}` is a `{type(value).__name__}`, which a checkpoint cannot hold; "
+            "keep tensors and plain numbers in the state"
+        )
+    return value
+
+
+def refuse_not_finite(module: nn.Module, step: int) -> None:
+    """Refuse to write a module from which no run could go on.
+
+    Args:
+        module: what is to be written.
+        step: the number of steps it has taken, for the message.
+
+    Raises:
+        CheckpointError: if a parameter is not finite, or a buffer holds NaN.
+    """
+    good = {name: p.isfinite().all() for name, p in module.named_parameters()}
+    # infinite buffers are legitimate masks
+    good |= {name: ~b.isnan().any() for name, b in module.named_buffers()}
+    bad = next((name for name, is_good in good.items() if not bool(is_good)), None)
+    if bad is not None:
+        raise CheckpointError(
+            f"`{bad}` holds NaN or infinite numbers after step {step}; "
+            "the checkpoint was not written and the previous one was kept"
+        )
 
 
 def _read(path: Path, verified: bool, **options: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 
 _LOST = (
     "process {} of {} lost contact with another one, which failed or was killed{}; start the run again "
@@ -115,7 +115,7 @@ def _terminated_aloud() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def average(tensors: Sequence[Tensor]) -> list[Tensor]:
+def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The averages over all ranks, differentiable; the tensors themselves if there is one rank.
 
     One exchange for each dtype among the tensors. All ranks must call this with tensors of the same
@@ -130,17 +130,17 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
         flat = torch.cat([tensors[i].reshape(-1) for i in places])
-        parts = _average(flat).split([tensors[i].numel() for i in places])
+        parts = _mean(flat).split([tensors[i].numel() for i in places])
         averaged |= {i: p.view(tensors[i].shape) for i, p in zip(places, parts, strict=True)}
     return [averaged[i] for i in range(len(tensors))]
 
 
-class _Average(torch.autograd.Function):
+class _MeanOverRanks(torch.autograd.Function):
     """The average of a vector over the ranks; linear and symmetric, so its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        if tracing():  # what a graph can hold
+        if is_tracing():  # what a graph can hold
             from torch.distributed import _functional_collectives as functional
 
             everybody = cast(dist.ProcessGroup, dist.group.WORLD)
@@ -152,15 +152,15 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _average(grads[0])
+        return _mean(grads[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _average(tangents[0])
+        return _mean(tangents[0])
 
 
-def _average(x: Tensor) -> Tensor:
-    mean: Tensor = _Average.apply(x)  # type: ignore[no-untyped-call]
+def _mean(x: Tensor) -> Tensor:
+    mean: Tensor = _MeanOverRanks.apply(x)  # type: ignore[no-untyped-call]
     return mean
 
 
@@ -173,7 +173,7 @@ def agree(module: nn.Module) -> None:
         for parameter in module.parameters():
             dist.broadcast(parameter.detach(), src=0)
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    for buffer, value in zip(buffers, average(buffers), strict=True):
+    for buffer, value in zip(buffers, mean_over_ranks(buffers), strict=True):
         buffer.copy_(value)
 
 

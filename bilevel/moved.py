@@ -9,13 +9,23 @@ from types import ModuleType
 from typing import final
 
 NEW_NAMES = {
+    "bilevel.answers": "bilevel.losses.answers",
     "bilevel.averaging": "bilevel.moving_average",
     "bilevel.compiled": "bilevel.compile.compiled",
     "bilevel.guards": "bilevel.compile.guards",
+    "bilevel.hooks": "bilevel.losses.hooks",
     "bilevel.lowering": "bilevel.compile.lowering",
+    "bilevel.purity": "bilevel.losses.purity",
     "bilevel.recorded": "bilevel.compile.cuda_graph",
+    "bilevel.references": "bilevel.losses.references",
+    "bilevel.remarks": "bilevel.loop.remarks",
+    "bilevel.repeated": "bilevel.loaders",
     "bilevel.settings": "bilevel.compile.settings",
+    "bilevel.substitution": "bilevel.losses.substitution",
     "bilevel.tracing": "bilevel.compile.tracing",
+    "bilevel.turn": "bilevel.loop.turn",
+    "bilevel.watch": "bilevel.loop.watch",
+    "bilevel.wiring": "bilevel.losses.slots",
     "bilevel.methods.best": "bilevel.methods.training.best",
     "bilevel.methods.bidvl_general": "bilevel.methods.general_bidvl",
     "bilevel.methods.config": "bilevel.methods.training.settings",

@@ -1,4 +1,4 @@
-r"""`Average`: an exponential moving average of a problem's weights, beside the ones in training.
+r"""`MovingAverage`: an exponential moving average of a problem's weights, beside the ones in training.
 
 $$ \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta $$
 
@@ -29,7 +29,7 @@ class _Detaching(TorchFunctionMode):
 
 
 @final
-class Average:
+class MovingAverage:
     """The moving average of a problem; `problem` holds it.
 
     Args:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -29,6 +30,21 @@ class Scheduler(Protocol):
 
 
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
+
+
+@dataclass(frozen=True)
+class LevelUpdate:
+    """How the variables of one level are updated from their gradient.
+
+    Attributes:
+        optimizers: they step one after the other, each its own variables.
+        schedulers: their schedulers, stepped once per upper step.
+        max_norm: the gradient is scaled down to this norm where it is longer; `None` for never.
+    """
+
+    optimizers: Sequence[Optimizer] = ()
+    schedulers: Sequence[Scheduler] = ()
+    max_norm: float | None = None
 
 
 def listed(one_or_more: T | Sequence[T]) -> list[T]:
@@ -196,16 +212,14 @@ _MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")  # whe
 _COUNTERS = ("last_epoch", "T_cur", "T_i")
 
 
-def settings_of(
-    optimizers: Mapping[str, Sequence[Optimizer]], schedulers: Mapping[str, Sequence[Scheduler]]
-) -> dict[str, str]:
+def settings_of(updates: Mapping["Level", LevelUpdate]) -> dict[str, str]:
     """The settings of optimizers and schedulers as they are given to a run, by name.
 
     A checkpoint overwrites them: one that was changed before resuming would be ignored.
     """
     settings: dict[str, str] = {}
-    for level, several in optimizers.items():
-        for i, optimizer in enumerate(several):
+    for level, update in updates.items():
+        for i, optimizer in enumerate(update.optimizers):
             for j, group in enumerate(optimizer.param_groups):
                 here = f"{level}_optimizer" + (f"[{i}]" if i else "") + (f" group {j}" if j else "")
                 moved: tuple[str, ...] = (
@@ -214,8 +228,8 @@ def settings_of(
                 moved += ("momentum", "betas") if "max_momentum" in group else ()
                 kept = {n: v for n, v in group.items() if n not in (*_MACHINE, *moved)}
                 settings |= {f"{here}.{name}": _plain(value) for name, value in kept.items()}
-    for level, others in schedulers.items():
-        for i, scheduler in enumerate(others):
+    for level, update in updates.items():
+        for i, scheduler in enumerate(update.schedulers):
             here = f"{level}_scheduler" + (f"[{i}]" if i else "")
             kept = _fixed(scheduler.state_dict())
             settings |= {f"{here}.{name}": _plain(value) for name, value in kept.items()}

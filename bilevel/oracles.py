@@ -2,7 +2,7 @@
 
 A solver touches nothing else. Whatever must be done alike by every solver is done here, once:
 
-- variables and buffers are substituted (`bilevel.substitution`), never written: batch-norm
+- variables and buffers are substituted (`bilevel.losses.substitution`), never written: batch-norm
   statistics and power iterations advance on copies, and `train` commits them once a step;
 - a loss is always evaluated as in training: with gradients enabled, at variables that require grad;
 - random numbers inside a loss (dropout) come from a fixed seed, so that every product of one
@@ -22,17 +22,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bilevel.answers import scalar
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.batches import refuse_no_list
-from bilevel.distributed import average, rank, world_size
-from bilevel.hooks import refuse_hooks
+from bilevel.distributed import mean_over_ranks, rank, world_size
+from bilevel.losses.answers import scalar
+from bilevel.losses.hooks import refuse_hooks
+from bilevel.losses.slots import Slots
+from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import outside_inference_mode, shown
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.substitution import Substitution, undisturbed
 from bilevel.tree import Layout, Tree
-from bilevel.wiring import Wiring
 
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
 
@@ -85,7 +85,7 @@ class Hessian:
     def product(self, vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
         """The vector times the derivative of the gradient in other variables, too."""
         cotangents = self._layout.unravel(vector)
-        return average(vector_jacobian_product(self._gradient, wrt, cotangents))
+        return mean_over_ranks(vector_jacobian_product(self._gradient, wrt, cotangents))
 
     def matrix(self) -> Tensor:
         """The matrix, shape (n, n), its columns computed side by side.
@@ -114,7 +114,7 @@ class Hessian:
             y.new_zeros(n, y.numel()) if r is None else r.reshape(n, -1)
             for r, y in zip(rows, self._leaves, strict=True)
         ]
-        return average([torch.cat(filled, dim=1)])[0].mT
+        return mean_over_ranks([torch.cat(filled, dim=1)])[0].mT
 
 
 class Oracles:
@@ -125,7 +125,7 @@ class Oracles:
         upper_batch: batch of the upper loss.
         lower_batches: batches of the lower loss, in the order in which they are used.
         seed: seed of the random numbers drawn inside the losses.
-        wiring: the problem's wiring, if the caller has it already.
+        slots: where the problem's modules hold its tensors, if the caller has found that already.
         precision: lower-precision dtype the losses are computed in where that is safe
             (`torch.autocast`); variables, gradients and optimizers keep theirs.
 
@@ -148,7 +148,7 @@ class Oracles:
         lower_batches: Sequence[Any],
         *,
         seed: int = 0,
-        wiring: Wiring | None = None,
+        slots: Slots | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
         outside_inference_mode()
@@ -160,18 +160,18 @@ class Oracles:
         self.seed = seed
         self.precision = usable_precision(precision)
         with undisturbed():
-            self.wiring = Wiring(problem) if wiring is None else wiring
-            self.names = list(self.wiring.variables("upper"))
+            self.slots = Slots(problem) if slots is None else slots
+            self.names = list(self.slots.variables("upper"))
             self._lower = self._variables("lower")
             there = {id(p): name for name, p in self._lower.items()}
             upper = self._variables("upper")
             self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
             self._upper = {name: p for name, p in upper.items() if name not in self.shared}
-            self._buffers = self.wiring.buffers()
+            self._buffers = self.slots.buffers()
         self._devices = [problem.device] if problem.device.type == "cuda" else []
 
     def _variables(self, level: Level) -> Tree:
-        variables = self.wiring.variables(level)
+        variables = self.slots.variables(level)
         name = type(self.problem).__name__
         if not variables and level == "upper":
             raise ValueError(
@@ -221,7 +221,7 @@ class Oracles:
         """What the problem answers at (upper, lower), and the buffers that this left behind."""
         pairs = (self._upper, upper), (self._lower, lower)
         with undisturbed():
-            values = self.wiring.substitute(*pairs)
+            values = self.slots.substitute(*pairs)
         return self.run(values, what, batch, index)
 
     def run(
@@ -250,7 +250,7 @@ class Oracles:
         grads = gradients(loss, list(variables.values()), create_graph=create_graph)
         return dict(zip(variables, grads, strict=True))
 
-    def averaged(
+    def mean_over_ranks(
         self, evaluation: Evaluation, grads: Sequence[Tensor | None]
     ) -> tuple[Evaluation, list[Tensor | None]]:
         """Loss, logs and gradients averaged over all ranks, in one exchange."""
@@ -259,7 +259,7 @@ class Oracles:
         logs, used = evaluation.logs, [g for g in grads if g is not None]
         value = evaluation.loss.detach()
         logged = [v.to(value.device) for v in logs.values()]  # a Python number is on the processor
-        means = iter(average([value, *logged, *used]))
+        means = iter(mean_over_ranks([value, *logged, *used]))
         loss, logs = next(means), {name: next(means) for name in logs}
         mean_grads = [None if g is None else next(means) for g in grads]
         return Evaluation(loss, logs, evaluation.buffers), mean_grads
@@ -273,7 +273,7 @@ class Oracles:
             ValueError: if the lower loss uses none of the lower variables.
         """
         evaluation, own = self._own_lower_gradient(upper, lower, index, create_graph)
-        evaluation, grads = self.averaged(evaluation, list(own.values()))
+        evaluation, grads = self.mean_over_ranks(evaluation, list(own.values()))
         return evaluation, dict(zip(own, grads, strict=True))
 
     def _own_lower_gradient(
@@ -313,7 +313,7 @@ class Oracles:
             gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
         hessian = Hessian(gradient, leaves, layout)
         return Linearization(
-            gradient=average([layout.ravel(gradient).detach()])[0],
+            gradient=mean_over_ranks([layout.ravel(gradient).detach()])[0],
             hessian=hessian,
             cross=lambda v: dict(zip(upper, hessian.product(v, sources), strict=True)),
             layout=layout,

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
 from bilevel.distributed import world_size
 from bilevel.sync_batch_norm import BatchNorm, SyncBatchNorm
@@ -24,7 +26,22 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
+_WEIGHT_NORMS = (WeightNorm, WeightNormHook)
 _ATTENTION = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@runtime_checkable
+class PowerIteration(Protocol):
+    """What improves singular vectors at every forward pass in training mode.
+
+    torch's spectral norm has this attribute in both its forms, the parametrization and the older hook;
+    a parametrization of one's own that has it is at rest, too, while second derivatives are taken.
+
+    Attributes:
+        n_power_iterations: iterations per forward pass.
+    """
+
+    n_power_iterations: int
 
 
 @dataclass(frozen=True)
@@ -113,16 +130,14 @@ def _inspect(name: str, module: nn.Module) -> Iterator[Finding]:
 
 def _has_weight_norm(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks.values()
-    if any(type(hook).__name__ == "WeightNorm" for hook in hooks):
-        return True
-    return any(type(p).__name__ == "_WeightNorm" for p in _parametrizations(module))
+    return any(isinstance(p, _WEIGHT_NORMS) for p in (*hooks, *_parametrizations(module)))
 
 
 def _spectral_norms(module: nn.Module) -> list[nn.Module]:
     """The modules whose training flag turns the power iteration of `module` on."""
-    found = [p for p in _parametrizations(module) if type(p).__name__ == "_SpectralNorm"]
+    found = [p for p in _parametrizations(module) if isinstance(p, PowerIteration)]
     hooks = module._forward_pre_hooks.values()
-    if any(type(hook).__name__ == "SpectralNorm" for hook in hooks):
+    if any(isinstance(hook, PowerIteration) for hook in hooks):
         found.append(module)  # the older hook follows its own layer's flag
     return found
 

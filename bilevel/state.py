@@ -3,21 +3,25 @@
 import copy
 import os
 import warnings
-from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import optree
 import torch
 
 from bilevel.batches import Source
-from bilevel.checkpoint import FORMAT, read_checkpoint, write_atomically
+from bilevel.checkpoint import (
+    FORMAT,
+    loadable,
+    read_checkpoint,
+    refuse_not_finite,
+    write_atomically,
+)
 from bilevel.distributed import agree, is_main
 from bilevel.errors import CheckpointError
-from bilevel.moving_average import Average
-from bilevel.optimizers import Scheduler
-from bilevel.problem import Problem
+from bilevel.moving_average import MovingAverage
+from bilevel.optimizers import LevelUpdate, Scheduler
+from bilevel.problem import Level, Problem
 
 
 class State:
@@ -27,6 +31,7 @@ class State:
     random generator, the solver's own state (warm starts) and the number of steps taken.
 
     Attributes:
+        updates: how each level's variables are updated: optimizers, schedulers, clipping.
         step: number of upper steps taken.
         configuration: plain values that say which run this is; a checkpoint of another
             configuration is refused.
@@ -35,22 +40,30 @@ class State:
     def __init__(
         self,
         problem: Problem,
-        optimizers: Mapping[str, Sequence[torch.optim.Optimizer]],
-        schedulers: Mapping[str, Sequence[Scheduler]],
+        updates: Mapping[Level, LevelUpdate],
         sources: Mapping[str, Source],
         generator: torch.Generator,
         configuration: dict[str, str],
         ema: float | None = None,
     ) -> None:
         self.problem = problem
-        self.optimizers = optimizers
-        self.schedulers = schedulers
+        self.updates = updates
         self.sources = sources
         self.generator = generator
         self.configuration = configuration
         self.solver_state: Any = None
         self.step = 0
-        self._average = Average(problem, ema) if ema is not None else None
+        self._average = MovingAverage(problem, ema) if ema is not None else None
+
+    @property
+    def optimizers(self) -> dict[Level, Sequence[torch.optim.Optimizer]]:
+        """The optimizers of each level."""
+        return {level: update.optimizers for level, update in self.updates.items()}
+
+    @property
+    def schedulers(self) -> dict[Level, Sequence[Scheduler]]:
+        """The schedulers of each level."""
+        return {level: update.schedulers for level, update in self.updates.items()}
 
     @property
     def average(self) -> Problem | None:
@@ -70,11 +83,11 @@ class State:
             "step": self.step,
             "problem": _checked(self.problem),
             "buffers": _left_out(self.problem),
-            "optimizers": _plain(_each(self.optimizers), "optimizers"),
-            "schedulers": _plain(_each(self.schedulers), "schedulers"),
-            "sources": _plain({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
+            "optimizers": loadable(_each(self.optimizers), "optimizers"),
+            "schedulers": loadable(_each(self.schedulers), "schedulers"),
+            "sources": loadable({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
             "generator": self.generator.get_state(),
-            "solver": _plain(self.solver_state, "solver"),
+            "solver": loadable(self.solver_state, "solver"),
             **({"average": _checked(self.average)} if self.average is not None else {}),
         }
 
@@ -102,11 +115,11 @@ class State:
     def _load(self, state: dict[str, Any]) -> None:
         self.problem.load_state_dict(state["problem"])
         self._load_left_out(state.get("buffers"))
-        for name, group in self.optimizers.items():
-            for optimizer, saved in zip(group, state["optimizers"][name], strict=True):
+        for level, optimizers in self.optimizers.items():
+            for optimizer, saved in zip(optimizers, state["optimizers"][level], strict=True):
                 optimizer.load_state_dict(saved)
-        for name, schedulers in self.schedulers.items():
-            for scheduler, saved in zip(schedulers, state["schedulers"][name], strict=True):
+        for level, schedulers in self.schedulers.items():
+            for scheduler, saved in zip(schedulers, state["schedulers"][level], strict=True):
                 scheduler.load_state_dict(saved)
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
@@ -146,13 +159,9 @@ class State:
                 something that could not be loaded again; an existing file is kept.
         """
         agree(self.problem)
-        if not is_main():
-            return
-        for name, p in self.problem.named_parameters():
-            self._refuse_bad(name, p.isfinite().all())
-        for name, b in self.problem.named_buffers():  # infinite ones are legitimate masks
-            self._refuse_bad(name, ~b.isnan().any())
-        write_atomically(self.state_dict(), path)
+        if is_main():
+            refuse_not_finite(self.problem, self.step)
+            write_atomically(self.state_dict(), path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from the checkpoint at `path`.
@@ -161,13 +170,6 @@ class State:
             CheckpointError: if the file is missing, truncated, or of another configuration.
         """
         self.load_state_dict(read_checkpoint(path, map_location="cpu"))
-
-    def _refuse_bad(self, name: str, good: torch.Tensor) -> None:
-        if not bool(good):
-            raise CheckpointError(
-                f"`{name}` holds NaN or infinite numbers after step {self.step}; "
-                "the checkpoint was not written and the previous one was kept"
-            )
 
     def _refuse_other_configuration(self, saved: dict[str, str]) -> None:
         mine = self.configuration
@@ -187,7 +189,7 @@ class State:
 def _checked(module: torch.nn.Module) -> dict[str, Any]:
     """The module's `state_dict`, if it can be loaded again (`get_extra_state` may return anything)."""
     state = module.state_dict()
-    state.update({name: _plain(value, name) for name, value in state.items()})
+    state.update({name: loadable(value, name) for name, value in state.items()})
     return state
 
 
@@ -213,7 +215,7 @@ def _write_buffers(module: torch.nn.Module, values: dict[str, Any]) -> None:
             mine.copy_(value)
 
 
-def _each(groups: Mapping[str, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
+def _each(groups: Mapping[Level, Sequence[Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [member.state_dict() for member in group] for name, group in groups.items()}
 
 
@@ -221,25 +223,3 @@ def _on(device: torch.device, solver_state: Any) -> Any:
     return optree.tree_map(
         lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, solver_state
     )
-
-
-def _plain(value: Any, path: str) -> Any:
-    """The value with numpy scalars as Python numbers; anything `weights_only` refuses is an error.
-
-    Raises:
-        CheckpointError: naming what could be saved but not loaded again.
-    """
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {key: _plain(entry, f"{path}.{key}") for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(entry, f"{path}.{i}") for i, entry in enumerate(value))
-    numbers = (torch.Tensor, str, bytes, bool, int, float, complex, Counter, OrderedDict)
-    known = (*numbers, torch.dtype, torch.device, torch.Size)
-    if value is not None and not isinstance(value, known):
-        raise CheckpointError(
-            f"`{path}` is a `{type(value).__name__}`, which a checkpoint cannot hold; "
-            "keep tensors and plain numbers in the state"
-        )
-    return value

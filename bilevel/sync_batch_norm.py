@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from bilevel.distributed import average, world_size
+from bilevel.distributed import mean_over_ranks, world_size
 
 __all__ = ["BatchNorm", "SyncBatchNorm", "synchronise_batch_norm"]
 # `BatchNorm` is the base of every batch norm: torch's own in one to three dimensions, its synchronised
@@ -29,9 +29,9 @@ class SyncBatchNorm(BatchNorm):
         rest = [dim for dim in range(input.ndim) if dim != 1]
         shape = [1, -1, *[1] * (input.ndim - 2)]
         x = input if input.dtype == torch.double else input.float()  # not in half precision
-        (mean,) = average([x.mean(rest)])
+        (mean,) = mean_over_ranks([x.mean(rest)])
         centred = x - mean.view(shape)
-        (variance,) = average([centred.square().mean(rest)])
+        (variance,) = mean_over_ranks([centred.square().mean(rest)])
         if self.training and self.running_mean is not None:
             count = input.numel() // input.shape[1] * world_size()
             self._track(mean.detach(), variance.detach() * count / (count - 1))

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +14,12 @@ from bilevel.batches import sources_of
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
 from bilevel.linear.base import LinearSolver
+from bilevel.loop.settings import TurnSettings
+from bilevel.loop.turn import Turn
+from bilevel.loop.watch import Watch
 from bilevel.optimizers import (
+    LevelUpdate,
     Optimizers,
-    Scheduler,
     Schedulers,
     check_optimizers,
     optimizers_of,
@@ -28,8 +31,6 @@ from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, flag, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
-from bilevel.turn import Turn
-from bilevel.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,23 @@ def train(
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
-    given = {"upper": upper_scheduler, "lower": lower_scheduler}
-    schedulers = {n: schedulers_of(f"{n}_scheduler", s, optimizers[n]) for n, s in given.items()}
+    updates: dict[Level, LevelUpdate] = {
+        "upper": _update("upper", optimizers, upper_scheduler, clip_upper),
+        "lower": _update("lower", optimizers, lower_scheduler, clip_lower),
+    }
     state = State(
         problem,
-        optimizers,
-        schedulers,
+        updates,
         sources_of(data, upper_data, batch_size, seed),
         torch.Generator(problem.device).manual_seed(seed),
         _configuration(
             problem,
             solver,
-            optimizers,
-            schedulers,
+            updates,
             order=order,
             lower_steps=lower_steps,
             batch_size=str(batch_size),
-            clipping={"upper": clip_upper, "lower": clip_lower},
+            clipping={n: update.max_norm for n, update in updates.items()},
             seed=seed,
             compile=compile,
             precision=precision,
@@ -176,14 +177,13 @@ def train(
     agree(problem)
     if resume is not None:
         _continue(state, resume, num_steps)
-    settings = (order == "upper_first", clip_upper, clip_lower, throw, compile, precision)
-    turn = Turn(state, solver, lower_steps, *settings)
-    return _loop(turn, num_steps, check_every, seed)
+    settings = TurnSettings(lower_steps, order == "upper_first", throw, compile, precision)
+    return _loop(Turn(state, solver, settings), num_steps, check_every, seed)
 
 
 def _owned(
     problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
-) -> dict[str, list[torch.optim.Optimizer]]:
+) -> dict[Level, list[torch.optim.Optimizer]]:
     """The optimizers of both levels, if solver and problem can do with them."""
     refuse_no_problem(problem)
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
@@ -203,7 +203,17 @@ def _owned(
         )
     for level, group in optimizers.items():
         check_optimizers(problem, level, group)
-    return {str(level): group for level, group in optimizers.items()}
+    return optimizers
+
+
+def _update(
+    level: Level,
+    optimizers: Mapping[Level, list[torch.optim.Optimizer]],
+    schedulers: Schedulers | None,
+    max_norm: float | None,
+) -> LevelUpdate:
+    checked = schedulers_of(f"{level}_scheduler", schedulers, optimizers[level])
+    return LevelUpdate(optimizers[level], checked, max_norm)
 
 
 def _continue(state: State, resume: Any, num_steps: int) -> None:
@@ -222,8 +232,7 @@ def _continue(state: State, resume: Any, num_steps: int) -> None:
 def _configuration(
     problem: Problem,
     solver: Solver,
-    optimizers: Mapping[str, Sequence[torch.optim.Optimizer]],
-    schedulers: Mapping[str, Sequence[Scheduler]],
+    updates: Mapping[Level, LevelUpdate],
     **settings: Any,
 ) -> dict[str, str]:
     """What must be the same when a run is resumed; settings that are off are not mentioned."""
@@ -231,8 +240,10 @@ def _configuration(
         "problem": type(problem).__name__,
         "variables": repr({n: tuple(p.shape) for n, p in problem.named_parameters()}),
         "solver": re.sub(r" at 0x[0-9a-f]+", "", repr(solver)),  # functions print their address
-        "optimizers": repr({n: [type(o).__name__ for o in g] for n, g in optimizers.items()}),
-        **settings_of(optimizers, schedulers),
+        "optimizers": repr(
+            {n: [type(o).__name__ for o in update.optimizers] for n, update in updates.items()}
+        ),
+        **settings_of(updates),
         **{n: str(v) for n, v in settings.items() if v is not None and v is not False},
     }
 

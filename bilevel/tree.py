@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 
 Tree = dict[str, Tensor]
 
@@ -14,7 +14,7 @@ Tree = dict[str, Tensor]
 def norm(tensors: Tree | Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all entries together, a scalar; zero for an empty tree."""
     leaves = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-    if tracing() and leaves:  # squares that a compiler can fuse; torch's own norm is a call
+    if is_tracing() and leaves:  # squares that a compiler can fuse; torch's own norm is a call
         return torch.stack([t.square().sum() for t in leaves]).sum().sqrt()
     return get_total_norm(leaves) if leaves else torch.zeros(())
 

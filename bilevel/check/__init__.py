@@ -22,7 +22,7 @@ from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.refusals import one_of, positive, whole
-from bilevel.solvers import Hypergradient, Solver, Unrolled
+from bilevel.solvers import Hypergradient, Solver
 from bilevel.tree import Tree
 
 __all__ = ["HypergradientCheck", "VariableCheck", "check_hypergradient", "solve_lower"]
@@ -93,7 +93,7 @@ def check_hypergradient(
     """
     _check(problem, against, tolerance, num_directions, step)
     if against is None:
-        against = "procedure" if isinstance(solver, Unrolled) else "solution"
+        against = "solution" if solver.unrolled_steps() is None else "procedure"
     oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
     held = [p for o in listed(lower_optimizer or []) for g in o.param_groups for p in g["params"]]
     lower = problem.variables("lower")

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
 from bilevel.check.lower_solution import UnsolvedError, solve_closely
-from bilevel.distributed import average
+from bilevel.distributed import mean_over_ranks
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
-from bilevel.solvers import Solver, Unrolled
+from bilevel.solvers import Solver, UnrolledSteps
 from bilevel.tree import Tree
 
 
@@ -85,14 +85,14 @@ class Site:
         return self._now()
 
     def _now(self) -> float:
-        return float(average([self.upper_loss().detach()])[0])
+        return float(mean_over_ranks([self.upper_loss().detach()])[0])
 
     def direct_term(self) -> Tree:
         """dF/dx at the answer, the lower variables held."""
         self.value({})
         variables = list(self.upper.values())
         grads = fill(gradients(self.upper_loss(), variables), variables)
-        return dict(zip(self.upper, average(grads), strict=True))
+        return dict(zip(self.upper, mean_over_ranks(grads), strict=True))
 
     def unsolved(self, error: Tree) -> float:
         """How much F changes if the lower variables are off by `error`."""
@@ -140,9 +140,10 @@ def solution(oracles: Oracles) -> Callable[[], None]:
 def procedure(
     oracles: Oracles, solver: Solver, optimizers: Optimizers | None
 ) -> Callable[[], None]:
-    """What the solver attributes to the lower level: for `Unrolled` its steps, in a plain loop."""
-    if isinstance(solver, Unrolled):
-        return _steps(oracles, solver, optimizers)
+    """What the solver attributes to the lower level: its steps in a plain loop, if it takes any."""
+    steps = solver.unrolled_steps()
+    if steps is not None:
+        return _loop(oracles, solver, steps, optimizers)
 
     def settle() -> None:
         with solver.context(oracles):
@@ -152,11 +153,13 @@ def procedure(
     return settle
 
 
-def _steps(oracles: Oracles, solver: Unrolled, optimizers: Optimizers | None) -> Callable[[], None]:
+def _loop(
+    oracles: Oracles, solver: Solver, steps: UnrolledSteps, optimizers: Optimizers | None
+) -> Callable[[], None]:
     def settle() -> None:
-        step = _stepper(oracles, solver, optimizers)
+        step = _stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
-            for t in range(solver.num_steps):
+            for t in range(steps.num_steps):
                 step(_lower_gradients(oracles, t))
 
     return settle
@@ -169,17 +172,17 @@ def _lower_gradients(oracles: Oracles, t: int) -> dict[str, Tensor | None]:
     index = t if len(oracles.lower_batches) > 1 else 0
     loss = oracles.evaluate("lower", upper, lower, index).loss
     grads = gradients(loss, list(lower.values()))
-    means = iter(average([g for g in grads if g is not None]))
+    means = iter(mean_over_ranks([g for g in grads if g is not None]))
     return {n: None if g is None else next(means) for n, g in zip(lower, grads, strict=True)}
 
 
 def _stepper(
-    oracles: Oracles, solver: Unrolled, optimizers: Optimizers | None
+    oracles: Oracles, steps: UnrolledSteps, optimizers: Optimizers | None
 ) -> Callable[[dict[str, Tensor | None]], None]:
     """A function that moves the modules' lower variables by one step with given gradients."""
     lower = oracles.problem.variables("lower")
-    if solver.optimizer is not None:
-        move = _transformation(lower, solver.optimizer)
+    if steps.optimizer is not None:
+        move = _transformation(lower, steps.optimizer)
     else:
         assert optimizers is not None
         move = _running(list(oracles.problem.parameters()), listed(optimizers))
@@ -189,8 +192,8 @@ def _stepper(
             grad = grads[name]
             # in the parameter's own memory format, as fused optimizers want it
             parameter.grad = None if grad is None else torch.empty_like(parameter).copy_(grad)
-        if solver.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(lower.values()), solver.max_grad_norm)
+        if steps.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(lower.values()), steps.max_grad_norm)
         move()
 
     return step

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.check.differences import Estimate
-from bilevel.linear import Identity, Neumann
-from bilevel.solvers import Alternating, Implicit, Solver, Unrolled
+from bilevel.solvers import Solver
 
 Outcome = Literal["agrees", "disagrees", "inconclusive"]
 _SURE = 3.0  # uncertainties that a difference must exceed to count
@@ -210,7 +209,7 @@ def _cause(check: VariableCheck, solver: Solver, tolerance: float, early: bool) 
         return "the hypergradient is not finite"
     if early:
         return "it was taken before the lower level was solved (`solve_first=False`)"
-    if isinstance(solver, Alternating):
+    if solver.drops_response:
         return f"{solver} drops or approximates the response term"
     rest = float((check.answer - check.direct).norm())
     if rest <= tolerance * max(float(check.direct.norm()), float(check.truth.norm())):
@@ -219,13 +218,7 @@ def _cause(check: VariableCheck, solver: Solver, tolerance: float, early: bool) 
             "`.detach()`, `torch.no_grad()`, `float(...)` or `.item()` on its way through the lower "
             "loss"
         )
-    if isinstance(solver, Unrolled):
-        known = solver.truncate is not None
-    else:
-        known = isinstance(solver, Implicit) and isinstance(
-            solver.linear_solver, Identity | Neumann
-        )
-    if known:
+    if solver.approximates():
         return f"{solver} drops or approximates the response term"
     return (
         f"either {solver} differentiates something else than these losses (a stopped gradient, a "

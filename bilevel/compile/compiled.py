@@ -2,7 +2,7 @@
 
 A step of a small model is a hundred kernels of microseconds, each behind tens of microseconds of
 Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second derivatives included,
-down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is recorded as a
+down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is captured as a
 CUDA graph besides.
 
 The graph reads and writes in place what the step reads and writes: variables, buffers, the
@@ -13,7 +13,7 @@ one, if there is one yet.
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
@@ -21,14 +21,13 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
 import numpy as np
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
 from bilevel.compile.settings import Settings, begin
-from bilevel.state import State
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,16 +74,30 @@ class Compiled(Generic[P, R]):
     What cannot be compiled runs as it is, after one warning.
 
     Args:
-        step: reads its arguments and the run's state, writes the state, returns a pytree.
-        state: the run's state.
+        step: reads its arguments, the module and the optimizers, writes the latter two, returns a
+            pytree.
+        module: whose parameters and buffers the step reads and writes, all on one device.
+        optimizers: those whose state it reads and writes.
+        cuda_graph: whether to capture it as a CUDA graph, on a GPU; a graph holds no exchange
+            between processes.
         said: the warnings given so far, none of which is given twice.
     """
 
-    def __init__(self, step: Callable[P, R], state: State, said: set[str]) -> None:
+    def __init__(
+        self,
+        step: Callable[P, R],
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        cuda_graph: bool,
+        said: set[str],
+    ) -> None:
         self._step = step
-        self._problem = state.problem
-        self._optimizers = [o for group in state.optimizers.values() for o in group]
-        self._settings = Settings(self._optimizers, state.problem.device)
+        self._module = module
+        self._device = next(module.parameters()).device
+        self._optimizers = optimizers
+        self._cuda_graph = cuda_graph
+        self._settings = Settings(optimizers, self._device)
         self._graphs: list[_Graph] = []
         self._said = said
         self._refused = self._full = False
@@ -135,7 +148,7 @@ class Compiled(Generic[P, R]):
             tuple(_signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
             tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
             self._settings.fixed(),
-            _modes(self._problem.device.type),
+            _modes(self._device.type),
         )
 
     def _bound(self, graph: _Graph, leaves: list[Any]) -> _Graph:
@@ -152,7 +165,7 @@ class Compiled(Generic[P, R]):
         return graph
 
     def _named(self) -> list[Tensor]:
-        return [*self._problem.parameters(), *self._problem.buffers()]
+        return [*self._module.parameters(), *self._module.buffers()]
 
     def _held(self) -> list[int]:
         """What the optimizers keep, by identity: quicker to look at than the tensors."""
@@ -185,8 +198,10 @@ class Compiled(Generic[P, R]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
             with reading() as reads, self._settings.as_tensors():
-                lowered = lower(flat, arguments, self._live(), self._problem.device)
-        guard = Guard(self._problem, reads)
+                lowered = lower(
+                    flat, arguments, self._live(), self._device, cuda_graph=self._cuda_graph
+                )
+        guard = Guard(self._module, reads)
         memory = _memory(lowered)
         named, answer, answered = len(self._named()), found["answer"], found["structure"]
         graph = _Graph(key, guard, lowered, named, self._held(), memory, answer, answered)

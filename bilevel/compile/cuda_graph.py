@@ -1,7 +1,7 @@
-"""`Recorded`: a function of CUDA tensors, recorded once as a CUDA graph and replayed.
+"""`CudaGraph`: a function of CUDA tensors, captured once as a CUDA graph and replayed.
 
 A step launches some hundred kernels, each for microseconds of work; a replay launches them all at once.
-The graph reads and writes the memory it was recorded with: arguments are copied there, answers out.
+The graph reads and writes the memory it was captured with: arguments are copied in, answers out.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-_WARM_UP = 3  # calls before the recording, in which libraries choose their algorithms
+_WARM_UP = 3  # calls before the capture, in which libraries choose their algorithms
 
 
 @final
-class Recorded:
+class CudaGraph:
     """`run(*arguments, *live)` as a CUDA graph.
 
     Args:
@@ -44,8 +44,12 @@ class Recorded:
             self._answers = list(run(*self._arguments, *live))
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """The answers for new arguments; the live tensors behind them are those of the recording."""
+        """The answers for new arguments; the live tensors behind them are those of the capture."""
         for mine, given in zip(self._arguments, tensors, strict=False):
             mine.copy_(given)
         self._graph.replay()
         return [answer.clone() for answer in self._answers]
+
+
+Recorded = CudaGraph
+"""The earlier name of `CudaGraph`."""

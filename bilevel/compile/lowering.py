@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilevel.compile.cuda_graph import Recorded
+from bilevel.compile.cuda_graph import CudaGraph
 from bilevel.compile.tracing import traced
-from bilevel.distributed import world_size
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -60,12 +59,14 @@ class Lowered:
     """A compiled function and the tensors it reads and writes beside its arguments.
 
     Attributes:
+        cuda_graph: whether it is captured as a CUDA graph, on a GPU.
         extra: further tensors that it reads.
         constants: tensors whose values it holds, and the versions these had.
     """
 
     compiled: Callable[..., Any]
     device: torch.device
+    cuda_graph: bool
     live: list[Tensor]
     extra: list[Tensor]
     constants: list[tuple[Tensor, int]]
@@ -99,13 +100,13 @@ class Lowered:
         return True
 
     def bind(self, arguments: Sequence[Tensor]) -> None:
-        """Take the live tensors as they are now; on a GPU, record the function with them."""
+        """Take the live tensors as they are now; on a GPU, capture the function with them."""
         # a graph cannot write into leaves
         self.aliases = [tensor.detach() for tensor in (*self.live, *self.extra)]
         self.run = self.compiled
-        if self.device.type == "cuda" and world_size() == 1:
+        if self.device.type == "cuda" and self.cuda_graph:
             with unchanged(self.aliases), torch.no_grad():
-                self.run = Recorded(self.compiled, arguments, self.aliases)
+                self.run = CudaGraph(self.compiled, arguments, self.aliases)
 
 
 def lower(
@@ -113,6 +114,8 @@ def lower(
     arguments: Sequence[Tensor],
     live: Sequence[Tensor],
     device: torch.device,
+    *,
+    cuda_graph: bool,
 ) -> Lowered:
     """`function(*arguments)`, which reads and writes the live tensors, as one compiled graph.
 
@@ -121,11 +124,12 @@ def lower(
         arguments: tensors as it will be called with.
         live: the tensors that it reads and writes beside.
         device: where the graph runs.
+        cuda_graph: whether to capture it as a CUDA graph, on a GPU.
 
     Raises:
         ValueError: if it draws random numbers or takes values out of torch.
     """
-    import torch._inductor  # four seconds that nobody waits for who does not compile
+    import torch._inductor  # imported here: it takes four seconds and only compiling needs it
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # Tensors of their own: two arguments that are one tensor now may be two the next time.
@@ -139,6 +143,7 @@ def lower(
     lowered = Lowered(
         compiled=graph,
         device=device,
+        cuda_graph=cuda_graph,
         live=list(live),
         extra=extra,
         constants=[(c, c._version) for c in constants if not c.is_inference()],

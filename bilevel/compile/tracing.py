@@ -6,7 +6,7 @@ from collections.abc import Iterator
 _active = False
 
 
-def tracing() -> bool:
+def is_tracing() -> bool:
     """Whether a step is being traced into a graph, which is the same for all values."""
     return _active
 

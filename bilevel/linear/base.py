@@ -3,12 +3,12 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.refusals import positive as positive
 
@@ -36,9 +36,15 @@ class LinearSolution(NamedTuple):
 
 
 class LinearSolver(ABC):
-    """Abstract base of the linear solvers; each is a frozen record of its settings."""
+    """Abstract base of the linear solvers; each is a frozen record of its settings.
+
+    Attributes:
+        warm_start: whether a solve starts from the previous solution.
+        approximate: whether the answer is not the solution on purpose, however long the solver runs.
+    """
 
     warm_start: bool = False
+    approximate: ClassVar[bool] = False
 
     @abstractmethod
     def solve(
@@ -114,7 +120,7 @@ def outcome(residual: Tensor, rtol: float | None) -> Result:
 
     A traced solve cannot know and says success; its residual is in the statistics.
     """
-    if tracing():
+    if is_tracing():
         return Result.SUCCESS
     if not bool(residual.isfinite()):
         return Result.NOT_FINITE

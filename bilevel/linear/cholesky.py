@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -21,6 +22,7 @@ from bilevel.linear.base import (
 from bilevel.refusals import positive, whole
 
 
+@final
 @dataclass(frozen=True)
 class Cholesky(LinearSolver):
     """Cholesky factorisation of `A + damping I`, built column by column: n products, n^2 numbers.
@@ -70,7 +72,7 @@ class Cholesky(LinearSolver):
         matrix = dense(operator, rhs)
         if self.damping:
             matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        if tracing():  # a graph is the same for all values: it cannot branch on a pivot
+        if is_tracing():  # a graph is the same for all values: it cannot branch on a pivot
             w: Tensor = torch.linalg.solve_ex(matrix, rhs).result
             return LinearSolution(w, Result.SUCCESS, _residual(matrix, w, rhs), n)
         if not bool(matrix.isfinite().all() & rhs.isfinite().all()):

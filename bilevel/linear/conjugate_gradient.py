@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -23,6 +23,7 @@ from bilevel.linear.base import (
 from bilevel.refusals import positive, whole
 
 
+@final
 @dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
     """Preconditioned conjugate gradients on `(A + damping I) w = b`.
@@ -94,7 +95,7 @@ class ConjugateGradient(LinearSolver):
                 r = (rhs - operator(w)) / scale
                 products += 1
             residual = torch.linalg.vector_norm(r)
-            if tracing():
+            if is_tracing():
                 return LinearSolution(unit * w, Result.SUCCESS, residual, products)
             # the one wait for the device at the end
             size, negative, flat = torch.stack([residual, *walk[2:]]).tolist()
@@ -133,7 +134,7 @@ class ConjugateGradient(LinearSolver):
         steps = 0
         while steps < most:
             stopped = (length <= max(goal, eps)) | negative | flat
-            looks = steps % self.check_every == 0 and not tracing()
+            looks = steps % self.check_every == 0 and not is_tracing()
             if looks and bool(stopped | ~length.isfinite()):  # waits for the device
                 break
             steps += 1

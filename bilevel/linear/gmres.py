@@ -1,6 +1,7 @@
 """Restarted GMRES for any invertible operator, symmetric or not."""
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from bilevel.linear.base import (
 from bilevel.refusals import positive, whole
 
 
+@final
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Generalized minimal residuals on `(A + damping I) w = b`, restarted.

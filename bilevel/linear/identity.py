@@ -1,15 +1,17 @@
 """The identity in place of an inverse."""
 
 from dataclasses import dataclass
+from typing import ClassVar, final
 
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import LinearSolution, LinearSolver, Operator
 from bilevel.refusals import positive
 
 
+@final
 @dataclass(frozen=True)
 class Identity(LinearSolver):
     """`w = scale * b`: pretends that A is `I / scale`; no product with A at all.
@@ -30,6 +32,8 @@ class Identity(LinearSolver):
         Berglund, Greff, Raiko, 2016), https://arxiv.org/abs/1511.06727
     """
 
+    approximate: ClassVar[bool] = True
+
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -39,6 +43,6 @@ class Identity(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         w = self.scale * rhs
-        looks = w.device.type == "cpu" and not tracing()
+        looks = w.device.type == "cpu" and not is_tracing()
         failed = looks and not bool(w.isfinite().all())
         return LinearSolution(w, Result.NOT_FINITE if failed else Result.SUCCESS, None, 0)

@@ -1,11 +1,12 @@
 r"""The truncated Neumann series of an inverse."""
 
 from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -19,6 +20,7 @@ from bilevel.linear.base import (
 from bilevel.refusals import positive, whole
 
 
+@final
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     r"""$w = \eta \sum_{k<K} (I - \eta A)^k b$, which tends to $A^{-1} b$.
@@ -46,6 +48,8 @@ class Neumann(LinearSolver):
         Duvenaud, 2020), https://arxiv.org/abs/1911.02590, Eq. 8.
     """
 
+    approximate: ClassVar[bool] = True
+
     num_steps: int = 20
     step_size: float = 0.1
     rtol: float | None = None
@@ -70,7 +74,7 @@ class Neumann(LinearSolver):
         products += self.num_steps
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
         result = outcome(residual, self.rtol)
-        if tracing():
+        if is_tracing():
             return LinearSolution(unit * w, result, residual, products)
         if result is Result.NOT_FINITE:  # it grew until it overflowed, or A or b are to blame
             products += 1

@@ -1,7 +1,14 @@
 """The three families of solvers: alternating, unrolled, implicit."""
 
 from bilevel.solvers.alternating import Alternating
-from bilevel.solvers.base import Hypergradient, Response, ResponseProduct, Solver, Stats
+from bilevel.solvers.base import (
+    Hypergradient,
+    Response,
+    ResponseProduct,
+    Solver,
+    Stats,
+    UnrolledSteps,
+)
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.unrolled import Unrolled
 
@@ -14,4 +21,5 @@ __all__ = [
     "Solver",
     "Stats",
     "Unrolled",
+    "UnrolledSteps",
 ]

@@ -7,13 +7,14 @@ the best-response term is dropped. Cost: one gradient of the upper loss.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, final
 
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, Solver
 
 
+@final
 @dataclass(frozen=True)
 class Alternating(Solver):
     """First-order solver: drops the best-response Jacobian.
@@ -22,6 +23,8 @@ class Alternating(Solver):
         >>> Alternating()
         Alternating()
     """
+
+    drops_response: ClassVar[bool] = True
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         return Response(lower=oracles.lower, vjp=None)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import optree
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
 from bilevel.errors import HypergradientError, Result
+from bilevel.losses.purity import examine, unused
+from bilevel.losses.references import refuse_graphs
 from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
-from bilevel.purity import examine, unused
-from bilevel.references import refuse_graphs
 from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
 
@@ -120,8 +120,29 @@ class Response(NamedTuple):
     lower_residual: Tensor | None = None
 
 
+class UnrolledSteps(NamedTuple):
+    """Optimizer steps whose end a solver takes for the lower level's answer.
+
+    Attributes:
+        num_steps: how many, from the current lower variables.
+        optimizer: the torchopt transformation that takes them; `None` for the running optimizers.
+        max_grad_norm: the lower gradient is clipped to this norm; `None` for no clipping.
+    """
+
+    num_steps: int
+    optimizer: Any = None
+    max_grad_norm: float | None = None
+
+
 class Solver(ABC):
-    """Abstract base of the solvers; each is a frozen record of its settings."""
+    """Abstract base of the solvers; each is a frozen record of its settings.
+
+    Attributes:
+        drops_response: whether the upper loss is all that a solver evaluates, at the current lower
+            variables: it drops what comes through the lower level.
+    """
+
+    drops_response: ClassVar[bool] = False
 
     @abstractmethod
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
@@ -157,6 +178,17 @@ class Solver(ABC):
     def num_lower_batches(self) -> int:
         """How many fresh lower batches one hypergradient can use."""
         return 0
+
+    def unrolled_steps(self) -> UnrolledSteps | None:
+        """The steps whose end is the lower level's answer; `None` if it is not made by steps.
+
+        `check_hypergradient` takes these steps in a plain loop.
+        """
+        return None
+
+    def approximates(self) -> bool:
+        """Whether the response term is an approximation on purpose, even with exact arithmetic."""
+        return self.drops_response
 
     @final
     def hypergradient(
@@ -234,7 +266,7 @@ class Solver(ABC):
             wanted[name] = lower[name].requires_grad_()
         evaluation = oracles.evaluate("upper", upper, lower)
         leaves = [*upper.values(), *wanted.values()]
-        evaluation, found = oracles.averaged(evaluation, gradients(evaluation.loss, leaves))
+        evaluation, found = oracles.mean_over_ranks(evaluation, gradients(evaluation.loss, leaves))
         grads = fill(found, leaves)
         by_upper = dict(zip(upper, grads[: len(upper)], strict=True))
         by_lower = dict(zip(wanted, grads[len(upper) :], strict=True))

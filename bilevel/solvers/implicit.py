@@ -13,7 +13,7 @@ order of the lower residual, which `stats` reports.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from bilevel.tree import Tree, norm
 LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class Implicit(Solver):
     """Implicit differentiation with a linear solver of choice.
@@ -64,6 +65,9 @@ class Implicit(Solver):
 
     def num_lower_batches(self) -> int:
         return 1
+
+    def approximates(self) -> bool:
+        return isinstance(self.linear_solver, LinearSolver) and self.linear_solver.approximate
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         if isinstance(self.linear_solver, type):  # callable, as a function of the user's own is

@@ -14,14 +14,14 @@ variable.
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 
 from bilevel.linear.base import positive
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
-from bilevel.solvers.base import Response, Solver
+from bilevel.solvers.base import Response, Solver, UnrolledSteps
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.twins import (
     NOT_LEARNED,
@@ -32,6 +32,7 @@ from bilevel.twins import (
 )
 
 
+@final
 @dataclass(frozen=True)
 class Unrolled(Solver):
     """Differentiates through `num_steps` steps of the lower optimizer, taken from the current y.
@@ -96,6 +97,12 @@ class Unrolled(Solver):
 
     def num_lower_batches(self) -> int:
         return self.num_steps
+
+    def unrolled_steps(self) -> UnrolledSteps:
+        return UnrolledSteps(self.num_steps, self.optimizer, self.max_grad_norm)
+
+    def approximates(self) -> bool:
+        return self.truncate is not None
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         count = len(oracles.lower_batches)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
-from bilevel.compile.tracing import tracing
-from bilevel.distributed import average
+from bilevel.compile import is_tracing
+from bilevel.distributed import mean_over_ranks
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.solvers.base import Response, ResponseProduct
@@ -80,7 +80,7 @@ class Unrolling:
     def _make_twin(self, lower: Tree) -> Twin:
         if self.settings.optimizer is not None:
             return TransformationTwin(as_transformation(self.settings.optimizer), lower, self.used)
-        return RunningTwin(self.running, self.oracles.wiring.variables("lower"), lower, self.used)
+        return RunningTwin(self.running, self.oracles.slots.variables("lower"), lower, self.used)
 
     def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
         index = 0 if self.one_batch else t
@@ -176,7 +176,7 @@ class Unrolling:
         """
         done = _VERIFIED.setdefault(self.oracles.problem, set())
         key = repr(self.settings), len(self.upper)
-        if key in done or tracing():
+        if key in done or is_tracing():
             return
         first, points, state = saved
         last = min(first + _VERIFIED_STEPS, self.settings.num_steps)
@@ -189,12 +189,12 @@ class Unrolling:
             points, state = [p.detach() for p in after], _map_moments(Tensor.detach, state)
             steps.append((t + 1, points, state))
         try:
-            product = average(self._adjoint(steps[:-1], target))  # as `_product` does
+            product = mean_over_ranks(self._adjoint(steps[:-1], target))  # as `_product` does
         except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
             return
         for (name, x), reverse in zip(self.upper.items(), product, strict=True):
             direction = _random(x, generator)
-            tangents = average(self._tangents(saved, {name: direction}, last))
+            tangents = mean_over_ranks(self._tangents(saved, {name: direction}, last))
             one, other = _inner(tangents, target), _inner([reverse], [direction])
             size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
             size = size + _inner([reverse.abs()], [direction.abs()])
@@ -251,7 +251,7 @@ class Unrolling:
     def _product(self, product: list[Tensor]) -> ResponseProduct:
         steps = self.settings.truncate or self.settings.num_steps
         # the cotangents that the ranks sent back differ, their average is the adjoint
-        product = average(product)
+        product = mean_over_ranks(product)
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
 
 

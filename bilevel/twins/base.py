@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.tree import Tree
 
 Gradients = dict[str, Tensor | None]
@@ -51,7 +51,7 @@ def safe_sqrt(v: Tensor) -> Tensor:
     With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
     dm / eps: the root's own derivative multiplies m = 0 and drops out.
     """
-    looks = v.device.type == "cpu" and not tracing()  # looking costs nothing where nobody waits
+    looks = v.device.type == "cpu" and not is_tracing()  # looking costs nothing where nobody waits
     if looks and bool(v.all()):
         return v.sqrt()
     zero = v == 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from bilevel.compile.tracing import tracing
+from bilevel.compile import is_tracing
 from bilevel.optimizers import Optimizers, listed
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
@@ -146,7 +146,7 @@ def _by_step(members: list[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
     A parameter that was frozen for a while lags behind. A traced step, which must hold for all
     numbers of steps, takes every parameter by itself; its compiler fuses them.
     """
-    if tracing():
+    if is_tracing():
         return [[p] for p in members]
     groups: dict[tuple[float, bool, torch.dtype], list[Tensor]] = {}
     for p in members:
@@ -169,7 +169,7 @@ def _cell(
     state: State = {}
     for key, value in stored[0].items():
         if key == "step":
-            state[key] = value.double() if tracing() else float(value)
+            state[key] = value.double() if is_tracing() else float(value)
         elif value is not None:
             state[key] = layout.ravel([s[key].detach() for s in stored]).clone()
     settings = {key: value for key, value in group.items() if key != "params"}

@@ -1,6 +1,7 @@
 """Spectral norm by one power iteration an evaluation, and layers in full precision under autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,21 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _SpectralNorm(nn.Module):
+@final
+class SpectralNorm(nn.Module):
     """W / (u^T W v), u and v improved by one power iteration per forward pass in training mode.
 
     A convolution's weight is the matrix (out, height * width * in): `permute` makes it a view of
     channels-last memory, where torch's (out, in * height * width) is a copy. With the
     multiplication in place of the division, forward and backward take a quarter of the time of
-    torch's. Named as torch's, by which `bilevel` knows when to let the iteration rest.
+    torch's.
+
+    Attributes:
+        n_power_iterations: one; named as in torch's, so that `bilevel` knows to let the iteration rest
+            while second derivatives are taken.
     """
 
+    n_power_iterations: int = 1
     _u: Tensor
     _v: Tensor
 
@@ -63,7 +70,7 @@ class _SpectralNorm(nn.Module):
 def normed(layer: nn.Module) -> nn.Module:
     """The layer under spectral norm; its initial weights must be written before, later ones are lost."""
     weight = layer.get_parameter("weight")
-    return parametrize.register_parametrization(layer, "weight", _SpectralNorm(weight))
+    return parametrize.register_parametrization(layer, "weight", SpectralNorm(weight))
 
 
 def rows(x: Tensor) -> Tensor:

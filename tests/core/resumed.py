@@ -121,7 +121,7 @@ def loader(rows: Any, seed: int = 3) -> DataLoader[Any]:
 
 
 def state_of(problem: Problem) -> State:
-    return State(problem, {}, {}, {}, torch.Generator(), {})
+    return State(problem, {}, {}, torch.Generator(), {})
 
 
 def seed(number: int = 3) -> torch.Generator:

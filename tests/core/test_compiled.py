@@ -175,7 +175,7 @@ def test_an_optimizer_without_a_twin_is_not_compiled_and_says_so(kind: str) -> N
 
 def test_cholesky_answers_alike_when_traced() -> None:
     """The traced solve goes through LU, the watched one through Cholesky."""
-    from bilevel.compile.tracing import traced
+    from bilevel.compile import traced
 
     matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
     rhs = torch.tensor([1.0, -1.0], dtype=torch.float64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel import Batches, Step, train
-from bilevel.compile.cuda_graph import Recorded
+from bilevel.compile.cuda_graph import CudaGraph
 from bilevel.methods import BiDVL
 
 GPU = [
@@ -72,4 +72,4 @@ def test_the_loop_never_waits_for_the_device(device: str, compiled: bool) -> Non
 
 def test_a_tensor_elsewhere_is_not_recorded() -> None:
     with pytest.raises(ValueError, match="2 tensors of the step are not on the CUDA device"):
-        Recorded(lambda a, b: [a + b], [torch.zeros(1)], [torch.zeros(1)])
+        CudaGraph(lambda a, b: [a + b], [torch.zeros(1)], [torch.zeros(1)])

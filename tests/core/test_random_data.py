@@ -24,7 +24,7 @@ from torch.utils.data import (
 from bilevel import (
     CheckpointError,
 )
-from bilevel.repeated import Repeated
+from bilevel.loaders import Repeated
 from tests.core.resumed import DATA, Reading, assert_same, finish, make, seed
 
 ROWS = TensorDataset(*DATA)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Alternating, Batches, Implicit, Problem, Solver, train
-from bilevel.moving_average import Average
+from bilevel.moving_average import MovingAverage
 
 DATA = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
@@ -120,7 +120,7 @@ def test_nothing_is_shared_where_the_lower_variables_move_in_between(
 
 def test_the_average_follows_the_weights() -> None:
     problem = Plain()
-    average = Average(problem, 0.75)
+    average = MovingAverage(problem, 0.75)
     start = [p.detach().clone() for p in problem.parameters()]
     with torch.no_grad():
         for p in problem.parameters():

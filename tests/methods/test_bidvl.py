@@ -11,6 +11,7 @@ from bilevel import Alternating, Implicit, Oracles, Unrolled, check_hypergradien
 from bilevel.methods import BiDVL, Training
 from bilevel.methods.bidvl import Batch
 from bilevel.methods.networks.convolutional import Energy
+from bilevel.methods.networks.spectral_norm import SpectralNorm
 
 SHAPE = (1, 8, 8)
 VARIANTS = ["offset", "complete", "without"]
@@ -57,7 +58,7 @@ def twice(made):
 
 def rest_power_iterations(model):
     for module in model.modules():
-        if type(module).__name__ == "_SpectralNorm":
+        if isinstance(module, SpectralNorm):
             module.eval()
 
 

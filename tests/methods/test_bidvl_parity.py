@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.transcription import PlainBiDVL
 from bilevel import Batches, train
 from bilevel.methods import BiDVL
+from bilevel.methods.networks.spectral_norm import SpectralNorm
 from bilevel.methods.presets import CIFAR10
 from bilevel.methods.training.settings import Training
 
@@ -53,7 +54,7 @@ def assert_parity(
 def rest_power_iterations(model: nn.Module) -> None:
     """Then one pass through E or two give the same weights."""
     for module in model.modules():
-        if type(module).__name__ == "_SpectralNorm":
+        if isinstance(module, SpectralNorm):
             module.eval()
 
 

@@ -15,6 +15,7 @@ from bilevel.methods.networks.convolutional import (
     parameter_count,
 )
 from bilevel.methods.networks.residual import ResidualEnergy, ResidualGenerator, ResidualPosterior
+from bilevel.methods.networks.spectral_norm import SpectralNorm
 
 PUBLISHED = {  # energy, posterior, generator; `None`: not in the official code
     ("conv", 32): (7_385_665, 2_780_024, 4_452_963),
@@ -46,7 +47,7 @@ def images(n=3, shape=(1, 8, 8), dtype=torch.float64):
 
 
 def spectral_norms(network):
-    return [m for m in network.modules() if type(m).__name__ == "_SpectralNorm"]
+    return [m for m in network.modules() if isinstance(m, SpectralNorm)]
 
 
 @pytest.mark.parametrize(("family", "side"), PUBLISHED)

@@ -1,29 +1,28 @@
-"""`Wiring`: where the modules of a problem hold its variables and buffers, found by one walk."""
+"""`Slots`: where the modules of a problem hold its variables and buffers, found by one walk."""
 
 import torch
 from torch import nn
 
+from bilevel.losses.substitution import Slot, Substitution
 from bilevel.problem import Level, Problem
-from bilevel.substitution import Slot, Substitution
 from bilevel.tree import Tree
 
 
-class Wiring:
-    """The places of a problem's tensors.
+class Slots:
+    """The places in which a problem's modules hold their tensors.
 
     Walking the modules costs as much as a small network's forward pass, so `train` walks once. Which
     variables require grad is read anew each time; modules and parameters must stay the same objects.
-
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._slots: dict[int, list[Slot]] = {}  # where modules hold a parameter, by its identity
+        self._parameters: dict[int, list[Slot]] = {}  # by the parameter's identity
         self._recurrent: list[nn.RNNBase] = []
         self._buffers: dict[str, Slot] = {}
         for path, module in problem.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                self._slots.setdefault(id(parameter), []).append((module._parameters, name))
+                self._parameters.setdefault(id(parameter), []).append((module._parameters, name))
             for name, _ in module.named_buffers(recurse=False, remove_duplicate=False):
                 self._buffers[prefix + name] = (module._buffers, name)
             if isinstance(module, nn.RNNBase):
@@ -59,5 +58,5 @@ class Wiring:
             for name, parameter in parameters.items():
                 value = tree[name]
                 value = value if value.requires_grad else value.detach().requires_grad_()
-                variables += [(slot, value) for slot in self._slots[id(parameter)]]
+                variables += [(slot, value) for slot in self._parameters[id(parameter)]]
         return Substitution(variables, list(self._buffers.values()), self._recurrent)

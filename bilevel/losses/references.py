@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.losses.substitution import undisturbed
 from bilevel.problem import Problem
-from bilevel.substitution import undisturbed
 from bilevel.tree import Tree
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import DivergenceError
-from bilevel.turn import Term
+from bilevel.loop.turn import Term
 
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
 _GROWTH = 1e8

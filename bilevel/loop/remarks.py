@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from bilevel.distributed import is_main
-from bilevel.solvers import Alternating, Hypergradient, Solver
+from bilevel.solvers import Hypergradient, Solver
 
 _CAUSES = (
     "look for a `.detach()`, a `float(...)` or `.item()`, or a `torch.no_grad()` between it and the "
@@ -29,12 +29,12 @@ def remark(hypergradient: Hypergradient, solver: Solver, *, stacklevel: int) -> 
     if not is_main() or not (still or (zero and len(zero) == len(grad))):
         return
     names = ", ".join(f"`{name}`" for name in still[:3]) + (", ..." if len(still) > 3 else "")
-    alternating = isinstance(solver, Alternating)
-    if still and alternating:
+    if still and solver.drops_response:
         text = (
-            f"the upper loss does not depend on {names}, and `Alternating()` (the default solver) drops "
-            "what comes through the lower level: it never moves. Use `solver=Implicit()` or "
-            f"`Unrolled(...)` if it acts through the lower level; if not, {_CAUSES}"
+            f"the upper loss does not depend on {names}, and `{solver}` (the default solver is "
+            "`Alternating()`) drops what comes through the lower level: it never moves. Use "
+            "`solver=Implicit()` or `Unrolled(...)` if it acts through the lower level; if not, "
+            f"{_CAUSES}"
         )
     elif still:
         text = f"neither loss depends on {names}, so it never moves: {_CAUSES}"

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bilevel.answers import scalar
 from bilevel.autodiff import fill, gradients
+from bilevel.losses.answers import scalar
+from bilevel.losses.references import reached, refuse_overlaps, tensors
+from bilevel.losses.substitution import undisturbed
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
-from bilevel.references import reached, refuse_overlaps, tensors
-from bilevel.substitution import undisturbed
 from bilevel.tree import Tree, norm
 
 # the upper variables that each loss does not use, for the losses looked at
@@ -114,8 +114,8 @@ class _Examination:
         self.who = f"`{type(oracles.problem).__name__}.{level}_loss`"
         self.batch = oracles.upper_batch if level == "upper" else oracles.lower_batches[0]
         own = {
-            "upper": oracles.wiring.variables("upper"),
-            "lower": oracles.wiring.variables("lower"),
+            "upper": oracles.slots.variables("upper"),
+            "lower": oracles.slots.variables("lower"),
         }
         self.own: Tree = {f"{n}.{k}": p for n, tree in own.items() for k, p in tree.items()}
         # gradients are not compared where a user's hook changes those of the module's parameters
@@ -226,7 +226,7 @@ class _Examination:
 
     def _at_own(self) -> _Trial:
         """At the module's own parameters: as the user wrote it."""
-        values = self.oracles.wiring.substitute()
+        values = self.oracles.slots.substitute()
         out, _ = self.oracles.run(values, self.level, self.batch)
         return self._trial(scalar(out, self.level, self.oracles.problem)[0], self.wanted)
 
@@ -235,7 +235,7 @@ class _Examination:
         return {name: made[id(p)] for name, p in self.own.items()}
 
     def _evaluate(self, copies: Tree) -> tuple[Tensor, list[Tensor]]:
-        values = self.oracles.wiring.substitute((self.own, copies))
+        values = self.oracles.slots.substitute((self.own, copies))
         out, _ = self.oracles.run(values, self.level, self.batch)
         of = {id(p): copies[name] for name, p in self.own.items()}
         loss = scalar(out, self.level, self.oracles.problem)[0]
@@ -259,13 +259,13 @@ class _Examination:
     def unused(self) -> frozenset[str]:
         """The names of the upper variables without a gradient in the last trial."""
         missing = {id(p) for p in self._missing}
-        upper = self.oracles.wiring.variables("upper")
+        upper = self.oracles.slots.variables("upper")
         return frozenset(name for name, p in upper.items() if id(p) in missing)
 
     @contextlib.contextmanager
     def _garbage(self) -> Iterator[None]:
         moved = {n: p.detach() * (1 + 2**-6) + 2**-6 for n, p in self.own.items()}
-        with self.oracles.wiring.substitute((self.own, moved)).in_place():
+        with self.oracles.slots.substitute((self.own, moved)).in_place():
             yield
 
 

@@ -1,0 +1,32 @@
+"""`TurnSettings`: how the turns of a run go."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bilevel.oracles import usable_precision
+
+
+@dataclass(frozen=True)
+class TurnSettings:
+    """How the turns of a run go; what the arguments of `train` of the same names say.
+
+    Attributes:
+        lower_steps: lower steps in a turn.
+        upper_first: whether the upper step comes before them.
+        throw: raise where a hypergradient does not succeed.
+        compile: trace each step and run it as a compiled graph.
+        precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
+
+    Raises:
+        ValueError: for a precision that would go wrong.
+    """
+
+    lower_steps: int
+    upper_first: bool = False
+    throw: bool = True
+    compile: bool = False
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        usable_precision(self.precision)
