@@ -135,7 +135,7 @@ def _has_weight_norm(module: nn.Module) -> bool:
 
 def _spectral_norms(module: nn.Module) -> list[nn.Module]:
     """The modules whose training flag turns the power iteration of `module` on."""
-    found = [p for p in _parametrizations(module) if isinstance(p, PowerIteration)]
+    found: list[nn.Module] = [p for p in _parametrizations(module) if isinstance(p, PowerIteration)]
     hooks = module._forward_pre_hooks.values()
     if any(isinstance(hook, PowerIteration) for hook in hooks):
         found.append(module)  # the older hook follows its own layer's flag
