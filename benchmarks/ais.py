@@ -12,97 +12,51 @@ Records go to `benchmarks/results/ais.jsonl`.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from itertools import pairwise
-from math import hypot, log, sqrt
-from pathlib import Path
+from math import hypot
 from statistics import median
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from benchmarks.peers import environment
+from benchmarks.competitors.annealing import Answer, Weights, numpy_loop
+from benchmarks.measuring.records import append, command
+from benchmarks.measuring.turns import in_turns
 from bilevel.methods.likelihood import annealed_importance_sampling, salakhutdinov_schedule
 from bilevel.methods.models import RBM
 
-RESULTS = Path(__file__).resolve().parent / "results" / "ais.jsonl"
 VISIBLE, LATENT, CHAINS = 64, 50, 100
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-Array = NDArray[Any]
 
 
-class Answer(NamedTuple):
-    log_z: float
-    standard_error: float
-
-
-class Weights(NamedTuple):
-    """b, c and W as arrays."""
-
-    b: Array
-    c: Array
-    w: Array
-
-
-def softplus(x: Array) -> Array:
-    """log(1 + exp x), faster than np.logaddexp(0, x): by a third in float32, a tenth in float64."""
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def numpy_loop(weights: Weights, betas: list[float], chains: int, seed: int) -> Answer:
-    """From uniform bits up to the model."""
-    b, c, w = weights
-    rng = np.random.default_rng(seed)
-    dtype = w.dtype
-
-    def coins(p: Array) -> Array:
-        return (rng.random(p.shape, dtype=dtype) < p).astype(dtype)
-
-    h = coins(np.full((chains, len(c)), 0.5, dtype))
-    log_w = np.zeros(chains)
-    for start, end in pairwise(betas):
-        field = b + h @ w.T
-        log_w += (softplus(end * field) - softplus(start * field)).sum(1) + (end - start) * (h @ c)
-        v = coins(sigmoid(end * field))
-        h = coins(sigmoid(end * (c + v @ w)))
-    top = log_w.max()
-    ratios = np.exp(log_w - top)
-    log_base = (len(b) + len(c)) * log(2)
-    error = float(ratios.std(ddof=1) / ratios.mean()) / sqrt(chains)
-    return Answer(float(top + log(ratios.mean())) + log_base, error)
-
-
-def competitors(betas: torch.Tensor) -> dict[str, Callable[[int], Answer]]:
-    """By name and dtype: a function of the seed."""
-    found: dict[str, Callable[[int], Answer]] = {}
+def competitors(betas: torch.Tensor) -> dict[str, Callable[[], Answer]]:
+    """By name and dtype."""
+    found: dict[str, Callable[[], Answer]] = {}
     for name, dtype in DTYPES.items():
         model = RBM(VISIBLE, LATENT).to(dtype)
-        parts = (model.visible_bias, model.latent_bias, model.weight)
-        weights = Weights(*(p.detach().numpy() for p in parts))
-
-        def ours(seed: int, model: RBM = model) -> Answer:
-            generator = torch.Generator().manual_seed(seed)
-            found = annealed_importance_sampling(
-                model, temperatures=betas, num_chains=CHAINS, generator=generator
-            )
-            return Answer(found.value, found.standard_error)
-
-        def loop(seed: int, weights: Weights = weights) -> Answer:
-            return numpy_loop(weights, betas.tolist(), CHAINS, seed)
-
-        found[f"bilevel, {name}"] = ours
-        found[f"NumPy, {name}"] = loop
+        found[f"bilevel, {name}"] = ours(model, betas)
+        found[f"NumPy, {name}"] = by_hand(model, betas)
     return found
+
+
+def ours(model: RBM, betas: torch.Tensor) -> Callable[[], Answer]:
+    generator = torch.Generator().manual_seed(0)
+
+    def run() -> Answer:
+        found = annealed_importance_sampling(
+            model, temperatures=betas, num_chains=CHAINS, generator=generator
+        )
+        return Answer(found.value, found.standard_error)
+
+    return run
+
+
+def by_hand(model: RBM, betas: torch.Tensor) -> Callable[[], Answer]:
+    parts = (model.visible_bias, model.latent_bias, model.weight)
+    weights = Weights(*(p.detach().numpy() for p in parts))
+    rng = np.random.default_rng(0)
+    return lambda: numpy_loop(weights, betas.tolist(), CHAINS, rng)
 
 
 def check(answers: dict[str, Answer]) -> None:
@@ -114,53 +68,43 @@ def check(answers: dict[str, Answer]) -> None:
             assert abs(one.log_z - other.log_z) < 4 * error, f"{name} computes something else"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the temperatures")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):  # NumPy's
-        measure(options)
-
-
 def measure(options: argparse.Namespace) -> None:
     betas = salakhutdinov_schedule()[:: 10 if options.quick else 1]
     runs = competitors(betas)
-    answers = {name: run(0) for name, run in runs.items()}
+    answers = {name: run() for name, run in runs.items()}
     check(answers)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for seed in range(options.rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(seed)
-            taken[name].append(time.perf_counter() - start)
+    taken = in_turns(runs, options.rounds)
     steps = CHAINS * (len(betas) - 1)
     numbers = []
     for name, seconds in taken.items():
         loop = taken[name.replace("bilevel", "NumPy")]
-        numbers.append(
-            {
-                "name": name,
-                "seconds": median(seconds),
-                "chain_steps_per_second": steps / median(seconds),
-                "times_numpy": median(a / b for a, b in zip(loop, seconds, strict=True)),
-                **answers[name]._asdict(),
-            }
-        )
-    for n in numbers:
+        n = {
+            "name": name,
+            "seconds": median(seconds),
+            "chain_steps_per_second": steps / median(seconds),
+            "times_numpy": median(a / b for a, b in zip(loop, seconds, strict=True)),
+            **answers[name]._asdict(),
+        }
+        numbers.append(n)
         print(
-            f"{n['name']}: {n['seconds']:.2f} s, {n['chain_steps_per_second']:,.0f} chain-steps per "
+            f"{name}: {n['seconds']:.2f} s, {n['chain_steps_per_second']:,.0f} chain-steps per "
             f"second, {n['times_numpy']:.2f} times as fast as NumPy"
         )
     if options.record:
         config = {"visible": VISIBLE, "latent": LATENT, "chains": CHAINS, "steps": len(betas) - 1}
-        where = environment()
-        where["versions"]["numpy"] = version("numpy")
-        record = {"config": {**config, "rounds": options.rounds}, **where, "numbers": numbers}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        content = {"config": {**config, "rounds": options.rounds}, "numbers": numbers}
+        append(options.output, content, also=["numpy"])
+
+
+def main() -> None:
+    parser = command("ais", __doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the temperatures")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help="append to the output")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):  # NumPy's
+        measure(options)
 
 
 if __name__ == "__main__":

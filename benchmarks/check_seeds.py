@@ -2,17 +2,15 @@
 
     python -m benchmarks.check_seeds [--seeds 200] [--workers 2] [--minutes 60]
 
-Right answers: the problems of `benchmarks.check_cases`, each with its solvers in turn from seed to
-seed. Mistakes: the same kinds of problem with a response that is stopped, scaled, reversed, stale or
-taken elsewhere; all of them change a variable's hypergradient by a thousandth or more, and each must
-be called wrong. Three directions, everything else as by default. Seeds that are not begun when the
-minutes are over are left out, and the record says how many there were.
+Right answers: the problems of `benchmarks/cases/right_answers.py`, each with its solvers in turn from
+seed to seed. Mistakes: the same kinds of problem with a response that is stopped, scaled, reversed,
+stale or taken elsewhere; all of them change a variable's hypergradient by a thousandth or more, and
+each must be called wrong. Three directions, everything else as by default. Seeds that are not begun
+when the minutes are over are left out, and the record says how many there were.
 
 Records go to `benchmarks/results/check_seeds.jsonl`; `python -m benchmarks.table` prints them.
 """
 
-import argparse
-import json
 import math
 import time
 from collections import Counter, defaultdict
@@ -21,17 +19,17 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from statistics import mean
-from typing import Any
+from typing import Any, final
 
 import torch
 
-from benchmarks.check_cases import MISTAKES, RIGHT
-from benchmarks.peers import RESULTS, environment
+from benchmarks.cases.mistakes import MISTAKES
+from benchmarks.cases.right_answers import RIGHT
+from benchmarks.measuring.records import append, command
 from bilevel import check_hypergradient
 
-PATH = RESULTS.with_name("check_seeds.jsonl")
 
-
+@final
 @dataclass(frozen=True)
 class Outcome:
     """What the check said in one trial."""
@@ -90,7 +88,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command("check_seeds", __doc__)
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -107,9 +105,7 @@ def main() -> None:
                     print(outcome, flush=True)
             print(f"{done} seeds", flush=True)
     trials = [summary(outcomes) for outcomes in found.values()]
-    record = {"seeds": done, "trials": trials, **environment()}
-    with PATH.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append(options.output, {"seeds": done, "trials": trials})
 
 
 if __name__ == "__main__":

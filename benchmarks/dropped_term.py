@@ -17,7 +17,6 @@ Records go to `benchmarks/results/dropped_term.jsonl`, one line per problem and 
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -26,22 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.dropped_cases import SEEDS, Case, cases
-from benchmarks.peers import RESULTS, environment
-from bilevel import (
-    Alternating,
-    Batches,
-    DivergenceError,
-    Problem,
-    Result,
-    Solver,
-    Step,
-    Unrolled,
-    train,
-)
+from benchmarks.cases.dropped import cases
+from benchmarks.cases.dropped_case import SEEDS, Case
+from benchmarks.measuring.records import append, command
+from bilevel import Alternating, Batches, DivergenceError, Problem, Result, Solver, Step, train
 from bilevel.tree import Tree
 
-PATH = RESULTS.with_name("dropped_term.jsonl")
+REFERENCE = "no lower level"
 LOOKS = 15
 
 
@@ -75,7 +65,7 @@ def probe(case: Case, problem: Problem) -> list[dict[str, Any]]:
         truth = flat({name: target[name] for name in kept}, seed, blocks)
         response = total - direct
         norms, angle = (direct.norm(), response.norm()), cosine(direct, response)
-        if isinstance(case.solver, Unrolled):  # its direct term is at the end of the unrolled steps
+        if case.ahead:  # its direct term is at the end of the unrolled steps
             norms = (whole.stats.direct_norm.double(), whole.stats.response_norm.double())
             angle = between(norms[0], norms[1], total.norm())
         ratio = float(norms[1] / norms[0])
@@ -158,9 +148,6 @@ def run(case: Case, name: str, solver: Solver, steps: int) -> dict[str, Any]:
     return entry
 
 
-REFERENCE = "no lower level"
-
-
 def look(case: Case, name: str, problem: Problem) -> dict[str, Any]:
     """Likelihoods and probes of the seeds at the current variables."""
     with torch.no_grad():
@@ -169,8 +156,36 @@ def look(case: Case, name: str, problem: Problem) -> dict[str, Any]:
     return {"log_likelihood": likelihoods, "probe": probes}
 
 
+def solvers_of(case: Case) -> dict[str, Solver]:
+    """All that are compared, the problem without a lower level included."""
+    return case.solvers if case.reference is None else {**case.solvers, REFERENCE: Alternating()}
+
+
+def measure(case: Case, options: argparse.Namespace) -> None:
+    """One problem under the solvers that were asked for."""
+    steps = max(10, case.steps // 10) if options.quick else case.steps
+    solvers = solvers_of(case)
+    about = {
+        "case": case.name,
+        "title": case.title,
+        "steps": steps,
+        "lower_steps": case.lower_steps,
+        "rate": case.rate,
+        "ceiling": case.ceiling,
+        "together": case.together,
+    }
+    for name in options.solvers or solvers:
+        start = time.process_time()
+        entry = run(case, name, solvers[name], steps)
+        last = [points[-1] for points in entry["runs"] if points]
+        summary = [[round(x, 4) for x in point["log_likelihood"]] for point in last]
+        print(f"{case.name}, {name}: {summary}, {time.process_time() - start:.0f} s", flush=True)
+        if not options.quick:
+            append(options.output, {**about, **entry})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command("dropped_term", __doc__)
     parser.add_argument("--only", nargs="+", help="names of problems")
     parser.add_argument("--solvers", nargs="+", help="names of solvers")
     parser.add_argument(
@@ -180,32 +195,7 @@ def main() -> None:
     torch.set_num_threads(1)
     known = cases()
     for name in options.only or known:
-        case = known[name]
-        steps = max(10, case.steps // 10) if options.quick else case.steps
-        solvers = dict(case.solvers)
-        if case.reference is not None:
-            solvers[REFERENCE] = Alternating()
-        for solver_name in options.solvers or solvers:
-            solver = solvers[solver_name]
-            start = time.process_time()
-            entry = run(case, solver_name, solver, steps)
-            about = {
-                "case": name,
-                "title": case.title,
-                "steps": steps,
-                "lower_steps": case.lower_steps,
-                "rate": case.rate,
-                "ceiling": case.ceiling,
-                "together": case.together,
-            }
-            record = {**about, **entry, **environment()}
-            last = [points[-1] for points in entry["runs"] if points]
-            summary = [[round(x, 4) for x in point["log_likelihood"]] for point in last]
-            taken = time.process_time() - start
-            print(f"{name}, {solver_name}: {summary}, {taken:.0f} s", flush=True)
-            if not options.quick:
-                with PATH.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+        measure(known[name], options)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,19 @@ after the other; steps it did not reach are not taken. All are judged in one fea
 stands in the record: by default a classifier trained on the data set on the spot. With `--curve N` the
 model is judged every N steps as well, on a copy, while the clock of training stands still.
 
-Records go to `benchmarks/results/images.jsonl`, pictures to `benchmarks/results/images/`.
+Records go to `benchmarks/results/images.jsonl`, pictures to the folder of that name beside it,
+`benchmarks/results/images/`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.image_page import images_table
-from benchmarks.peers import RESULTS, environment
+from benchmarks.measuring.records import append, command
+from benchmarks.pages.images import images_table
 from bilevel import DivergenceError, Step
 from bilevel.methods import EBLVM, History
 from bilevel.methods.data.images import Images, load_images
@@ -31,13 +31,11 @@ from bilevel.methods.evaluation.features import FeatureNetwork, judge, load_clas
 from bilevel.methods.presets import PRESETS
 from bilevel.methods.report.pictures import save_grid, save_reconstructions
 
-PICTURES = RESULTS.with_name("images")
-
 
 def trained(
     name: str, images: Images, seen: FeatureNetwork, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train one preset, evaluate it and draw it; its record."""
+    """Train one preset, evaluate it and draw it; the content of its record."""
     preset = PRESETS[name]
     model = preset.build(seed=options.seed).to(options.device)
     chosen = {"seed": options.seed, "max_seconds": options.seconds, "num_steps": options.steps}
@@ -52,7 +50,7 @@ def trained(
         outside = {key: load(path, preset).test for key, path in options.outside}
         looked_at = {"features": seen, "outside": outside, "samples": options.samples}
         numbers = evaluate(model, images, options.seed, **looked_at)
-        draw(model, images, name, options.seed)
+        draw(model, images, options.output.with_suffix("") / name, options.seed)
     except DivergenceError as error:
         print(f"  {error}")
         diverged = error.step
@@ -68,8 +66,6 @@ def trained(
         "steps_per_second": history.steps_per_second,
         "batch_size": settings.batch_size,
         "curve": history.evaluations,
-        **environment(),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "seed": options.seed,
         "diverged": diverged,
         "results": numbers,
@@ -81,17 +77,17 @@ def quick(model: EBLVM, images: Images, seen: FeatureNetwork) -> dict[str, float
     return evaluate(model, images, features=seen, samples=2000)
 
 
-def draw(model: EBLVM, images: Images, name: str, seed: int) -> None:
-    """Samples and reconstructions."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+def draw(model: EBLVM, images: Images, stem: Path, seed: int) -> None:
+    """Samples and reconstructions, in files that begin with the stem."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(model.device).manual_seed(seed)
-    save_grid(model.sample(80, generator), PICTURES / f"{name}.png", columns=16, scale=1)
+    save_grid(model.sample(80, generator), stem.with_name(f"{stem.name}.png"), columns=16, scale=1)
     some = images.test[:16]
     try:
         copies: Tensor = model.reconstruct(some)
     except NotImplementedError:
         return
-    save_reconstructions(some, copies, PICTURES / f"{name}_reconstructions.png", scale=1)
+    save_reconstructions(some, copies, stem.with_name(f"{stem.name}_reconstructions.png"), scale=1)
 
 
 def load(path: str, preset: Any) -> Images:
@@ -112,7 +108,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command("images", __doc__)
     parser.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET")
     parser.add_argument("--data", help="instead of the preset's own source")
     parser.add_argument("--outside", type=_named, nargs="*", default=[], metavar="NAME=PATH")
@@ -130,13 +126,10 @@ def main() -> None:
     images = load(options.data or first.data, first)
     seen = load_classifier(options.features) if options.features else judge(images)
     print(f"{images.name}: {len(images.train):,} images; judged by {seen.label}")
-    path = RESULTS.with_name("images.jsonl")
     for name in options.presets:
         print(name)
-        record = trained(name, images, seen, options)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    print(images_table(path))
+        append(options.output, trained(name, images, seen, options), device=options.device)
+    print(images_table(options.output))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ Records go to `benchmarks/results/learner_speed.jsonl`, one line per learner;
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -26,117 +24,14 @@ import torch._inductor.config
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.peers import RESULTS, environment
-from benchmarks.plain_learners import (
-    Bilevel,
-    BilevelImplicit,
-    Contrastive,
-    Denoising,
-    Likelihood,
-    Machine,
-    Noise,
-    Persistent,
-    Plain,
-    Sliced,
-)
-from benchmarks.plain_samplers import Adversarial, Doubly, Variational
-from bilevel import Alternating, Batches, Cholesky, Implicit, Solver, Step, Unrolled, train
-from bilevel.methods import (
-    EBLVM,
-    RBM,
-    AdvIL,
-    BiSM,
-    ContrastiveDivergence,
-    GaussianRBM,
-    GeneralBiDVL,
-    MaximumLikelihood,
-    NoiseContrastive,
-    ScoreMatching,
-    Training,
-    VaGES,
-)
-from bilevel.methods.data.densities import density
-from bilevel.optimizers import listed
+from benchmarks.cases.learners import ENTRIES, Entry
+from benchmarks.competitors.plain import Plain
+from benchmarks.measuring.records import append, command
+from benchmarks.measuring.turns import in_turns
+from bilevel import Batches, Step, train
+from bilevel.methods import EBLVM, Training
 
 ROWS = 100
-PATH = RESULTS.with_name("learner_speed.jsonl")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A learner of this library and the same by hand."""
-
-    name: str
-    learner: Callable[[], EBLVM]
-    plain: Callable[[], Plain]
-    solver: Solver = Alternating()  # noqa: RUF009 - frozen
-    binary: bool = False
-    rate: float = 1e-3
-    lower_steps: int | None = None  # the method's own
-
-    def data(self) -> Tensor:
-        """Training data; their values do not matter."""
-        generator = torch.Generator().manual_seed(0)
-        if self.binary:
-            return torch.rand(5000, 64, generator=generator).round()
-        return density("checkerboard").sample(5000, generator)
-
-
-def gaussian() -> GaussianRBM:
-    return GaussianRBM(2, 4)
-
-
-def by_hand() -> Machine:
-    return Machine(2, 4, gaussian=True)
-
-
-def binary() -> Machine:
-    return Machine(64, 15, gaussian=False)
-
-
-IMPLICIT = Implicit(Cholesky(damping=BilevelImplicit.damping))
-ENTRIES = (
-    Entry("DSM", lambda: ScoreMatching(gaussian()), lambda: Denoising(by_hand())),
-    Entry("SSM", lambda: ScoreMatching(gaussian(), objective="sliced"), lambda: Sliced(by_hand())),
-    Entry("CD-1", lambda: ContrastiveDivergence(gaussian()), lambda: Contrastive(by_hand())),
-    Entry(
-        "PCD-1",
-        lambda: ContrastiveDivergence(gaussian(), persistent=True),
-        lambda: Persistent(by_hand()),
-    ),
-    Entry("exact ML", lambda: MaximumLikelihood(gaussian()), lambda: Likelihood(by_hand())),
-    Entry("NCE", lambda: NoiseContrastive(gaussian()), lambda: Noise(by_hand())),
-    Entry("VaGES, K = 5, L = 2", lambda: VaGES(gaussian()), lambda: Variational(by_hand())),
-    Entry("BiSM, K = 5, N = 0", lambda: BiSM(gaussian()), lambda: Bilevel(by_hand())),
-    Entry(
-        "BiSM, K = 5, N = 5", lambda: BiSM(gaussian()), lambda: Bilevel(by_hand(), 5), Unrolled(5)
-    ),
-    Entry(
-        "BiSM, K = 5, Implicit",
-        lambda: BiSM(gaussian(), expectation="exact"),
-        lambda: BilevelImplicit(by_hand()),
-        IMPLICIT,
-    ),
-    Entry(
-        "BiDVL, KL, K = 5",
-        lambda: GeneralBiDVL.for_model(gaussian()),
-        lambda: Doubly(by_hand(), lower_steps=5),
-    ),
-    Entry(
-        "CD-1, RBM(64, 15)",
-        lambda: ContrastiveDivergence(RBM(64, 15)),
-        lambda: Contrastive(binary()),
-        binary=True,
-    ),
-    Entry(
-        "AdvIL, RBM(64, 15)",
-        lambda: AdvIL(RBM(64, 15)),
-        lambda: Adversarial(binary()),
-        binary=True,
-        rate=3e-4,
-        lower_steps=100,
-    ),
-)
 
 
 def loop(entry: Entry, learner: EBLVM, data: Tensor, *, compiled: bool) -> Iterator[Step]:
@@ -149,7 +44,8 @@ def loop(entry: Entry, learner: EBLVM, data: Tensor, *, compiled: bool) -> Itera
     two_levels = bool(learner.variables("lower"))
 
     def constant(optimizers: Any) -> list[LambdaLR]:
-        return [LambdaLR(optimizer, lambda _: 1.0) for optimizer in listed(optimizers)]
+        single = isinstance(optimizers, torch.optim.Optimizer)
+        return [LambdaLR(o, lambda _: 1.0) for o in ([optimizers] if single else optimizers)]
 
     return train(
         learner.train(),
@@ -227,34 +123,31 @@ def rates(entry: Entry, rounds: int, seconds: float) -> dict[str, Any]:
         for _ in range(3):
             step()
         counts[name] = max(1, round(3 * seconds / (time.process_time() - start)))
-    taken: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(rounds):
-        for name, step in competitors.items():
-            start = time.process_time()
-            for _ in range(counts[name]):
-                step()
-            taken[name].append(counts[name] / (time.process_time() - start))
-    found = {name: median(values) for name, values in taken.items()}
+    taken = in_turns(competitors, rounds, repeats=counts, clock=time.process_time)
+    found = {name: 1 / median(values) for name, values in taken.items()}
     return {**found, "compile_seconds": preparation, "difference": difference}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", help="names of learners")
-    parser.add_argument("--quick", action="store_true", help="short turns, nothing written")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch._inductor.config.force_disable_caches = True  # compiling costs what it costs
+def measure(options: argparse.Namespace) -> None:
     rounds, seconds = (3, 0.1) if options.quick else (9, 0.4)
     for entry in ENTRIES:
         if options.only and entry.name not in options.only:
             continue
         about = {"name": entry.name, "rounds": rounds, "load": os.getloadavg()[0]}
-        record = {**about, **rates(entry, rounds, seconds), **environment()}
-        print(record, flush=True)
+        content = {**about, **rates(entry, rounds, seconds)}
+        print(content, flush=True)
         if not options.quick:
-            with PATH.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append(options.output, content)
+
+
+def main() -> None:
+    parser = command("learner_speed", __doc__)
+    parser.add_argument("--only", nargs="+", help="names of learners")
+    parser.add_argument("--quick", action="store_true", help="short turns, nothing written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True  # compiling costs what it costs
+    measure(options)
 
 
 if __name__ == "__main__":

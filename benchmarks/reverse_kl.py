@@ -11,17 +11,14 @@ with the sampler untrained, half trained and trained. The error of a batch of 10
 Records go to `benchmarks/results/reverse_kl.jsonl`; `python -m benchmarks.table` prints them.
 """
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import RESULTS, environment
+from benchmarks.measuring.records import append, command
 from bilevel.methods import RBM, GeneralBiDVL
-from bilevel.methods.machines.enumeration import states
 
-PATH = RESULTS.with_name("reverse_kl.jsonl")
 VISIBLES, LATENTS, SCALE = 9, 6, 1.5
 STAGES = (0, 300, 1700)  # steps of the sampler between two looks
 BATCH, BATCHES = 100, 400
@@ -42,7 +39,7 @@ def machine() -> RBM:
 
 
 def exact_moments(model: RBM) -> Tensor:
-    h = states(LATENTS, 0, 2**LATENTS, model.weight)
+    h = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * LATENTS)
     probability = model.log_unnormalized_first(h).softmax(0)
     means = model.visible_mean(h)
     return torch.einsum("n,ni,nj->ij", probability, means, h)
@@ -75,6 +72,7 @@ def errors(learner: GeneralBiDVL, exact: Tensor, generator: torch.Generator) -> 
 
 
 def main() -> None:
+    options = command("reverse_kl", __doc__).parse_args()
     model = machine()
     exact, generator = exact_moments(model), torch.Generator().manual_seed(1)
     rows, steps = [], 0
@@ -89,7 +87,7 @@ def main() -> None:
                 {"sampler_steps": steps, "estimate": name, **errors(learner, exact, generator)}
             )
             print(rows[-1])
-    PATH.write_text(json.dumps({"environment": environment(), "rows": rows}) + "\n")
+    append(options.output, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ Records go to `benchmarks/results/small_tables.jsonl`; `python -m benchmarks.tab
 import argparse
 import json
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers import RESULTS, environment
+from benchmarks.measuring.records import append, command
 from bilevel.methods import RBM, AdvIL, GeneralBiDVL
 from bilevel.methods.data.tables import load_table
 
-PATH = RESULTS.with_name("small_tables.jsonl")
 FOREVER = 10**6  # steps; the clock ends the run
 
 
@@ -42,8 +42,28 @@ def trained(name: str, columns: int, train: Tensor, seconds: float, hidden: int)
     return machine, history.steps
 
 
+def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What every method reaches on one set."""
+    table = load_table(f"{options.file}:{name}")
+    columns = table.train.shape[1]
+    found: dict[str, Any] = {
+        "set": name,
+        "columns": columns,
+        "independent": independent(table.train, table.test),
+    }
+    for method in ("AdvIL", "GeneralBiDVL"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            machine, steps = trained(method, columns, table.train, options.seconds, options.hidden)
+        with torch.no_grad():
+            found[method] = float(machine.log_likelihood(table.test).double().mean())
+        found[f"{method} steps"] = steps
+        found[f"{method} warnings"] = sorted({str(w.message)[:80] for w in said})
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command("small_tables", __doc__)
     parser.add_argument("file")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--sets", nargs="*")
@@ -54,27 +74,10 @@ def main() -> None:
         found = sorted({name.rpartition("_")[0] for name in file.files if "_train" in name})
     rows = []
     for name in options.sets or found:
-        table = load_table(f"{options.file}:{name}")
-        row: dict[str, object] = {
-            "set": name,
-            "columns": table.train.shape[1],
-            "independent": independent(table.train, table.test),
-        }
-        for method in ("AdvIL", "GeneralBiDVL"):
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                machine, steps = trained(
-                    method, table.train.shape[1], table.train, options.seconds, options.hidden
-                )
-            with torch.no_grad():
-                row[method] = float(machine.log_likelihood(table.test).double().mean())
-            row[f"{method} steps"] = steps
-            row[f"{method} warnings"] = sorted({str(w.message)[:80] for w in said})
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    record = {**environment(), "seconds": options.seconds, "hidden": options.hidden, "sets": rows}
-    with PATH.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        rows.append(row(name, options))
+        print(json.dumps(rows[-1]), flush=True)
+    content = {"seconds": options.seconds, "hidden": options.hidden, "sets": rows}
+    append(options.output, content)
 
 
 if __name__ == "__main__":

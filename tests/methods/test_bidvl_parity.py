@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.transcription import PlainBiDVL
+from benchmarks.competitors.transcription import PlainBiDVL
 from bilevel import Batches, train
 from bilevel.methods import BiDVL
 from bilevel.methods.networks.spectral_norm import SpectralNorm

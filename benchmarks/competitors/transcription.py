@@ -5,11 +5,13 @@ forward pass where the equations have it - on networks given from outside.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 
+@final
 @dataclass
 class PlainBiDVL:
     """Networks, optimizers and coefficients of the plain loop."""

@@ -13,7 +13,7 @@ import torch
 import torchopt
 from torch import Tensor
 
-from benchmarks.peer_problem import Setting
+from benchmarks.cases.regression import Setting
 from bilevel import ConjugateGradient, Implicit, Solver, Unrolled
 
 Answer = list[Tensor]

@@ -1,13 +1,13 @@
-"""More plain PyTorch loops of `benchmarks.learner_speed`: VaGES, AdvIL and BiDVL."""
+"""Learners with a posterior and a sampler in the lower level as plain PyTorch loops: BiDVL, AdvIL."""
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain_learners import (
+from benchmarks.competitors.plain import (
     TEMPERATURE,
-    Bilevel,
     Machine,
     Plain,
     descend,
@@ -16,42 +16,7 @@ from benchmarks.plain_learners import (
 )
 
 
-class Variational(Bilevel):
-    """VaGES: L = 2 draws in each of three groups, K = 5 lower steps."""
-
-    def draw(self, v: Tensor) -> Any:
-        data, points, _ = super().draw(v)
-        return data, points, logistic(6 * len(v), len(self.machine.latent_bias))
-
-    def draw_lower(self, batch: Any, step: int) -> Any:
-        _, points, latent = Bilevel.draw(self, batch[0])
-        return points[0], latent, None
-
-    def step(self, batch: Any, lower: list[Any], ahead: list[Any]) -> None:
-        self.fit_posterior(lower)
-        _, (noised, target, _), noise = batch
-        n = len(noised)
-        first, second, third = noise.view(3, n, 2, -1)
-        s = self.samples(noised, first)[0].mean(1).detach()
-        z = s - target
-        slope = self.samples(noised, second)[0].mean(1)
-        g, log_density = self.samples(noised, third)
-        along = (g.detach() * z[:, None]).sum(2)
-        centred = along - along.mean(1, keepdim=True)
-        surrogate = (z * slope).sum(1) + (centred * log_density).sum(1)
-        descend(self.optimizer, surrogate.mean())
-
-    def samples(self, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (n, 2, d) and log-densities (n, 2) at draws of the posterior."""
-        n = len(v)
-        v = v.repeat_interleave(2, 0).detach().requires_grad_()
-        with torch.no_grad():
-            h = (self.posterior(v) + noise.reshape(2 * n, -1) > 0).float()
-        log_density = -self.machine.energy(v, h)
-        g = torch.autograd.grad(log_density.sum(), v, create_graph=True)[0]
-        return g.view(n, 2, -1), log_density.view(n, 2)
-
-
+@final
 class Sampler(nn.Module):
     """q(z) q(h|z) q(v|h) with the auxiliary r(z|h); z is Gaussian."""
 
@@ -91,21 +56,29 @@ class Sampler(nn.Module):
         return v, h, log_v + log_bernoulli(logits, h) + log_z
 
 
-class Doubly(Plain):
-    """BiDVL with KL (lower level first) and AdvIL (1 : 100 : 1, upper level first)."""
+class WithSampler(Plain):
+    """A machine against q(h|v) on the data and a sampler of (v, h).
 
-    machine_name = "upper.energy"
+    Args:
+        machine: the model.
+        machine_name: what it is called in this library's learner.
+        rate: learning rate of both levels.
+        lower_steps: lower steps of each upper step.
+
+    Attributes:
+        upper_first: which level moves first.
+    """
+
     upper_first = False
 
-    def __init__(
-        self, machine: Machine, rate: float = 1e-3, betas: Any = (0.5, 0.999), lower_steps: int = 1
-    ) -> None:
-        super().__init__(machine, rate, betas)
-        self.lower_steps = lower_steps
+    def __init__(self, machine: Machine, machine_name: str, rate: float, lower_steps: int) -> None:
+        self.machine, self.machine_name, self.lower_steps = machine, machine_name, lower_steps
         self.posterior, self.sampler = nn.Linear(*machine.weight.shape), Sampler(machine)
         lower = [*self.posterior.parameters(), *self.sampler.parameters()]
-        self.lower_optimizer = torch.optim.Adam(lower, rate, betas)
+        self.optimizer = torch.optim.Adam(machine.parameters(), rate, (0.5, 0.999))
+        self.lower_optimizer = torch.optim.Adam(lower, rate, (0.5, 0.999))
 
+    @final
     def modules(self) -> dict[str, nn.Module]:
         return {
             self.machine_name: self.machine,
@@ -113,40 +86,66 @@ class Doubly(Plain):
             "lower.joint": self.sampler,
         }
 
+    @final
     def draw(self, v: Tensor) -> Any:
         return v, logistic(len(v), len(self.machine.latent_bias)), self.sampler.noise(len(v))
 
-    def draw_lower(self, batch: Any, step: int) -> Any:
-        return self.draw(batch[0])
-
+    @final
     def with_data(self, batch: Any) -> Tensor:
         v, noise = batch[:2]
         logits = self.posterior(v)
         h = torch.sigmoid((logits + noise) / TEMPERATURE)
         return (self.machine.energy(v, h) + log_bernoulli(logits, h)).mean()
 
+    @final
     def generated(self, batch: Any) -> Tensor:
         v, h, log_joint = self.sampler(batch[2])
         return (self.machine.energy(v, h) + log_joint).mean()
 
+    @final
     def step(self, batch: Any, lower: list[Any], ahead: list[Any]) -> None:
         if self.upper_first:
-            descend(self.optimizer, self.with_data(batch) - self.generated(batch))
+            self.upper_step(batch)
         for now in lower:
-            loss = self.generated(now)
-            if now[0] is not None:
-                loss = loss + self.with_data(now)
-            descend(self.lower_optimizer, loss)
+            descend(self.lower_optimizer, self.lower_loss(now))
         if not self.upper_first:
-            descend(self.optimizer, self.with_data(batch) - self.generated(batch))
+            self.upper_step(batch)
+
+    @final
+    def upper_step(self, batch: Any) -> None:
+        descend(self.optimizer, self.with_data(batch) - self.generated(batch))
+
+    @abstractmethod
+    def lower_loss(self, batch: Any) -> Tensor:
+        """The loss of posterior and sampler."""
 
 
-class Adversarial(Doubly):
-    machine_name = "upper.model"
+@final
+class Bidirectional(WithSampler):
+    """BiDVL with the KL."""
+
+    def __init__(self, machine: Machine, lower_steps: int = 5) -> None:
+        super().__init__(machine, "upper.energy", 1e-3, lower_steps)
+
+    def draw_lower(self, batch: Any, step: int) -> Any:
+        return self.draw(batch[0])
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        return self.generated(batch) + self.with_data(batch)
+
+
+@final
+class Adversarial(WithSampler):
+    """AdvIL, 1 : 100 : 1: the posterior moves in the first of the sampler's steps."""
+
     upper_first = True
 
     def __init__(self, machine: Machine) -> None:
-        super().__init__(machine, 3e-4, (0.5, 0.999), 100)
+        super().__init__(machine, "upper.model", 3e-4, 100)
 
     def draw_lower(self, batch: Any, step: int) -> Any:
         return self.draw(batch[0]) if step == 0 else (None, None, self.sampler.noise(100))
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        loss = self.generated(batch)
+        return loss if batch[0] is None else loss + self.with_data(batch)

@@ -1,8 +1,8 @@
-"""Right answers and mistakes for `benchmarks.check_seeds`, one problem for every seed."""
+"""Problems for `benchmarks.check_seeds`, one for every seed, each with a solver that is right."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 import torchopt
@@ -11,25 +11,17 @@ from torch.nn.utils import parametrizations
 
 from bilevel import (
     GMRES,
-    Alternating,
     Cholesky,
     ConjugateGradient,
     Implicit,
-    LinearSolver,
     Neumann,
     Problem,
-    Response,
-    ResponseProduct,
-    Result,
     Solver,
     Unrolled,
 )
-from bilevel.linear import LinearSolution
-from bilevel.oracles import Oracles
-
-Loss = Callable[[Any, Any, Any], Tensor]
 
 
+@final
 @dataclass(frozen=True)
 class Trial:
     """One call of the check."""
@@ -109,6 +101,7 @@ def tiny_penalty(seed: int) -> Problem:
     )
 
 
+@final
 class Fit(Problem):
     """A network fitted to weighted examples with a penalty."""
 
@@ -134,7 +127,7 @@ class Fit(Problem):
         return (weights * errors).mean() + 0.1 * scale * squares
 
 
-def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+def initialised(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make().double()
@@ -150,6 +143,7 @@ def mlp(activation: Callable[[], nn.Module], width: int = 8) -> Callable[[], nn.
     )
 
 
+@final
 class Rows(nn.Module):
     """Reads a row as a sequence of numbers."""
 
@@ -206,7 +200,7 @@ def optimizer(kind: str, problem: Problem) -> torch.optim.Optimizer | None:
 
 def net_trial(make: Callable[[], nn.Module]) -> Callable[[int], Trial]:
     def trial(seed: int) -> Trial:
-        problem = Fit(seeded(make, seed), seed)
+        problem = Fit(initialised(make, seed), seed)
         solver, kind = STEPS[seed % len(STEPS)]
         batches = regression(seed + 1000), regression(seed + 2000)
         return Trial(problem, solver, *batches, optimizer(kind, problem))
@@ -223,118 +217,4 @@ RIGHT: dict[str, Callable[[int], Trial]] = {
     "the upper optimum": solved(at_optimum),
     "a tiny penalty": solved(tiny_penalty),
     **{name: net_trial(make) for name, make in NETS.items()},
-}
-
-
-# ------------------------------------------------------------------ mistakes
-
-
-@dataclass(frozen=True)
-class Spoiled(Solver):
-    """A right solver whose response is spoiled on the way."""
-
-    right: Solver
-    spoil: Callable[[Tensor], Tensor]
-
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Any) -> Response:
-        response = self.right.respond(oracles, state, lower_optimizer)
-
-        def vjp(v: Any) -> ResponseProduct:
-            assert response.vjp is not None
-            product = response.vjp(v)
-            return product._replace(product={n: self.spoil(g) for n, g in product.product.items()})
-
-        return response._replace(vjp=vjp)
-
-
-@dataclass(frozen=True)
-class Posing(Solver):
-    """Says it is implicit, drops the response."""
-
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Any) -> Response:
-        def vjp(v: Any) -> ResponseProduct:
-            return ResponseProduct({n: torch.zeros_like(x) for n, x in oracles.upper.items()})
-
-        return Response(oracles.lower, vjp)
-
-
-@dataclass(frozen=True)
-class Stale(LinearSolver):
-    """Answers with what it has."""
-
-    old: Tensor
-
-    def solve(self, operator: Any, rhs: Tensor, *, guess: Tensor | None = None) -> LinearSolution:
-        return LinearSolution(self.old, Result.SUCCESS, None, 0)
-
-
-@dataclass(frozen=True)
-class OneStepMore(Unrolled):
-    """Unrolls a step more than it says."""
-
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Any) -> Response:
-        more = Unrolled(self.num_steps + 1, self.optimizer)
-        return more.respond(oracles, state, lower_optimizer)
-
-
-@dataclass(frozen=True)
-class OtherClip(Unrolled):
-    """Clips by another factor than it says."""
-
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Any) -> Response:
-        assert self.max_grad_norm is not None
-        other = Unrolled(self.num_steps, self.optimizer, max_grad_norm=1.01 * self.max_grad_norm)
-        return other.respond(oracles, state, lower_optimizer)
-
-
-def spoiled(change: Callable[[Tensor], Tensor]) -> Callable[[int], Trial]:
-    return lambda seed: Trial(quadratic(seed), Spoiled(Implicit(Cholesky()), change))
-
-
-def stale(seed: int) -> Trial:
-    """A linear solver that returns the solution of another right-hand side and says it is right."""
-    return Trial(quadratic(seed), Implicit(Stale(normal(4, seed=seed + 77))))
-
-
-def small_block(seed: int) -> Trial:
-    """A variable without response beside one that counts 1e8 times as much."""
-
-    def lower(x: Any, y: Any, _: Any) -> Tensor:
-        small = (y["v"] - x["small"].detach()).cosh().sum()
-        return (y["u"] - x["big"]).cosh().sum() + small
-
-    problem = Problem.from_functions(
-        lambda x, y, _: (1e4 * y["u"]).square().sum() + (y["v"] - 1).square().sum(),
-        lower,
-        {"big": normal(2, seed=seed), "small": normal(2, seed=seed + 1)},
-        {"u": torch.zeros(2, dtype=torch.float64), "v": torch.zeros(2, dtype=torch.float64)},
-    )
-    return Trial(problem, Implicit(Cholesky()))
-
-
-def net_mistake(mistake: str, solver: Solver) -> Callable[[int], Trial]:
-    def trial(seed: int) -> Trial:
-        problem = Fit(seeded(mlp(nn.ReLU if seed % 2 else nn.Tanh), seed), seed, mistake)
-        return Trial(problem, solver, regression(seed + 1000), regression(seed + 2000))
-
-    return trial
-
-
-MISTAKES: dict[str, Callable[[int], Trial]] = {
-    "response dropped": lambda seed: Trial(quadratic(seed), Alternating()),
-    "response dropped, posing as implicit": lambda seed: Trial(quadratic(seed), Posing()),
-    "response detached in a block of size 1e-4": lambda seed: Trial(
-        quadratic(seed, stop=True), Implicit(Cholesky())
-    ),
-    "response missing beside one 1e8 larger": small_block,
-    "wrong sign": spoiled(lambda g: -g),
-    "factor 2": spoiled(lambda g: 2 * g),
-    "off by a thousandth": spoiled(lambda g: 1.001 * g),
-    "one entry missing": spoiled(lambda g: torch.cat([g[:-1], torch.zeros_like(g[-1:])])),
-    "solution of another system": stale,
-    "weights detached": net_mistake("detach", Unrolled(3, torchopt.sgd(0.1))),
-    "penalty through `float`": net_mistake("float", Unrolled(3, torchopt.sgd(0.1))),
-    "one step more": net_mistake("", OneStepMore(3, torchopt.sgd(0.1))),
-    "wrong clip factor": net_mistake("", OtherClip(3, torchopt.sgd(0.1), max_grad_norm=0.1)),
-    "the last step only": net_mistake("", Unrolled(3, torchopt.sgd(0.1), truncate=1)),
 }

@@ -6,6 +6,7 @@ level an MLP. Every library gets the same module; the hand-written loops get its
 
 import copy
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ Batch = tuple[Tensor, Tensor]
 ROWS, FEATURES = 256, 64
 
 
+@final
 @dataclass(frozen=True)
 class Size:
     """The hidden layers of the lower level's MLP."""
@@ -33,6 +35,7 @@ def decayed(residual: Tensor, logits: Tensor, log_decay: Tensor, weights: list[T
     return (logits.sigmoid() * residual.square()).mean() + decay
 
 
+@final
 class Regression(Problem):
     """The problem as a user of this library writes it."""
 
@@ -67,6 +70,7 @@ class Regression(Problem):
         return decayed(self.residual(batch[0]), x["logits"], x["log_decay"], weights)
 
 
+@final
 @dataclass(frozen=True)
 class Setting:
     """One problem with its data, in the forms that the libraries want."""
