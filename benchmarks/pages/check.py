@@ -3,26 +3,28 @@
 from pathlib import Path
 
 from benchmarks.measuring.records import read
-from benchmarks.pages.markdown import table, where
+from benchmarks.pages.markdown import formatted, where
 
 VERDICTS = ("agrees", "inconclusive", "disagrees")
+COLUMNS = (
+    ("answers", "{answers}"),
+    ("kind", "{name}"),
+    *((verdict, f"{{{verdict}}}") for verdict in VERDICTS),
+    ("seconds a check", "{seconds:.2f}"),
+)
 
 
 def seeds_table(path: Path) -> str:
     """What the check said of right answers and of mistakes, over the seeds."""
     record = read(path)[-1]
-    rows = [
-        (
-            "right" if trial["right"] else "wrong",
-            trial["name"],
-            *(str(trial.get(verdict, 0)) for verdict in VERDICTS),
-            f"{trial['seconds']:.2f}",
-        )
+    none = dict.fromkeys(VERDICTS, 0)
+    trials = [
+        {**none, **trial, "answers": "right" if trial["right"] else "wrong"}
         for trial in record["trials"]
     ]
     lines = [
         f"{record['seeds']} seeds; {where(record)}, commit {record['commit']}",
         "",
-        *table(("answers", "kind", *VERDICTS, "seconds a check"), rows, left=(0, 1)),
+        *formatted(COLUMNS, trials, left=(0, 1)),
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.measuring.records import Record, newest
-from benchmarks.pages.markdown import row, table
+from benchmarks.pages.markdown import formatted, row, table
 
 
 def image_speed_table(path: Path) -> str:
@@ -15,18 +15,22 @@ def image_speed_table(path: Path) -> str:
 def _speed(record: Record) -> str:
     device = record["gpu"] or f"{record['device']}, {record['threads']} threads"
     operations, peak = record["operations"], record["peak_tflops"]
-    rows = []
-    for n in record["numbers"]:
-        rate = operations / n["ms"] * 1e3 / 1e12
-        cells = [n["name"], f"{n['ms']:.4g}", f"{n['speedup']:.2f}", f"{rate:.3g}"]
-        rows.append([*cells, f"{rate / peak:.0%}"] if peak else cells)
-    columns = ["step of", "ms", "speed-up", "TFLOP/s", *(["of peak"] if peak else [])]
+    numbers = [{**n, "rate": operations / n["ms"] * 1e3 / 1e12} for n in record["numbers"]]
+    columns = [
+        ("step of", "{name}"),
+        ("ms", "{ms:.4g}"),
+        ("speed-up", "{speedup:.2f}"),
+        ("TFLOP/s", "{rate:.3g}"),
+    ]
+    if peak:
+        columns.append(("of peak", "{share:.0%}"))
+        numbers = [{**n, "share": n["rate"] / peak} for n in numbers]
     lines = [
         f"torch {record['versions']['torch']}; {device}; batch {record['batch']}, "
         f"{operations / 1e9:.0f} GFLOP in our step; median of {record['rounds']} rounds, "
         f"commit {record['commit']}; variables differ by {record['difference']:.0e} after a step",
         "",
-        *table(columns, rows),
+        *formatted(columns, numbers),
     ]
     return "\n".join(lines)
 

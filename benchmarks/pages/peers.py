@@ -3,7 +3,19 @@
 from pathlib import Path
 
 from benchmarks.measuring.records import read
-from benchmarks.pages.markdown import table
+from benchmarks.pages.markdown import formatted
+
+COLUMNS = (
+    ("case", "{case}"),
+    ("MLP", "{size}"),
+    ("", "{name}"),
+    ("ms", "{ms:.2f}"),
+    ("by hand = 1", "{ratio:.2f}"),
+    ("saved MiB", "{saved}"),
+    ("units", "{units}"),
+    ("multiple", "{multiple:.2f}"),
+    ("difference", "{difference:.0e}"),
+)
 
 
 def peers_table(path: Path) -> str:
@@ -11,25 +23,15 @@ def peers_table(path: Path) -> str:
     record = read(path)[-1]
     config = record["config"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    columns = ("case", "MLP", "", "ms", "by hand = 1", "saved MiB", "units", "multiple")
-    rows = [
-        (
-            n["case"],
-            n["size"],
-            n["name"],
-            f"{n['ms']:.2f}",
-            f"{n['ratio']:.2f}",
-            "-" if n["saved_bytes"] is None else f"{n['saved_bytes'] / 2**20:.2f}",
-            str(n["units"]),
-            f"{n['multiple']:.2f}",
-            f"{n['difference']:.0e}",
-        )
-        for n in record["numbers"]
-    ]
+    numbers = [{**n, "saved": mebibytes(n["saved_bytes"])} for n in record["numbers"]]
     lines = [
         f"{versions}; {record['device']}, {record['threads']} thread(s), {config['dtype']}, median of "
         f"{config['repeats']}, commit {record['commit']}",
         "",
-        *table((*columns, "difference"), rows, left=(0, 1, 2)),
+        *formatted(COLUMNS, numbers, left=(0, 1, 2)),
     ]
     return "\n".join(lines)
+
+
+def mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.2f}"

@@ -3,34 +3,29 @@
 from pathlib import Path
 
 from benchmarks.measuring.records import newest
-from benchmarks.pages.markdown import table, where
+from benchmarks.pages.markdown import formatted, where
 
-COLUMNS = ("learner", "plain loop", "library", "compiled", "compiled / plain", "compiling")
+COLUMNS = (
+    ("learner", "{name}"),
+    ("plain loop", "{plain:.4g}"),
+    ("library", "{eager:.4g}"),
+    ("compiled", "{compiled:.4g}"),
+    ("compiled / plain", "{gain:.1f}"),
+    ("compiling", "{compile_seconds:.0f}"),
+    ("difference", "{difference:.0e}"),
+)
 
 
 def speed_table(path: Path) -> str:
     """Steps per second of every learner, each learner's newest record."""
-    found = newest(path, lambda record: record["name"])
-    some = list(found.values())[-1]
-    loads = [record["load"] for record in found.values()]
-    rows = [
-        (
-            name,
-            f"{n['plain']:.4g}",
-            f"{n['eager']:.4g}",
-            f"{n['compiled']:.4g}",
-            f"{n['compiled'] / n['plain']:.1f}",
-            f"{n['compile_seconds']:.0f}",
-            f"{n['difference']:.0e}",
-        )
-        for name, n in found.items()
-    ]
+    found = list(newest(path, lambda record: record["name"]).values())
+    loads = [record["load"] for record in found]
     lines = [
-        f"{where(some)}, batches of 100, float32. Steps per second of the processor, median of "
-        f"{some['rounds']} turns; load average {min(loads):.1f} to {max(loads):.1f}. *Compiling* in "
-        "seconds of the processor, without any cache. *Difference*: of the parameters after three "
-        "steps with the same noise.",
+        f"{where(found[-1])}, batches of 100, float32. Steps per second of the processor, median of "
+        f"{found[-1]['rounds']} turns; load average {min(loads):.1f} to {max(loads):.1f}. "
+        "*Compiling* in seconds of the processor, without any cache. *Difference*: of the parameters "
+        "after three steps with the same noise.",
         "",
-        *table((*COLUMNS, "difference"), rows),
+        *formatted(COLUMNS, [{**n, "gain": n["compiled"] / n["plain"]} for n in found]),
     ]
     return "\n".join(lines)
