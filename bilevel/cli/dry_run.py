@@ -20,11 +20,12 @@ _SPEEDS = (
 )  # TFLOP/s: a laptop's processor ... what an H200 keeps up in bfloat16
 
 
-def dry_run(plan: Plan) -> int:
+def dry_run(plan: Plan, *, there: int | None = None) -> int:
     """Print configuration, data, parameters, operations, memory and time; write nothing.
 
     Args:
         plan: what would be trained.
+        there: bytes there are for it; by default what the system says.
 
     Returns:
         The exit status: 0.
@@ -50,7 +51,7 @@ def dry_run(plan: Plan) -> int:
     for name, count in cost.parameters.items():
         _show("parameters" if name == next(iter(cost.parameters)) else "", f"{count:>13,}  {name}")
     _show("operations", f"{cost.operations:.3g} a step, {_all(plan, cost):.2g} the whole run")
-    _memory(plan, cost, bytes_of_data)
+    _memory(plan, cost, bytes_of_data, available(plan.model.device) if there is None else there)
     for speed in _SPEEDS:
         seconds = _all(plan, cost) / (speed * 1e12)
         _show(
@@ -62,7 +63,7 @@ def dry_run(plan: Plan) -> int:
     return 0
 
 
-def _memory(plan: Plan, cost: Footprint, bytes_of_data: int) -> None:
+def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) -> None:
     parts = {
         "weights": cost.weights,
         "the optimizers' averages": cost.optimizer,
@@ -72,7 +73,6 @@ def _memory(plan: Plan, cost: Footprint, bytes_of_data: int) -> None:
     _show("memory", f"{amount(cost.total):>13}  at the worst moment of a step, data not counted")
     for name, size in parts.items():
         _show("", f"{amount(size):>13}  {name}")
-    there = available(plan.model.device)
     if there is None:
         return
     room = int(0.9 * there) - bytes_of_data

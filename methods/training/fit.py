@@ -117,11 +117,12 @@ def _advised(
         yield
     except RuntimeError as error:
         # imported here: it takes a tenth of a second, and only an error needs it
-        from bilevel.methods.training.footprint import advice, asked
+        from bilevel.methods.training.footprint import advice, asked, available
 
         if asked(error) is None:
             raise
-        raise MemoryError(advice(error, model, training, solver, shape)) from error
+        there = available(model.device)
+        raise MemoryError(advice(error, model, training, solver, shape, there)) from error
 
 
 def _ended(step: Step, training: Training, stopped: bool) -> bool:

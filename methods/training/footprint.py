@@ -20,7 +20,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -156,9 +156,6 @@ def largest_batch(
 ) -> int:
     """The largest batch whose training step fits into `available` bytes; 0 if none does.
 
-    Memory grows in proportion to the batch once activations decide: a line through two batch sizes
-    says where it meets `available`, and a third look whether that was right.
-
     Args:
         model: the model.
         available: bytes.
@@ -173,6 +170,23 @@ def largest_batch(
     def total(size: int) -> int:
         return footprint(model, size, training=training, solver=solver, shape=shape).total
 
+    return largest_size(total, available)
+
+
+def largest_size(total: Callable[[int], int], available: int) -> int:
+    """The largest size whose `total` is at most `available`; 0 if there is none.
+
+    Memory grows in proportion to the batch once activations decide: a line through two batch sizes
+    says where it meets `available`, and a third look whether that was right.
+
+    Args:
+        total: bytes by size.
+        available: bytes.
+
+    Example:
+        >>> largest_size(lambda size: 1000 + 10 * size, 3000)
+        200
+    """
     few, many = 64, 128
     low, high = total(few), total(many)
     slope = max(1.0, (high - low) / (many - few))
@@ -228,9 +242,19 @@ def advice(
     training: Training,
     solver: Solver,
     shape: tuple[int, ...],
+    there: int | None,
 ) -> str:
-    """What to do about an error of memory: how much was asked, what there is, what would fit."""
-    size, there = asked(error) or 0, available(model.device)
+    """What to do about an error of memory: how much was asked, what there is, what would fit.
+
+    Args:
+        error: what was raised.
+        model: that was trained.
+        training: its settings.
+        solver: how the hypergradient is computed.
+        shape: of one visible.
+        there: bytes this process can have in all, `None` if that is not known.
+    """
+    size = asked(error) or 0
     text = f"out of memory at `batch_size` {training.batch_size}: "
     text += f"{amount(size)} more were asked for" if size else "the memory is used up"
     if there is None:

@@ -1,7 +1,6 @@
 """A planned run on the command line: evaluated, advised, or only counted."""
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +10,65 @@ from torch import nn
 from bilevel import Alternating
 from bilevel.cli.dry_run import dry_run
 from bilevel.cli.options import UsageError
+from bilevel.cli.progress import duration
 from bilevel.cli.running import LOOK, Plan, carry_out
-from bilevel.methods import EBLVM, BiDVL
+from bilevel.methods import BiDVL
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate
 from bilevel.methods.evaluation.features import FeatureNetwork
+from bilevel.methods.training.footprint import amount, footprint, largest_batch
 from bilevel.methods.training.run import Run
-from tests.runs import SHAPE, SHORT, assert_equal, by_weights, data, greedy
+from tests.runs import SHORT, assert_equal, data, greedy, made, small
 
 
-def plan(folder: Path, **settings: Any) -> Plan:
+def plan(folder: Path, model: BiDVL | None = None, **settings: Any) -> Plan:
     images = Images("noise", "noise.npz", data(100), data(70), None, None, "made up")
-    model = BiDVL.for_images(images.shape, latent_dim=2, width=4)
+    model = made() if model is None else model
     features = FeatureNetwork("pixels", nn.Flatten(), dim=64)
     every = {**SHORT, **settings}
     return Plan(model, images, Run(folder), every, Alternating(), features=features)
 
 
-def test_the_command_line_evaluates_and_keeps_the_best(tmp_path, capsys, monkeypatch):
+def test_the_command_line_evaluates_and_keeps_the_best(tmp_path, capsys):
     planned = plan(tmp_path / "r", evaluate_every=3)
-
-    def look(model: EBLVM, *arguments: Any, **options: Any) -> dict[str, float]:
-        assert model is not planned.model
-        given = inspect.signature(evaluate).bind(model, *arguments, **options).arguments
-        assert (given["features"], given["samples"]) == (planned.features, LOOK)
-        return by_weights(model)
-
-    monkeypatch.setattr("bilevel.cli.running.evaluate", look)
     assert carry_out(planned, report=False) == 0
     run = Run(tmp_path / "r")
-    assert [record["step"] for record in run.evaluations()] == [3, 6]
-    assert BiDVL.load(run.best_path).sample(2).shape == (2, *SHAPE)
+    first, last = run.evaluations()
+    assert (first["step"], last["step"]) == (3, 6)
+    own = {"features": planned.features, "samples": LOOK}
+    again = evaluate(planned.model, planned.images, planned.training.seed, **own)
+    assert again == {name: value for name, value in last.items() if name in again}
+    best = evaluate(BiDVL.load(run.best_path), planned.images, planned.training.seed, **own)
+    assert best["frechet"] == min(first["frechet"], last["frechet"])
     assert "pixels, 64 features" in run.config()["notes"]["evaluations"]["features"]
     assert "[frechet " in capsys.readouterr().out
 
 
-def test_the_command_line_gives_the_advice(line, tmp_path):
-    wanting = plan(tmp_path / "r")
+def test_the_command_line_gives_the_advice(tmp_path):
+    wanting = plan(tmp_path / "r", small())
     greedy(wanting.model, step=1)
     with pytest.raises(UsageError, match="out of memory at `batch_size` 10"):
         carry_out(wanting, report=False)
 
 
-def test_a_dry_run_tells_the_cost_and_writes_nothing(line, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bilevel.cli.dry_run.available", lambda device: 2 * 10**4)
-    planned = plan(tmp_path / "r", num_steps=300_000, batch_size=100)
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
+    planned = plan(tmp_path / "r", small(), num_steps=300_000, batch_size=100)
     before = copy.deepcopy(planned.model)
-    assert dry_run(planned) == 0
+    cost = footprint(planned.model, 100, training=planned.training)
+    there, room_for_data = 300_000, 100 * 64 * 4
+    fits = largest_batch(planned.model, 270_000 - room_for_data, training=planned.training)
+    assert 50 < fits < 100
+    assert dry_run(planned, there=there) == 0
     out = capsys.readouterr().out
     for words in (
         "BiDVL, Alternating()",
         "num_steps 300000",
         "noise: 100 of 1x8x8",
-        "1,709  energy",
-        "5e+08 a step, 1.5e+14 the whole run",
-        "0.014 MB  at the worst moment",
-        "too little; a `--batch-size` of",
-        "2 s  at 100 TFLOP/s",
+        "199  energy",
+        f"{cost.operations:.3g} a step, {3e5 * cost.operations:.2g} the whole run",
+        f"{amount(cost.total)}  at the worst moment",
+        f"0.3 MB  there is on cpu: too little; a `--batch-size` of {fits} would fit",
+        f"{duration(3e5 * cost.operations / 1e14)}  at 100 TFLOP/s",
         "nothing was written",
     ):
         assert words in out

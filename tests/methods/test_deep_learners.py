@@ -15,9 +15,8 @@ from torch import Tensor
 
 from bilevel import Alternating, Batches, Unrolled, check_hypergradient, train
 from bilevel.methods.bism import BiSM
-from bilevel.methods.networks.deep import DeepEBLVM, DeepEnergy
+from bilevel.methods.networks.deep import DeepEnergy
 from bilevel.methods.objectives.score import MultiScale
-from bilevel.methods.score_learner import ScoreLearner
 from bilevel.methods.score_matching import ScoreMatching
 from bilevel.methods.vages import VaGES
 from tests.devices import DEVICES, generator
@@ -154,17 +153,11 @@ def test_losses_are_those_of_the_papers_in_their_units() -> None:
     torch.testing.assert_close(2 * lower.gain.flatten(), 1 / levels.flatten(), **TIGHT)
 
 
-def test_features_of_the_visible_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_the_visible_are_computed_once() -> None:
     """Whatever the number of latents, of groups and of Langevin steps on them."""
-    calls = []
-    original = DeepEBLVM.features
-
-    def spy(self: DeepEBLVM, v: Tensor) -> Tensor:
-        calls.append(len(v))
-        return original(self, v)
-
-    monkeypatch.setattr(DeepEBLVM, "features", spy)
+    calls: list[int] = []
     for made in (small(BiSM), small(VaGES, num_samples=4, latent_steps=3)):
+        made.upper["model"].trunk.register_forward_pre_hook(lambda _, v: calls.append(len(v[0])))
         batch = made.draw(images(), generator())
         made.upper_loss(batch)
         assert calls == [6]
@@ -248,13 +241,13 @@ def test_11_lower_steps_share_the_images_and_have_their_own_noise(
     method: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    original = ScoreLearner.lower_loss
+    original = method.lower_loss
 
     def spy(self: Any, batch: Any) -> Any:
         seen.append(batch)
         return original(self, batch)
 
-    monkeypatch.setattr(ScoreLearner, "lower_loss", spy)
+    monkeypatch.setattr(method, "lower_loss", spy)
     made = small(method, sigma_range=(1e-3, 1e-3))
     made.fit(images(8), num_steps=1, batch_size=4)
     assert len(seen) == 2 + 5  # the rehearsal, twice, and K of `training_defaults`

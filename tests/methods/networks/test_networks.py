@@ -51,10 +51,7 @@ def spectral_norms(network):
 
 
 @pytest.mark.parametrize(("family", "side"), PUBLISHED)
-def test_a20_parameter_counts(family, side, monkeypatch):
-    monkeypatch.setattr(nn.init, "normal_", lambda weight, *_: weight)  # slow without memory
-    for module in (networks, resnets):  # spectral norm adds no parameter
-        monkeypatch.setattr(module, "normed", lambda layer: layer)
+def test_a20_parameter_counts(family, side):
     with torch.device("meta"):
         counts = tuple(parameter_count(network) for network in make(family, side))
     expected = PUBLISHED[family, side]
