@@ -118,6 +118,8 @@ def drawn(row: Row, model: EBLVM, seed: int = 1) -> dict[str, Any]:
     generator = rng(seed, device)
     batch = model.draw(row.data(BATCH).to(device), generator)
     if not model.variables("lower"):
+        with pytest.raises(NotImplementedError, match="has a single level"):
+            model.lower_loss(batch)
         return {"upper": batch}
     first, later = (model.draw_lower(batch, generator, step) for step in (0, 1))
     return {"upper": batch, "lower": first, "later": later}
@@ -170,6 +172,11 @@ def kept(name: str, device: str) -> EBLVM:
     return trained(ROWS[name], device)
 
 
+def made_of(row: Row) -> dict[str, Any]:
+    """The modules that `load` needs."""
+    return {} if row.modules is None else row.modules()
+
+
 def answers(row: Row, model: EBLVM) -> dict[str, Callable[[Tensor], Tensor]]:
     """What a trained model says of visibles, by the method's name."""
     found: dict[str, Callable[[Tensor], Tensor]] = {
@@ -192,13 +199,13 @@ def numbers_of(distribution: Any) -> Tensor:
 @cache
 def kinds(name: str) -> tuple[type[EBLVM], set[type[nn.Module]]]:
     """The method of a row, and the modules it is made of."""
-    model = ROWS[name].make()
+    model = ROWS[name].build()
     return type(model), {type(module) for module in model.modules()}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_row(method: Any) -> None:
-    forms = [ROWS[name].make() for name in ROWS if kinds(name)[0] is method]
+    forms = [ROWS[name].build() for name in ROWS if kinds(name)[0] is method]
     assert forms, f"add rows of `{method.__name__}` to `tests/method_rows.py`"
     if hasattr(method, "for_images"):
         assert any(len(model.visible_shape or ()) == 3 for model in forms)
@@ -224,6 +231,14 @@ def test_every_machine_that_a_method_takes_has_a_row(method: Any, kind: Any) -> 
 # ---------------------------------------------------------------------- losses
 
 
+@over_rows("made")
+def test_a_model_is_made_the_same_each_time(name: str) -> None:
+    with untouched("cpu"):
+        one, other = ROWS[name].make(), ROWS[name].make()
+    assert_same(tensors(other), tensors(one))
+    assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
+
+
 @each_device
 @over_rows("functions")
 def test_losses_are_functions(name: str, device: str) -> None:
@@ -245,6 +260,9 @@ def test_losses_are_functions(name: str, device: str) -> None:
         assert value(first).ndim == 0
         assert value(first).isfinite()
         assert value(first).dtype == torch.float64
+        put_back(model, before)
+        with torch.no_grad():
+            assert_same(value(evaluate(model, which, batch)), value(first).detach())
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -391,12 +409,20 @@ def test_a_run_is_repeated_and_resumed_to_the_bit(name: str, device: str, tmp_pa
     if row.not_fitted:
         assert_same(tensors(trained(row, device)), tensors(kept(name, device)))
         return
-    run = tmp_path / "run"
+    run, v = tmp_path / "run", row.data(BATCH)
+
+    def measured(model: EBLVM) -> dict[str, float]:
+        return {"energy": float(model.energy(v).mean()), "sample": float(model.sample(1).mean())}
+
     with untouched(device):
-        trained(row, device, num_steps=2, run=run)
+        looked_at = {"evaluate": measured, "evaluate_every": 1, "best": "lowest energy"}
+        trained(row, device, num_steps=2, run=run, **looked_at)
     resumed = trained(row, device, run=run, resume=True)
     assert_same(tensors(resumed), tensors(kept(name, device)))
-    assert (run / "model" / "model.json").exists()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert len((run / "evaluations.jsonl").read_text().splitlines()) == 2
+    assert_same(tensors(type(resumed).load(run / "model", **made_of(row))), tensors(resumed))
 
 
 @each_device
@@ -424,8 +450,7 @@ def test_a_traced_run_equals_the_eager_one(name: str) -> None:
 def test_a_saved_model_says_the_same(name: str, device: str, tmp_path: Path) -> None:
     row, model = ROWS[name], kept(name, device)
     model.save(tmp_path)
-    given = {} if row.modules is None else row.modules()
-    loaded = type(model).load(tmp_path, **given).to(device)
+    loaded = type(model).load(tmp_path, **made_of(row)).to(device)
     loaded.visible_shape = model.visible_shape
     assert_same(tensors(loaded), tensors(model))
     assert not any(module.training for module in loaded.modules())
@@ -541,6 +566,18 @@ def test_answers_are_functions_of_the_row(name: str, device: str) -> None:
         alone = torch.cat([call(v[i : i + 1]) for i in range(len(v))])
         assert_close(alone, whole, rtol=1e-10, atol=1e-10)
     assert_same(tensors(model), before)
+
+
+@over_rows("asking")
+def test_asking_a_model_that_is_in_training_changes_nothing(name: str) -> None:
+    row = ROWS[name]
+    model = row.build().train()
+    before, modes = tensors(model), [module.training for module in model.modules()]
+    said = said_by(row, model)
+    assert_same(tensors(model), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(said_by(row, model.eval()), said)
 
 
 @each_device
