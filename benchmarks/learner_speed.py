@@ -73,25 +73,23 @@ def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> f
     """Largest difference of a parameter between the plain loop and the library, in three steps."""
     for name, module in plain.modules().items():
         module.load_state_dict(learner.get_submodule(name).state_dict())
-    upper: list[Any] = []
-    lower: list[Any] = []
+    upper: list[tuple[Any, Any]] = []
+    lower: list[tuple[Any, Any]] = []
 
-    def recorded(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    def recorded(function: Callable[..., Any], kept: list[tuple[Any, Any]]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            kept.append(function(*arguments))
-            return kept[-1]
+            kept.append((arguments[-1], function(*arguments)))
+            return kept[-1][1]
 
         return call
 
     learner.draw_lower = recorded(learner.draw_lower, lower)
     learner.draw = recorded(learner.draw, upper)  # the lower draws may call it: the turn's is first
-    k, n = plain.lower_steps, plain.unrolled
     for _ in range(3):
         upper.clear()
         lower.clear()
         next(running)
-        end = len(lower)  # the first turn begins with a rehearsal, which draws a batch too many
-        plain.step(upper[0], lower[end - k - n : end - n], lower[end - n :])
+        plain.step(upper[0][1], *of_turn(lower, plain.lower_steps, plain.unrolled))
     del learner.draw, learner.draw_lower
     apart = [
         (p - learner.get_submodule(name).state_dict()[key]).abs().max()
@@ -99,6 +97,24 @@ def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> f
         for key, p in module.state_dict().items()
     ]
     return float(torch.stack(apart).max())
+
+
+def of_turn(drawn: list[tuple[Any, Any]], count: int, ahead: int) -> tuple[list[Any], list[Any]]:
+    """The batches of a turn's lower steps and of the steps it looks ahead with.
+
+    The first turn draws some more, to rehearse and to examine the losses: steps count from 0, so the
+    turn's own batches are those with the numbers 0, 1, ... in a row, and those ahead are the last.
+
+    Args:
+        drawn: all lower batches of a turn, each with the number of its step.
+        count: lower steps.
+        ahead: steps ahead.
+    """
+    numbers = [number for number, _ in drawn]
+    wanted = list(range(count))
+    start = next(i for i in range(len(drawn) + 1) if numbers[i : i + count] == wanted)
+    batches = [batch for _, batch in drawn]
+    return batches[start : start + count], batches[len(batches) - ahead :]
 
 
 def rates(entry: Entry, rounds: int, seconds: float) -> dict[str, Any]:

@@ -1,8 +1,69 @@
-"""The published tables are those of the committed records."""
+"""The benchmarks hold together: tables are those of the records, and rivals compute what we compute."""
 
-from benchmarks.measuring.records import RESULTS
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases.learners import ENTRIES, Entry
+from benchmarks.learner_speed import loop, same
+from benchmarks.measuring.records import RESULTS, append, newest, read
+from benchmarks.measuring.turns import in_turns
 from benchmarks.table import everything
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_tables_are_generated_from_the_records() -> None:
     assert (RESULTS / "tables.md").read_text(encoding="utf-8") == everything()
+
+
+def test_every_documented_command_is_there() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")]
+    names = set(re.findall(r"python -m (benchmarks\.[a-z_]+)", "\n".join(texts)))
+    assert len(names) > 10
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        assert "\nif __name__ ==" in Path(spec.origin).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.filterwarnings("ignore:the upper loss does not depend on:RuntimeWarning")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_plain_loop_takes_the_same_steps(entry: Entry) -> None:
+    """Otherwise `benchmarks.learner_speed` would compare the speed of different things."""
+    torch.manual_seed(0)
+    learner = entry.learner()
+    steps = loop(entry, learner, entry.data(), compiled=False)
+    assert same(entry, entry.plain(), learner, steps) < 1e-6
+
+
+def test_a_record_says_where_it_was_made_and_leaves_others_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "records.jsonl"
+    append(path, {"name": "a", "value": 1})
+    first = path.read_bytes()
+    append(path, {"name": "b", "value": 2})
+    append(path, {"name": "a", "value": 3}, also=["numpy"])
+    assert path.read_bytes().startswith(first)
+    records = read(path)
+    assert [record["value"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record.keys() >= {"time", "commit", "device", "gpu", "threads", "versions"}
+    assert records[2]["versions"].keys() - records[0]["versions"].keys() == {"numpy"}
+    assert {key: r["value"] for key, r in newest(path, lambda r: r["name"]).items()} == {
+        "a": 3,
+        "b": 2,
+    }
+
+
+def test_competitors_take_turns() -> None:
+    calls: list[str] = []
+    ticks = iter(range(1000))
+    runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    taken = in_turns(runs, 2, warm_up=1, repeats={"a": 1, "b": 2}, clock=lambda: float(next(ticks)))
+    assert calls == ["a", "b", "b"] * 3
+    assert taken == {"a": [1.0, 1.0], "b": [0.5, 0.5]}

@@ -155,8 +155,8 @@ class Variational(PosteriorFirst):
         super().__init__(machine, draws=6)
 
     def upper_step(self, batch: Any, weights: Weights, ahead: list[Any]) -> None:
-        _, (points, target, _), noise = batch
-        first, second, third = noise.view(3, len(points), 2, -1)
+        _, (points, target, _), noise, *_ = batch
+        first, second, third = noise.reshape(len(points), 3, 2, -1).unbind(1)
         s = self.samples(points, first)[0].mean(1).detach()
         z = s - target
         slope = self.samples(points, second)[0].mean(1)
