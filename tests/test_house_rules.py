@@ -1,7 +1,7 @@
 """Rules of the house that no linter knows: sizes, who may import whom, what may not be written."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shutil
@@ -259,3 +259,66 @@ def test_nothing_ties_the_tree_to_one_place(pattern: re.Pattern[str], what: str)
             continue  # a picture or an array
         found += [f"{path}: names {what}, {match[0]}" for match in pattern.finditer(text)]
     assert not found, "\n".join(found)
+
+
+# ---------------------------------------------------------------------- how tests reach the code
+
+# A disk that fails is an `open` of the module that writes; no argument stands for it.
+PATCHED = {("tests/faults.py", "bilevel.files.open")}
+PATCHING = ("setattr", "delattr", "patch")
+
+
+def import_names(path: Path) -> dict[str, str]:
+    """The names that imports give in a file, and what they stand for."""
+    names = {}
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            before = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                whole = before + alias.name
+                names[alias.asname or alias.name] = whole if alias.asname or before else alias.name
+    return names
+
+
+def replaced(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line, owner and name of every attribute that a file replaces in what it did not make itself."""
+    names = import_names(path)
+
+    def owner(node: ast.expr) -> str:
+        text = ast.unparse(node)
+        known = max((n for n in names if within(text, n)), key=len, default=None)
+        return text if known is None else names[known] + text[len(known) :]
+
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(PATCHING):
+            match node.args:
+                case [ast.Constant(value=str(target)), *_] if "." in target:
+                    yield node.lineno, *target.rsplit(".", 1)
+                case [first, ast.Constant(value=str(name)), *_]:
+                    yield node.lineno, owner(first), name
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Attribute) and is_module(owner(target.value)):
+                    yield node.lineno, owner(target.value), target.attr
+
+
+def is_module(name: str) -> bool:
+    """Whether this is the name of a module of ours."""
+    try:
+        return within(name, "bilevel") and importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a class, or one of its members
+        return False
+
+
+def test_tests_use_arguments_and_turn_no_private_knob() -> None:
+    """What only a patch can reach nobody else can reach either."""
+    turned = []
+    for path in python_files("tests"):
+        others = {name.split(".")[0] for name in import_names(path).values()} - {"bilevel", "tests"}
+        for line, owner, name in replaced(path):
+            private = name.startswith("_") and not name.startswith("__")
+            foreign = owner.split(".")[0] in others
+            excused = (path.as_posix(), f"{owner}.{name}") in PATCHED
+            if ((private and not foreign) or is_module(owner)) and not excused:
+                turned.append(f"{path}:{line} replaces `{owner}.{name}`")
+    assert not turned, "\n".join(turned)
