@@ -48,7 +48,7 @@ from bilevel.methods.likelihood import (
     sampler_lower_bound,
     variational_lower_bound,
 )
-from bilevel.methods.training.best import higher_is_better, read_rule
+from bilevel.methods.training.best import higher_is_better, read_criterion
 from bilevel.methods.variational import TabularEnergy, TabularJoint, TabularPosterior
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
 
@@ -536,7 +536,7 @@ def test_which_values_are_good_is_read_off_the_name() -> None:
         assert higher_is_better(name) is False, name
     for name in ("seconds", "loss_ratio_recall", "temperature"):
         assert higher_is_better(name) is None, name
-    assert str(read_rule("lowest x")).startswith("lowest `x`")
+    assert str(read_criterion("lowest x")).startswith("lowest `x`")
 
 
 # ---------------------------------------------------------------------- settings

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bilevel.cli.options import Parser, UsageError, choice, whole
+from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.running import device_of
 from bilevel.cli.signals import named, status_of
 from bilevel.methods.suite.config import SuiteConfig, load_config
 from bilevel.methods.suite.folder import SuiteFolder
-from bilevel.methods.suite.presets import PRESETS
+from bilevel.methods.suite.presets import SUITES
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import run_suite
 from bilevel.methods.training.settings import nearest
@@ -36,7 +36,7 @@ def command(arguments: list[str]) -> int:
         raise UsageError(f"there is no suite `{args.suite}`; {nearest(args.suite, _SUITES)}")
     if hasattr(args, "preset") and hasattr(args, "config"):
         raise UsageError("`--preset` and `--config` both name a configuration; choose one")
-    source = getattr(args, "config", None) or PRESETS[getattr(args, "preset", "small")]
+    source = getattr(args, "config", None) or SUITES[getattr(args, "preset", "small")]
     config = load_config(source)
     if hasattr(args, "seeds"):
         config = config.with_seeds(args.seeds)
@@ -62,7 +62,7 @@ def command(arguments: list[str]) -> int:
 
 def _add_options(parser: Parser) -> None:
     parser.add_argument("suite", metavar="SUITE", help=", ".join(_SUITES))
-    presets = list(PRESETS)
+    presets = list(SUITES)
     parser.add_argument(
         "--preset",
         type=choice(presets),
@@ -72,7 +72,7 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a configuration of your own, JSON")
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/eblvm-NAME)")
     parser.add_argument(
-        "--seeds", type=whole, nargs="+", metavar="N", help="instead of the configuration's"
+        "--seeds", type=integer, nargs="+", metavar="N", help="instead of the configuration's"
     )
     parser.add_argument(
         "--only",

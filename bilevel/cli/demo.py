@@ -1,7 +1,7 @@
 """`bilevel demo`: a first look, in about two minutes."""
 
 from bilevel import Alternating
-from bilevel.cli.options import Parser, check_training, number, whole
+from bilevel.cli.options import Parser, check_training, integer, number
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import fresh
 from bilevel.methods import BiDVL
@@ -27,10 +27,10 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run")
     parser.add_argument(
-        "--seed", type=whole, metavar="N", help="seed of everything random (default: 0)"
+        "--seed", type=integer, metavar="N", help="seed of everything random (default: 0)"
     )
     steps, seconds = DIGITS.training["num_steps"], DIGITS.training["max_seconds"]
-    parser.add_argument("--num-steps", type=whole, metavar="N", help=f"(default: {steps})")
+    parser.add_argument("--num-steps", type=integer, metavar="N", help=f"(default: {steps})")
     parser.add_argument(
         "--max-seconds", type=number, metavar="X", help=f"time for training (default: {seconds:g})"
     )

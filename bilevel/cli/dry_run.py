@@ -4,8 +4,8 @@ from bilevel.cli.progress import duration
 from bilevel.cli.running import Plan
 from bilevel.methods.training.footprint import (
     Footprint,
-    amount,
     available,
+    bytes_in_words,
     footprint,
     largest_batch,
 )
@@ -47,7 +47,9 @@ def dry_run(plan: Plan, *, there: int | None = None) -> int:
         f"{images.name}: {len(images.train):,} of {'x'.join(map(str, shape))}, {images.note}",
     )
     bytes_of_data = images.train.numel() * images.train.element_size()
-    _show("", f"{amount(bytes_of_data)} on the device, {_epochs(plan):,.1f} passes over them")
+    _show(
+        "", f"{bytes_in_words(bytes_of_data)} on the device, {_epochs(plan):,.1f} passes over them"
+    )
     for name, count in cost.parameters.items():
         _show("parameters" if name == next(iter(cost.parameters)) else "", f"{count:>13,}  {name}")
     _show("operations", f"{cost.operations:.3g} a step, {_all(plan, cost):.2g} the whole run")
@@ -70,13 +72,16 @@ def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) 
         "gradients": cost.gradients,
         "activations": cost.activations,
     }
-    _show("memory", f"{amount(cost.total):>13}  at the worst moment of a step, data not counted")
+    _show(
+        "memory",
+        f"{bytes_in_words(cost.total):>13}  at the worst moment of a step, data not counted",
+    )
     for name, size in parts.items():
-        _show("", f"{amount(size):>13}  {name}")
+        _show("", f"{bytes_in_words(size):>13}  {name}")
     if there is None:
         return
     room = int(0.9 * there) - bytes_of_data
-    text = f"{amount(there):>13}  there is on {plan.model.device}"
+    text = f"{bytes_in_words(there):>13}  there is on {plan.model.device}"
     if cost.total > room:
         shape = tuple(plan.images.train.shape[1:])
         most = largest_batch(

@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import Tensor
 
 from bilevel.cli.features import WHICH, feature_network
-from bilevel.cli.options import Parser, UsageError, choice, whole
+from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.outcome import draw, measured, report, show
 from bilevel.cli.runs import existing, images_of, load_model
 from bilevel.methods.data.images import Images, load_images
-from bilevel.methods.evaluation.features import judge
+from bilevel.methods.evaluation.features import default_features
 from bilevel.methods.report.report import save_results
 
 SUMMARY = "measure a trained model: samples, reconstructions, outliers"
@@ -29,7 +29,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other images (default: those it was trained on)"
     )
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=integer, metavar="N", default=0, help="(default: 0)")
     parser.add_argument(
         "--statistics",
         type=choice(["running", "batch"]),
@@ -43,7 +43,7 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--samples",
-        type=whole,
+        type=integer,
         metavar="N",
         help="samples drawn, and images of each set looked at (default: at most 10000)",
     )
@@ -63,7 +63,7 @@ def command(arguments: list[str]) -> int:
     model = load_model(run)
     model.statistics = getattr(args, "statistics", model.statistics)
     strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS))
-    seen = judge(images) if features is None else features
+    seen = default_features(images) if features is None else features
     more = {"samples": args.samples} if hasattr(args, "samples") else {}
     results = measured(model, images, args.seed, features=seen, outside=strangers, **more)
     show(results, seen.label)

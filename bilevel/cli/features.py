@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from bilevel.cli.options import Parser, UsageError, choice, whole
+from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.running import device_of
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.features import (
@@ -28,13 +28,20 @@ def command(arguments: list[str]) -> int:
     parser = Parser("features", SUMMARY, "DATA --out FILE [options]", _EXAMPLES)
     parser.add_argument("data", metavar="DATA", help="images with classes: a name or a path")
     parser.add_argument("--out", metavar="FILE", help="where to write")
-    parser.add_argument("--steps", type=whole, metavar="N", help=f"of training (default: {_STEPS})")
     parser.add_argument(
-        "--width", type=whole, metavar="N", help=f"channels of the first layer (default: {_WIDTH})"
+        "--steps", type=integer, metavar="N", help=f"of training (default: {_STEPS})"
     )
-    parser.add_argument("--side", type=whole, metavar="N", help="bring the images to this side")
-    parser.add_argument("--channels", type=whole, metavar="1|3", help="make them grey or coloured")
-    parser.add_argument("--seed", type=whole, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--width",
+        type=integer,
+        metavar="N",
+        help=f"channels of the first layer (default: {_WIDTH})",
+    )
+    parser.add_argument("--side", type=integer, metavar="N", help="bring the images to this side")
+    parser.add_argument(
+        "--channels", type=integer, metavar="1|3", help="make them grey or coloured"
+    )
+    parser.add_argument("--seed", type=integer, metavar="N", help="(default: 0)")
     parser.add_argument(
         "--device",
         type=choice(["cpu", "cuda"]),

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, final, get_args, get_origin, get_type_hints
 
 from bilevel.methods import EBLVM, Training
 from bilevel.methods.catalogue import METHODS
@@ -15,10 +15,12 @@ from bilevel.methods.training.settings import validated
 from bilevel.refusals import nearest
 
 
+@final
 class UsageError(ValueError):
     """Arguments that make no sense; the message says which and what would."""
 
 
+@final
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` and knows what was meant.
 
@@ -66,6 +68,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+@final
 @dataclass(frozen=True)
 class Setting:
     """A typed setting that becomes an option.
@@ -88,7 +91,7 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
 
-def add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """Make an option of a setting; without it on the command line, the name stays unset."""
     kinds = [kind for kind in _alternatives(setting.annotation) if kind is not type(None)]
     kind = kinds[0] if len(kinds) == 1 else str
@@ -108,7 +111,7 @@ def add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     elif kind is bool:
         group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, **more)
     else:
-        convert, metavar = {int: (whole, "N"), float: (number, "X")}.get(kind, (str, "TEXT"))
+        convert, metavar = {int: (integer, "N"), float: (number, "X")}.get(kind, (str, "TEXT"))
         group.add_argument(setting.flag, type=convert, metavar=metavar, **more)
 
 
@@ -125,7 +128,7 @@ def choice(options: Sequence[str]) -> Callable[[str], str]:
     return convert
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """A whole number; 1e4 and 10_000 too."""
     try:
         value = float(text)

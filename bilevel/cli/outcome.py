@@ -14,7 +14,12 @@ import torch
 from bilevel.methods import EBLVM, History
 from bilevel.methods.data.images import Images, scaled
 from bilevel.methods.evaluation.evaluate import evaluate
-from bilevel.methods.evaluation.features import FeatureNetwork, judge, nearest_images, some
+from bilevel.methods.evaluation.features import (
+    FeatureNetwork,
+    at_most,
+    default_features,
+    nearest_images,
+)
 from bilevel.methods.report.pictures import (
     save_curves,
     save_evaluations,
@@ -37,7 +42,7 @@ def finish(
     features: FeatureNetwork | None = None,
 ) -> dict[str, float]:
     """Evaluate a trained model, draw its pictures and write its report."""
-    seen = judge(images) if features is None else features
+    seen = default_features(images) if features is None else features
     results = measured(model, images, seed, features=seen)
     if history.steps:
         speed = history.steps_per_second
@@ -100,7 +105,7 @@ def _draw_images(
             nearest = nearest_images(features, samples[:_PAIRS], images.train)
             save_reconstructions(samples[:_PAIRS].cpu(), nearest, folder / "neighbours.png")
     with suppress(NotImplementedError):
-        originals = some(images.test, _PAIRS)
+        originals = at_most(images.test, _PAIRS)
         pairs = scaled(originals).cpu(), model.reconstruct(originals).cpu()
         save_reconstructions(*pairs, folder / "reconstructions.png")
 

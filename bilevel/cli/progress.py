@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 from bilevel import Step
 from bilevel.methods import Training
@@ -15,6 +15,7 @@ _SOONEST, _LATEST = (
 )  # seconds between two lines: a quarter of the time spent, within these
 
 
+@final
 class Progress:
     """A callback that shows how training goes.
 

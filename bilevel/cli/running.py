@@ -3,7 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -17,7 +17,7 @@ from bilevel.distributed import is_main
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate
-from bilevel.methods.evaluation.features import FeatureNetwork, judge
+from bilevel.methods.evaluation.features import FeatureNetwork, default_features
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.settings import validated
 from bilevel.methods.training.trainable import Evaluate
@@ -25,6 +25,7 @@ from bilevel.methods.training.trainable import Evaluate
 LOOK = 2000  # samples of an evaluation during training, and images of each set it looks at
 
 
+@final
 @dataclass(frozen=True)
 class Plan:
     """What is to be trained, and where it goes.
@@ -39,7 +40,8 @@ class Plan:
         device: where.
         resume: continue the run in the folder.
         overwrite: replace it.
-        features: what evaluations during training judge samples by; `judge(images)` by default.
+        features: what evaluations during training judge samples by, `default_features(images)` if not
+            given.
         kept: settings that a run which is continued was begun with.
     """
 
@@ -142,7 +144,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
     }
     look = None
     if training.evaluate_every is not None:
-        features = judge(images) if plan.features is None else plan.features
+        features = default_features(images) if plan.features is None else plan.features
         look = _look(plan, features, progress)
         notes["evaluations"] = {"features": features.label, "samples": LOOK, "seed": training.seed}
     with progress, stop.listening():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bilevel.cli.options import Parser, UsageError, whole
+from bilevel.cli.options import Parser, UsageError, integer
 from bilevel.cli.runs import existing, load_model
 from bilevel.files import replacing
 from bilevel.methods.report.pictures import save_grid
@@ -21,7 +21,7 @@ def command(arguments: list[str]) -> int:
     parser = Parser("sample", SUMMARY, "RUN [options]", _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "-n", dest="n", type=whole, metavar="N", default=64, help="how many (default: 64)"
+        "-n", dest="n", type=integer, metavar="N", default=64, help="how many (default: 64)"
     )
     parser.add_argument(
         "--out",
@@ -29,7 +29,7 @@ def command(arguments: list[str]) -> int:
         help="a .png picture, or an .npz file with an array `images` in [-1, 1] (default: "
         "RUN/drawn.png)",
     )
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=integer, metavar="N", default=0, help="(default: 0)")
     args = parser.read(arguments)
     run = existing(args.run)
     target = Path(args.out) if hasattr(args, "out") else run.folder / "drawn.png"

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, final
 
 from bilevel import Step
 
@@ -19,6 +19,7 @@ _ENDING = [
 _ONE_REQUEST = 1.0  # seconds: `timeout` and shells send SIGTERM or SIGHUP twice at once
 
 
+@final
 class Interrupted(KeyboardInterrupt):
     """A signal other than Ctrl-C; `number` says which."""
 
@@ -67,6 +68,7 @@ def ending() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@final
 class Stop:
     """A callback that ends training after the step in which a signal came.
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from bilevel import Solver
-from bilevel.cli.options import Parser, UsageError, choice, number, whole
+from bilevel.cli.options import Parser, UsageError, choice, integer, number
 from bilevel.methods.catalogue import LINEAR_SOLVERS, SOLVERS, arguments, make_solver, pick
 
 _OWNERS = {
@@ -30,7 +30,7 @@ def add_options(parser: Parser) -> None:
         help="alternating drops the lower level's response, the others keep it (default: alternating)",
     )
     group.add_argument(
-        "--unroll-steps", type=whole, metavar="N", help="unrolled: lower steps (default: 5)"
+        "--unroll-steps", type=integer, metavar="N", help="unrolled: lower steps (default: 5)"
     )
     group.add_argument(
         "--linear-solver",
@@ -39,7 +39,10 @@ def add_options(parser: Parser) -> None:
         help="implicit: how the linear system is solved (default: conjugate-gradient)",
     )
     group.add_argument(
-        "--linear-steps", type=whole, metavar="N", help=f"implicit: steps of it (default: {_STEPS})"
+        "--linear-steps",
+        type=integer,
+        metavar="N",
+        help=f"implicit: steps of it (default: {_STEPS})",
     )
     group.add_argument(
         "--damping",

@@ -14,13 +14,13 @@ from bilevel.cli import solver as solvers
 from bilevel.cli.options import (
     Parser,
     UsageError,
-    add,
+    add_option,
     check_training,
     choice,
+    integer,
     model_settings,
     number,
     training_settings,
-    whole,
 )
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
@@ -134,7 +134,7 @@ def _parser(method: str | None) -> Parser:
     ):
         group = parser.add_argument_group(title, about)
         for setting in settings:
-            add(group, setting)
+            add_option(group, setting)
     solvers.add_options(parser)
     return parser
 
@@ -148,16 +148,16 @@ def _add_data(parser: Parser) -> None:
         "and `test_images`), or a folder or zip archive of images",
     )
     group.add_argument(
-        "--side", type=whole, metavar="N", help="bring the images to this height and width"
+        "--side", type=integer, metavar="N", help="bring the images to this height and width"
     )
-    group.add_argument("--crop", type=whole, metavar="N", help="cut out this centre square first")
+    group.add_argument("--crop", type=integer, metavar="N", help="cut out this centre square first")
     group.add_argument(
-        "--channels", type=whole, metavar="1|3", help="make the images grey (1) or colour (3)"
+        "--channels", type=integer, metavar="1|3", help="make the images grey (1) or colour (3)"
     )
     group.add_argument(
         "--skip-unreadable", action="store_true", help="leave out files that cannot be read"
     )
-    group.add_argument("--limit", type=whole, metavar="N", help="most images of each part")
+    group.add_argument("--limit", type=integer, metavar="N", help="most images of each part")
     group.add_argument(
         "--max-gigabytes",
         type=number,

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ from bilevel.methods.data.images import (
     uniform_noise,
 )
 from bilevel.methods.eblvm import EBLVM, Statistics
-from bilevel.methods.evaluation.features import FeatureNetwork, judge, some
+from bilevel.methods.evaluation.features import FeatureNetwork, at_most, default_features
 from bilevel.methods.evaluation.fidelity import FEWEST, fid, kid, neighbourhoods, refuse_undefined
 from bilevel.sync_batch_norm import BatchNorm
 
-Array: TypeAlias = NDArray[np.float64]
+_Array: TypeAlias = NDArray[np.float64]
 
 _MOST = 10_000  # images of a set that are looked at, and samples drawn, if nothing else is asked
 _MOST_CHAINS = 500  # the same, where every sample and every reconstruction is a Markov chain
@@ -83,8 +83,8 @@ def evaluate(
         seed: seed of samples and noise.
         statistics: batch-norm statistics of samples and reconstructions, the model's own choice by
             default.
-        features: what samples are judged by; `judge(images)` by default, a small classifier trained
-            on the spot. Its `label` belongs into the record.
+        features: what samples are judged by; by default `default_features(images)`, a small classifier
+            trained on the spot. Its `label` belongs into the record.
         samples: how many samples are drawn, and images of each set looked at, at most; by default as
             many as there are training images, at most 10,000 (500 of a model that draws them by Langevin
             dynamics). 1,000 are a quick look.
@@ -109,10 +109,10 @@ def evaluate(
     """
     if samples is not None and samples < 2:
         raise ValueError(f"`samples` must be at least 2, got {samples}")
-    seen = (judge(images) if features is None else features).to(model.device)
+    seen = (default_features(images) if features is None else features).to(model.device)
     usual = _MOST_CHAINS if hasattr(model, "langevin") else _MOST
     most = samples if samples is not None else usual
-    train, test = some(images.train, most), some(images.test, most)
+    train, test = at_most(images.train, most), at_most(images.test, most)
     count = samples if samples is not None else len(train)
     chosen = statistics if statistics is not None else model.statistics
     _warn_of_few(min(len(train), len(test), count), seen)
@@ -145,7 +145,7 @@ def evaluate(
         results["rmse_pca"] = pca_rmse(train, test, latents)
     if seen.head is not None:
         results["classifier_accuracy"] = seen.accuracy
-    others = {name: some(v, most) for name, v in (outside or {}).items()}
+    others = {name: at_most(v, most) for name, v in (outside or {}).items()}
     generator = torch.Generator().manual_seed(seed)
     with suppress(NotImplementedError), _statistics(model, "running"):
         inside = _energies(model, test)
@@ -158,7 +158,7 @@ def pca_rmse(train: Tensor, test: Tensor, components: int, seed: int = 0) -> flo
     """RMSE of test images rebuilt from principal components of the training images."""
     from sklearn.decomposition import PCA
 
-    rows = _rows(some(train, _MOST))
+    rows = _rows(at_most(train, _MOST))
     refuse_undefined(rows, "the training images")
     pca = PCA(min(components, *rows.shape), random_state=seed).fit(rows)
     tested = _rows(test)
@@ -180,6 +180,7 @@ def _warn_of_few(images: int, seen: FeatureNetwork) -> None:
         )
 
 
+@final
 @dataclass(frozen=True)
 class _Beside:
     """Images beside the real ones, by their features."""
@@ -236,14 +237,14 @@ def _strangers(
     yield from outside.items()
 
 
-def _energies(model: EBLVM, v: Tensor) -> Array:
+def _energies(model: EBLVM, v: Tensor) -> _Array:
     parts = [model.energy(part).double().cpu() for part in v.split(_AT_ONCE)]
     energies = torch.cat(parts)
     refuse_undefined(energies, "the energies")
     return energies.numpy()
 
 
-def _auroc(inside: Array, outside: Array) -> float:
+def _auroc(inside: _Array, outside: _Array) -> float:
     from sklearn.metrics import roc_auc_score
 
     truth = np.repeat([1, 0], [len(inside), len(outside)])
@@ -254,8 +255,8 @@ def _at_once(model: EBLVM) -> int:
     return _BATCH if model.statistics == "batch" else _AT_ONCE
 
 
-def _rows(images: Tensor) -> Array:
-    rows: Array = scaled(images).detach().flatten(1).double().cpu().numpy()
+def _rows(images: Tensor) -> _Array:
+    rows: _Array = scaled(images).detach().flatten(1).double().cpu().numpy()
     return rows
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from bilevel.methods.data.images import Images, scaled
 from bilevel.methods.eblvm import attempt
 from bilevel.methods.evaluation.fidelity import refuse_undefined
-from bilevel.methods.training.json_lines import check
+from bilevel.methods.training.json_lines import check_fields
 from bilevel.methods.training.schemas import Classifier
 from bilevel.methods.training.weights import fill, read_metadata, read_weights, write_weights
 
@@ -44,6 +44,7 @@ class FeatureNetwork:
         dim: number of features.
         head: takes features, gives a score for each class; `None` if it knows no classes.
         accuracy: of the head, on held-out images.
+        sizes: of one that `classifier` made, (shape, classes, width): what it is built again from.
 
     Raises:
         ValueError: if `dim` is not positive.
@@ -59,6 +60,7 @@ class FeatureNetwork:
     dim: int
     head: nn.Module | None = None
     accuracy: float = float("nan")
+    sizes: tuple[tuple[int, int, int], int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -126,7 +128,7 @@ class FeatureNetwork:
 # ---------------------------------------------------------------------- trained on the images
 
 
-def judge(images: Images) -> FeatureNetwork:
+def default_features(images: Images) -> FeatureNetwork:
     """What images are judged with if nothing else is asked: a classifier trained on the spot.
 
     Without labels, the first principal components of the training images. The seed is fixed, so that all
@@ -135,6 +137,10 @@ def judge(images: Images) -> FeatureNetwork:
     if images.train_labels is None or images.test_labels is None:
         return principal_components(images)
     return classifier(images)
+
+
+judge = default_features
+"""The earlier name."""
 
 
 def classifier(
@@ -169,9 +175,10 @@ def classifier(
             "are what is left"
         )
     classes = int(max(labels.max(), truth.max())) + 1
+    sizes = (images.shape, classes, width)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        trunk, head = (part.to(device) for part in _networks(images.shape, classes, width))
+        trunk, head = (part.to(device) for part in _networks(*sizes))
     generator = torch.Generator().manual_seed(seed)
     weights = [*trunk.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -190,14 +197,14 @@ def classifier(
         module.eval().requires_grad_(False)
     accuracy = _accuracy(FeatureNetwork("", trunk, _FEATURES, head), images.test, truth)
     name = f"classifier of {images.name} ({accuracy:.1%} right)"
-    return FeatureNetwork(name, trunk, _FEATURES, head, accuracy)
+    return FeatureNetwork(name, trunk, _FEATURES, head, accuracy, sizes)
 
 
 def principal_components(images: Images) -> FeatureNetwork:
     """Coordinates along the first principal components of the training images, at most 20."""
     from sklearn.decomposition import PCA
 
-    rows = some(images.train, _MOST)
+    rows = at_most(images.train, _MOST)
     # of fewer test images than components the covariance would be singular
     most = max(1, min(_COMPONENTS, len(images.test) - 1))
     pixels = scaled(rows).flatten(1).double().numpy()
@@ -206,7 +213,7 @@ def principal_components(images: Images) -> FeatureNetwork:
     return FeatureNetwork(f"principal components of {images.name}", module, pca.n_components_)
 
 
-def some(images: Tensor, n: int) -> Tensor:
+def at_most(images: Tensor, n: int) -> Tensor:
     """At most n of the images, always the same ones: folders come sorted by class."""
     if len(images) <= n:
         return images
@@ -224,7 +231,7 @@ def nearest_images(network: FeatureNetwork, images: Tensor, among: Tensor) -> Te
         images: bytes or in [-1, 1].
         among: likewise; at most 10,000 of them are looked at.
     """
-    rows = some(among, _MOST)
+    rows = at_most(among, _MOST)
     distances = torch.cdist(network(images).double(), network(rows).double())
     return scaled(rows[distances.argmin(dim=1).to(rows.device)]).cpu()
 
@@ -238,12 +245,12 @@ def save_classifier(network: FeatureNetwork, path: str | os.PathLike[str]) -> No
     Raises:
         ValueError: if it is another network.
     """
-    trunk = network.module
-    if not isinstance(trunk, _Trunk) or network.head is None:
+    trunk, sizes = network.module, network.sizes
+    if sizes is None or network.head is None:
         raise ValueError(f"`{network.name}` is no classifier made here; save its module yourself")
     path = Path(path)
     state = nn.ModuleDict({"trunk": trunk, "head": network.head}).state_dict()
-    about = {"name": network.name, "accuracy": network.accuracy, "sizes": trunk.sizes}
+    about = {"name": network.name, "accuracy": network.accuracy, "sizes": sizes}
     write_weights(path, state, about, {"bilevel": json.dumps(about)})
 
 
@@ -261,9 +268,10 @@ def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
         )
     try:
         about = json.loads(read_metadata(path)["bilevel"])
-        check(Classifier, about)
+        check_fields(Classifier, about)
         tensors = read_weights(path, about)  # before anything is built of what may be damaged
-        trunk, head = _networks(*about["sizes"])
+        shape, classes, width = about["sizes"]
+        trunk, head = _networks(shape, classes, width)
         fill(nn.ModuleDict({"trunk": trunk, "head": head}), tensors, path)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -271,7 +279,8 @@ def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
         ) from None
     for module in (trunk, head):
         module.eval().requires_grad_(False)
-    return FeatureNetwork(about["name"], trunk, _FEATURES, head, about["accuracy"])
+    sizes = (tuple(shape), classes, width)
+    return FeatureNetwork(about["name"], trunk, _FEATURES, head, about["accuracy"], sizes)
 
 
 def inception(
@@ -311,6 +320,7 @@ def inception(
 # ---------------------------------------------------------------------- networks
 
 
+@final
 class _Inception(nn.Module):
     """Images in [-1, 1] as the published FID takes them: 255 (x / 2 + 1/2), grey ones in three channels.
 
@@ -337,6 +347,7 @@ class _Inception(nn.Module):
         return features
 
 
+@final
 class _Projection(nn.Module):
     """(v - mean) axes^T."""
 
@@ -351,18 +362,10 @@ class _Projection(nn.Module):
         return (v.flatten(1).to(self.mean) - self.mean) @ self.axes.mT
 
 
-class _Trunk(nn.Sequential):
-    """The layers of a classifier up to its features.
-
-    Attributes:
-        sizes: (shape, classes, width): what `_networks` takes to make them again.
-    """
-
-    sizes: tuple[tuple[int, int, int], int, int]
-
-
-def _networks(shape: tuple[int, int, int], classes: int, width: int) -> tuple[_Trunk, nn.Linear]:
-    sizes = (shape, classes, width)
+def _networks(
+    shape: tuple[int, int, int], classes: int, width: int
+) -> tuple[nn.Sequential, nn.Linear]:
+    """The layers of a classifier up to its features, and its head."""
     channels, side, _ = shape
     stride = 2 if side > 8 else 1  # images of 8 pixels are looked at whole first
     layers: list[nn.Module] = []
@@ -372,9 +375,7 @@ def _networks(shape: tuple[int, int, int], classes: int, width: int) -> tuple[_T
         channels, side = width, -(-side // stride)
         width, stride = min(2 * width, max(width, _WIDEST)), 2
     layers += [nn.Flatten(), nn.Linear(channels * side**2, _FEATURES), nn.ReLU()]
-    trunk = _Trunk(*layers)
-    trunk.sizes = sizes
-    return trunk, nn.Linear(_FEATURES, classes)
+    return nn.Sequential(*layers), nn.Linear(_FEATURES, classes)
 
 
 def _accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:

@@ -37,7 +37,7 @@ References:
 
 import math
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from bilevel.batches import not_finite
 
-Array: TypeAlias = NDArray[np.float64]
+_Array: TypeAlias = NDArray[np.float64]
 
 FEWEST = 6
 """Rows of a set that `neighbourhoods` needs: each has 5 neighbours."""
@@ -178,6 +178,7 @@ def torchmetrics(module: str) -> Any:
         return None
 
 
+@final
 class _Given(nn.Module):
     """Features that are computed already, to a metric that asks for a network."""
 
@@ -189,7 +190,7 @@ class _Given(nn.Module):
         return features
 
 
-def _reach(rows: Array) -> dict[int, Array]:
+def _reach(rows: _Array) -> dict[int, _Array]:
     """Distance of each row to its k-th nearest neighbour, by k."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -197,16 +198,16 @@ def _reach(rows: Array) -> dict[int, Array]:
     return {k: distances[:, k - 1] for k in (_NEARER, _NEAR)}
 
 
-def _nearest(rows: Array, others: Array) -> Array:
+def _nearest(rows: _Array, others: _Array) -> _Array:
     """Distance of each row to the nearest of the others."""
     from sklearn.neighbors import NearestNeighbors
 
     distances, _ = NearestNeighbors(n_neighbors=1).fit(others).kneighbors(rows)
-    nearest: Array = distances[:, 0]
+    nearest: _Array = distances[:, 0]
     return nearest
 
 
-def _counts(rows: Array, centres: Array, radii: Array) -> Array:
+def _counts(rows: _Array, centres: _Array, radii: _Array) -> _Array:
     """In how many of the balls each row lies."""
     from sklearn.metrics import pairwise_distances_chunked
 
@@ -216,7 +217,7 @@ def _counts(rows: Array, centres: Array, radii: Array) -> Array:
     return np.concatenate(list(chunks))
 
 
-def _pair(a: ArrayLike, b: ArrayLike, fewest: int) -> tuple[Array, Array]:
+def _pair(a: ArrayLike, b: ArrayLike, fewest: int) -> tuple[_Array, _Array]:
     x, y = (np.ascontiguousarray(part, dtype=np.float64) for part in (a, b))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < fewest:
         raise ValueError(

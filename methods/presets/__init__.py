@@ -13,7 +13,8 @@ from bilevel.methods.presets.images import CIFAR10
 from bilevel.methods.presets.small import DIGITS
 
 PRESETS: Mapping[str, Preset] = {
-    preset.name: preset for preset in [*small.EXPERIMENTS, *images.EXPERIMENTS, *scores.EXPERIMENTS]
+    preset.name: preset
+    for preset in [*small.SMALL_EXPERIMENTS, *images.IMAGE_EXPERIMENTS, *scores.SCORE_EXPERIMENTS]
 }
 """All presets by name, the small ones first."""
 

@@ -167,7 +167,7 @@ _ADVIL_CIFAR10 = replace(
     "keeps the posterior's variance from running away",
 )
 
-EXPERIMENTS = [
+IMAGE_EXPERIMENTS = [
     CIFAR10,
     *_ABLATIONS,
     _SVHN,

@@ -96,5 +96,5 @@ _BISM_MNIST_SMALL = replace(
     note="the same time as the preset `mnist`, not counting Langevin dynamics at the end",
 )
 
-EXPERIMENTS = [DIGITS, _MNIST, _VAE_MNIST, _ADVIL_MNIST, _BISM_MNIST_SMALL]
+SMALL_EXPERIMENTS = [DIGITS, _MNIST, _VAE_MNIST, _ADVIL_MNIST, _BISM_MNIST_SMALL]
 """All of them."""

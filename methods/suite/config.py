@@ -40,21 +40,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from bilevel.methods.suite.presets import BISM_EXACT, BISM_UNROLLED, METHOD_PRESETS, PRESETS
+from bilevel.methods.suite.presets import BISM_EXACT, BISM_UNROLLED, METHOD_PRESETS, SUITES
 from bilevel.methods.training.settings import nearest
 
 _NAME = r"^[A-Za-z0-9][\w.+-]*$"
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataConfig(_Plain):
+@final
+class DataConfig(BaseModel, frozen=True, extra="forbid"):
     """Rows to train and test on. A string stands for `{"source": ...}`."""
 
     source: str = Field(description="what `load_table` takes: a name, PATH.npz or PATH.npz:NAME")
@@ -77,7 +74,8 @@ class DataConfig(_Plain):
         return value
 
 
-class ModelConfig(_Plain):
+@final
+class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     """A Boltzmann machine; the width of its visibles is that of the data."""
 
     kind: str = Field(description="RBM, GaussianRBM, DBM or GaussianDBM")
@@ -96,7 +94,8 @@ class ModelConfig(_Plain):
         return value
 
 
-class MethodConfig(_Plain):
+@final
+class MethodConfig(BaseModel, frozen=True, extra="forbid"):
     """A method with all it needs. A string stands for an entry of `METHOD_PRESETS`."""
 
     name: str = Field(pattern=_NAME, description="short name, unique in a block")
@@ -128,7 +127,8 @@ class MethodConfig(_Plain):
         return {**preset, **value}
 
 
-class EvaluationConfig(_Plain):
+@final
+class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
     """How a model is judged where its partition function cannot be enumerated."""
 
     points: int = Field(20, gt=1, description="evaluations during training, at log-spaced steps")
@@ -143,7 +143,8 @@ class EvaluationConfig(_Plain):
     seed: int = Field(0, ge=0, description="seed of all chains and draws")
 
 
-class Block(_Plain):
+@final
+class Block(BaseModel, frozen=True, extra="forbid"):
     """A grid of cells with common settings."""
 
     note: str = Field("", description="what is compared, what files it needs and where they go")
@@ -162,7 +163,8 @@ class Block(_Plain):
         return seeds
 
 
-class SuiteConfig(_Plain):
+@final
+class SuiteConfig(BaseModel, frozen=True, extra="forbid"):
     """A whole suite."""
 
     name: str = Field(pattern=_NAME, description="short name")
@@ -206,6 +208,7 @@ class SuiteConfig(_Plain):
         return type(self)(**content)
 
 
+@final
 @dataclass(frozen=True)
 class Cell:
     """One training: a method on a model on a data set from a seed, and the block it is in."""
@@ -239,9 +242,9 @@ def load_config(source: str | os.PathLike[str]) -> SuiteConfig:
         >>> suite.cells()[0].name
         'checkerboard/GaussianRBM-4/ml/seed0'
     """
-    path = PRESETS.get(os.fspath(source), Path(source))
+    path = SUITES.get(os.fspath(source), Path(source))
     if not path.suffix and not path.exists():
-        raise ValueError(f"there is no preset `{source}`; {nearest(str(source), PRESETS)}")
+        raise ValueError(f"there is no preset `{source}`; {nearest(str(source), SUITES)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -264,13 +267,13 @@ def parse_config(content: Mapping[str, Any], source: str) -> SuiteConfig:
     try:
         return SuiteConfig(**content)
     except ValidationError as error:
-        sentences = "; ".join(_sentence(e) for e in error.errors())
+        sentences = "; ".join(_complaint(e) for e in error.errors())
     except TypeError as error:
         sentences = str(error)
     raise ValueError(f"`{source}`: {sentences}")
 
 
-_KINDS: dict[str, type[_Plain]] = {
+_KINDS: dict[str, type[BaseModel]] = {
     "blocks": Block,
     "data": DataConfig,
     "models": ModelConfig,
@@ -279,7 +282,7 @@ _KINDS: dict[str, type[_Plain]] = {
 }
 
 
-def _sentence(error: Any) -> str:
+def _complaint(error: Any) -> str:
     location = error["loc"]
     where = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from bilevel.files import replacing
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.suite.judge import log_density
 from bilevel.methods.suite.learners import Job
-from bilevel.methods.suite.tables import Group, Record
+from bilevel.methods.suite.tables import CellRecord, Group
 from bilevel.methods.vae import VAE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
+_Array: TypeAlias = NDArray[np.float64]
 _COLOURS = (
     *("#1f6fb4", "#d9652b", "#3c9a5f", "#8a5fb0", "#b8860b", "#c2407d"),
     *("#3aa6b9", "#7a4a2b", "#6b7f1a", "#8c1d18", "#4b4f9e", "#777777"),
@@ -31,7 +31,7 @@ _MARGIN = 0.12  # of the data's range, around it
 _TILES = 16  # filters or samples of a method
 
 
-def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
+def draw_curves(group: Group, records: Sequence[CellRecord], path: Path) -> None:
     """Test log-likelihood against steps and against seconds, mean and range over the seeds.
 
     Args:
@@ -78,7 +78,7 @@ def draw_curves(group: Group, records: Sequence[Record], path: Path) -> None:
 
 
 def _band(
-    axes: "Axes", traces: Sequence[Array], column: int, label: str, style: Mapping[str, Any]
+    axes: "Axes", traces: Sequence[_Array], column: int, label: str, style: Mapping[str, Any]
 ) -> float:
     """Draw the mean over the seeds and their range; return where the mean ends."""
     grid = np.median(np.stack([t[: min(map(len, traces)), column] for t in traces]), axis=0)
@@ -206,7 +206,7 @@ def _image(jobs: Mapping[str, Job]) -> tuple[int, int]:
 
 
 def _mosaic(
-    rows: Mapping[str, Array],
+    rows: Mapping[str, _Array],
     shape: tuple[int, int],
     title: str,
     path: Path,

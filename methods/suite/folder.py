@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from bilevel.files import sweep
 from bilevel.methods.suite.config import Cell, SuiteConfig, parse_config
@@ -17,9 +17,10 @@ from bilevel.methods.training.json_lines import (
     write_document,
     write_lines,
 )
-from bilevel.methods.training.schemas import Outcome
+from bilevel.methods.training.schemas import CellLine
 
 
+@final
 class SuiteFolder:
     """A folder with `suite.json`, `records.jsonl`, a run folder per cell and the report.
 
@@ -95,7 +96,7 @@ class SuiteFolder:
         Raises:
             ValueError: if a line is damaged, or a cell is there twice.
         """
-        records = read_lines(self.records_path, Outcome)
+        records = read_lines(self.records_path, CellLine)
         recorded = [record["cell"] for record in records]
         refuse_repeated(self.records_path, recorded, "the cell")
         home = self.folder / "cells"

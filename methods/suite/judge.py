@@ -12,7 +12,7 @@ is judged by its importance-weighted bound.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ Known: TypeAlias = Literal[
 _FREE_ENERGY_UNITS = 15  # of a first hidden layer that is summed out for every row
 
 
+@final
 @dataclass(frozen=True)
 class Judgement:
     """A mean test log-likelihood in nats.
@@ -53,7 +54,7 @@ class Judgement:
     starts: Literal["exact", "gibbs"] | None = None
 
 
-def judge(job: Job, evaluation: EvaluationConfig, *, final: bool) -> Judgement:
+def heldout_likelihood(job: Job, evaluation: EvaluationConfig, *, final: bool) -> Judgement:
     """Judge the model in its present state.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 _FOLDER = Path(__file__).parent
 
-PRESETS = {name: _FOLDER / f"{name}.json" for name in ("small", "full")}
+SUITES = {name: _FOLDER / f"{name}.json" for name in ("small", "full")}
 """Suites that come with the package, by name."""
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
 from bilevel.methods.data.tables import Table
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
-from bilevel.methods.suite.judge import independent, judge
+from bilevel.methods.suite.judge import heldout_likelihood, independent
 from bilevel.methods.suite.learners import Job, make_job, make_table
 from bilevel.methods.suite.trace import Trace
 from bilevel.methods.training.run import Run, versions
@@ -100,7 +100,7 @@ def run_cell(
         folder / "trace.jsonl",
         job.training,
         evaluation.points,
-        lambda: judge(job, evaluation, final=False).value,
+        lambda: heldout_likelihood(job, evaluation, final=False).value,
     )
     outcome: dict[str, Any] = {}
     resume = run.checkpoint_path.exists()
@@ -117,7 +117,7 @@ def run_cell(
             # the trace ends the run: its clock does not start again when a run is resumed
             **{**job.training.model_dump(), "max_seconds": None},
         )
-        test = judge(job, evaluation, final=True)
+        test = heldout_likelihood(job, evaluation, final=True)
         outcome = {"test": asdict(test)}
         if not isfinite(test.value):
             outcome["reason"] = f"the test log-likelihood is {test.value}"

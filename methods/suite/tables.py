@@ -4,11 +4,12 @@ import html
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
-Record = Mapping[str, Any]
+CellRecord = Mapping[str, Any]
 
 
+@final
 @dataclass(frozen=True)
 class Row:
     """A method on a model and a data set, over its seeds.
@@ -44,6 +45,7 @@ class Row:
     failures: tuple[str, ...]
 
 
+@final
 @dataclass(frozen=True)
 class Group:
     """All that was done on one data set with one model.
@@ -74,7 +76,7 @@ class Group:
         return f"{self.data}, {self.model}"
 
 
-def groups(records: Iterable[Record], order: Sequence[str] = ()) -> list[Group]:
+def groups(records: Iterable[CellRecord], order: Sequence[str] = ()) -> list[Group]:
     """The records as tables.
 
     Args:
@@ -83,14 +85,14 @@ def groups(records: Iterable[Record], order: Sequence[str] = ()) -> list[Group]:
     """
     place = {name: index for index, name in enumerate(order)}
     ordered = sorted(records, key=lambda record: place.get(record["cell"], len(place)))
-    found: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    found: dict[tuple[str, str], dict[str, list[CellRecord]]] = {}
     for record in ordered:
         methods = found.setdefault((record["data"]["name"], record["model"]["name"]), {})
         methods.setdefault(record["method"]["name"], []).append(record)
     return [_group(*names, methods) for names, methods in found.items()]
 
 
-def _group(data: str, model: str, methods: Mapping[str, list[Record]]) -> Group:
+def _group(data: str, model: str, methods: Mapping[str, list[CellRecord]]) -> Group:
     everything = [record for members in methods.values() for record in members]
     exact = [
         record["test"]["value"]
@@ -109,7 +111,7 @@ def _group(data: str, model: str, methods: Mapping[str, list[Record]]) -> Group:
     )
 
 
-def _row(method: str, records: Sequence[Record]) -> Row:
+def _row(method: str, records: Sequence[CellRecord]) -> Row:
     done = [record for record in records if record["status"] == "finished"]
     tests = [record["test"] for record in done]
 
@@ -136,6 +138,7 @@ def _row(method: str, records: Sequence[Record]) -> Row:
     )
 
 
+@final
 @dataclass(frozen=True)
 class _Column:
     title: str

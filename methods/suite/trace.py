@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from bilevel.methods.training.settings import Training
 _FIRST = 1000  # the first evaluation comes after this fraction of all steps
 
 
+@final
 class Trace:
     """A callback of `fit` that evaluates at log-spaced steps and ends the training when its time is up.
 

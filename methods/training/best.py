@@ -26,7 +26,7 @@ _WAYS = {"highest": True, "lowest": False}
 
 @final
 @dataclass(frozen=True)
-class Rule:
+class Criterion:
     """The number that counts.
 
     Attributes:
@@ -48,9 +48,9 @@ class Rule:
             best: those of the best one before, if there is one.
 
         Example:
-            >>> Rule("frechet", higher=False).better({"frechet": 9.0}, {"frechet": 12.0})
+            >>> Criterion("frechet", higher=False).better({"frechet": 9.0}, {"frechet": 12.0})
             True
-            >>> Rule("frechet", higher=False).better({"frechet": float("nan")}, None)
+            >>> Criterion("frechet", higher=False).better({"frechet": float("nan")}, None)
             False
         """
         value = found.get(self.name)
@@ -81,34 +81,34 @@ def higher_is_better(name: str) -> bool | None:
     return high != any(word in _TURNED for word in words)
 
 
-def read_rule(text: str) -> Rule:
+def read_criterion(text: str) -> Criterion:
     """The rule that `best` says: "NAME", "highest NAME" or "lowest NAME".
 
     Raises:
         ValueError: if it does not say which values are good.
 
     Example:
-        >>> str(read_rule("log_likelihood"))
+        >>> str(read_criterion("log_likelihood"))
         'highest `log_likelihood`; of equal ones the first'
     """
     way, _, rest = text.strip().partition(" ")
     if way in _WAYS and rest.strip():
-        return Rule(rest.strip(), _WAYS[way])
+        return Criterion(rest.strip(), _WAYS[way])
     higher = higher_is_better(text.strip())
     if higher is None:
         raise ValueError(
             f"`best` is {text!r}, which does not tell whether high or low values are good; say "
             f"'highest {text}' or 'lowest {text}'"
         )
-    return Rule(text.strip(), higher)
+    return Criterion(text.strip(), higher)
 
 
-def rule_of(best: str | None, found: Iterable[str]) -> Rule | None:
+def criterion_of(best: str | None, found: Iterable[str]) -> Criterion | None:
     """The rule for evaluations that have these numbers; `None` if none of them is known.
 
     Args:
-        best: what was asked for: see `read_rule`. Without it `frechet` counts, without that `rmse`, else
-            the first number whose name tells which values are good.
+        best: what was asked for: see `read_criterion`. Without it `frechet` counts, without that
+            `rmse`, else the first number whose name tells which values are good.
         found: names of the numbers.
 
     Raises:
@@ -116,7 +116,7 @@ def rule_of(best: str | None, found: Iterable[str]) -> Rule | None:
     """
     names = [name for name in found if name not in _ASIDE]
     if best is not None:
-        rule = read_rule(best)
+        rule = read_criterion(best)
         if rule.name not in names:
             raise ValueError(
                 f"`best` asks for the number `{rule.name}`, which `evaluate` does not return; "
@@ -124,7 +124,7 @@ def rule_of(best: str | None, found: Iterable[str]) -> Rule | None:
             )
         return rule
     known = [(name, higher_is_better(name)) for name in (*_FIRST, *names) if name in names]
-    return next((Rule(name, higher) for name, higher in known if higher is not None), None)
+    return next((Criterion(name, higher) for name, higher in known if higher is not None), None)
 
 
 def check_evaluation(training: Training, *, evaluated: bool, kept: bool) -> None:
@@ -145,7 +145,7 @@ def check_evaluation(training: Training, *, evaluated: bool, kept: bool) -> None
         raise ValueError(f"{given} is given, but not {missing}; give both or neither")
     if training.best is None:
         return
-    read_rule(training.best)
+    read_criterion(training.best)
     if not (evaluated and kept):
         raise ValueError(
             "`best` says which evaluated model is kept in the run's folder; give `run`, `evaluate` and "

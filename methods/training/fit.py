@@ -20,10 +20,10 @@ from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.methods.training.history import History as History
 from bilevel.methods.training.history import record as record
 from bilevel.methods.training.journal import Journal
-from bilevel.methods.training.preconditions import check, refuse_changes
+from bilevel.methods.training.preconditions import check_start, refuse_changes
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.settings import Training
-from bilevel.methods.training.steps import begin as begin
+from bilevel.methods.training.steps import training_steps
 from bilevel.methods.training.trainable import Evaluate as Evaluate
 from bilevel.methods.training.trainable import Trainable
 from bilevel.optimizers import Optimizers
@@ -59,14 +59,14 @@ def fit(
         MemoryError: if memory runs out, with the batch size that would fit.
     """
     solver = model.default_solver() if solver is None else solver
-    check(data, training, resume=resume, run=run, evaluated=evaluate is not None)
+    check_start(data, training, resume=resume, run=run, evaluated=evaluate is not None)
     folder = Run(run) if run is not None else None
     if folder is not None and is_main():
         folder.claim(resume=resume, overwrite=overwrite)
         if resume:
             refuse_changes(folder, training)
     model.probe(model.as_visibles(data[:2]))
-    steps = begin(
+    steps = training_steps(
         model,
         Batches(data, training.batch_size, seed=training.seed, convert=model.as_visibles),
         training,
@@ -77,7 +77,7 @@ def fit(
         check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
     )
     if folder is not None and not resume and is_main():
-        folder.begin({**describe(model, training, solver, data), "notes": notes or {}})
+        folder.begin({**_configuration(model, training, solver, data), "notes": notes or {}})
     journal, called = Journal(model, training, folder, evaluate), list(callbacks)
     ended = False
     try:
@@ -97,7 +97,9 @@ def fit(
     return replace(journal.close(), solver=solver)
 
 
-def describe(model: Trainable, training: Training, solver: Solver, data: Tensor) -> dict[str, Any]:
+def _configuration(
+    model: Trainable, training: Training, solver: Solver, data: Tensor
+) -> dict[str, Any]:
     """A run's configuration as plain values."""
     return {
         "method": type(model).__name__,

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from bilevel import Solver
 from bilevel.distributed import world_size
 from bilevel.methods.training.settings import Training
-from bilevel.methods.training.steps import begin
+from bilevel.methods.training.steps import training_steps
 from bilevel.methods.training.trainable import Trainable
 from bilevel.optimizers import listed
 
@@ -126,7 +126,7 @@ def footprint(
     with mode, tally:
         batch = torch.zeros(batch_size, *shape, dtype=parameter.dtype, device=parameter.device)
         optimizers = counted.optimizers(simple)
-        steps = begin(counted, _Same(batch), simple, solver, optimizers, check_every=10**9)
+        steps = training_steps(counted, _Same(batch), simple, solver, optimizers, check_every=10**9)
         next(steps)
         tally.restart()
         next(steps)
@@ -256,10 +256,10 @@ def advice(
     """
     size = asked(error) or 0
     text = f"out of memory at `batch_size` {training.batch_size}: "
-    text += f"{amount(size)} more were asked for" if size else "the memory is used up"
+    text += f"{bytes_in_words(size)} more were asked for" if size else "the memory is used up"
     if there is None:
         return text + "; make `batch_size` smaller"
-    text += f", this process can have {amount(there)} in all"
+    text += f", this process can have {bytes_in_words(there)} in all"
     try:
         room = int(0.9 * there)  # workspaces and fragments
         needed = footprint(
@@ -268,7 +268,7 @@ def advice(
         fits = largest_batch(model, room, training=training, solver=solver, shape=shape)
     except Exception:  # the estimate must not hide the error
         return text + "; make `batch_size` smaller"
-    text += f". A step is estimated to need {amount(needed.total)}; "
+    text += f". A step is estimated to need {bytes_in_words(needed.total)}; "
     if fits < 2:
         return text + "not even a batch of 2 would fit: make the networks smaller"
     if fits >= training.batch_size:
@@ -278,11 +278,11 @@ def advice(
     return text + f"set `batch_size` to {fits} or less"
 
 
-def amount(size: int) -> str:
+def bytes_in_words(size: int) -> str:
     """Bytes in words.
 
     Example:
-        >>> amount(58_580_384), amount(1_310_000_000), amount(0)
+        >>> bytes_in_words(58_580_384), bytes_in_words(1_310_000_000), bytes_in_words(0)
         ('59 MB', '1.3 GB', '0 MB')
     """
     if size < 1e9:
@@ -293,6 +293,7 @@ def amount(size: int) -> str:
 # ---------------------------------------------------------------------- counting
 
 
+@final
 class _Tally(TorchDispatchMode):
     """Counts operations, and the bytes of all tensors alive."""
 

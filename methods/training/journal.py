@@ -111,7 +111,7 @@ class Journal:
                 folder.checkpoint(step.state, self.training.keep_checkpoints)
 
     def _keep_best(self, folder: Run, measured: "_Measured") -> None:
-        rule = best.rule_of(self.training.best, measured.record)
+        rule = best.criterion_of(self.training.best, measured.record)
         if rule is None:
             warnings.warn(best.unknown(measured.record), stacklevel=2)
         elif rule.better(measured.record, folder.best()):

@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from bilevel.files import append_text, read_text, write_text
 
@@ -21,13 +21,13 @@ _MODEL = TypeVar("_MODEL", bound=BaseModel)
 _log = logging.getLogger("bilevel")
 
 
-class Record(BaseModel):
-    """Plain values, of exactly the declared types; further ones are kept."""
+@final
+class Record(BaseModel, extra="allow"):
+    """Plain values of which nothing is known."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
 
-
-class Line(Record):
+@final
+class Line(BaseModel, extra="allow", strict=True):
     """A line of metrics or of evaluations: numbers by name, and how a hypergradient ended."""
 
     __pydantic_extra__: dict[str, float] = Field(init=False)
@@ -70,7 +70,7 @@ def read_document(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
                 "its checksum does not fit its content; it was damaged, or edited: then take the line "
                 f"`{CHECKSUM}` out"
             )
-        check(kind, content)
+        check_fields(kind, content)
     except ValueError as error:
         raise ValueError(f"`{path}` cannot be used: {error}") from None
     return content
@@ -136,7 +136,7 @@ def refuse_repeated(path: Path, keys: Iterable[Any], what: str) -> None:
         lines[key] = number
 
 
-def check(kind: type[_MODEL], content: Mapping[str, Any]) -> _MODEL:
+def check_fields(kind: type[_MODEL], content: Mapping[str, Any]) -> _MODEL:
     """Plain values as a model.
 
     Raises:
@@ -169,7 +169,7 @@ def _checked_line(line: str, kind: type[BaseModel], free: Iterable[str]) -> dict
     known = record.pop(CHECKSUM, None)
     if known is not None and known != _sum(record, free):
         raise ValueError("its checksum does not fit its content")
-    check(kind, record)
+    check_fields(kind, record)
     return record
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 _AUROC = "chance that a real image has lower energy than {}: 1 always, 0.5 a coin toss"
 _OTHER = "the same with batch norm by {}"
@@ -12,8 +12,9 @@ _POLICIES = {
 }
 
 
+@final
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One line of the results table.
 
     Attributes:
@@ -33,6 +34,7 @@ class Row:
     detail: bool
 
 
+@final
 @dataclass(frozen=True)
 class Measure:
     """What a number of an evaluation is.
@@ -198,7 +200,7 @@ def measures_of(results: Mapping[str, float]) -> dict[str, Measure]:
     return {name: measure for name, measure in everything.items() if name in results}
 
 
-def result_rows(results: Mapping[str, float]) -> list[Row]:
+def result_rows(results: Mapping[str, float]) -> list[ResultRow]:
     """What `evaluate` returned, as lines of a table a newcomer can read."""
     rows = []
     for name, measure in measures_of(results).items():
@@ -206,5 +208,5 @@ def result_rows(results: Mapping[str, float]) -> list[Row]:
         if measure.reference in results:
             beside = f"{measure.beside}: {measure.written(results[measure.reference])}"
         value = measure.written(results[name])
-        rows.append(Row(name, measure.label, value, beside, measure.meaning, measure.detail))
+        rows.append(ResultRow(name, measure.label, value, beside, measure.meaning, measure.detail))
     return rows

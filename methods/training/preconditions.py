@@ -23,7 +23,7 @@ _FREE = (
 )
 
 
-def check(
+def check_start(
     data: Tensor,
     training: Training,
     *,

@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -28,6 +28,7 @@ _CLOCK = ("seconds",)  # differs from run to run: the checksums of two equal run
 _LENGTH = ("num_steps", "max_seconds")  # a run may be made longer
 
 
+@final
 class Run:
     """A folder with the configuration, metrics, evaluations, checkpoints, the best and the last model.
 

@@ -1,20 +1,22 @@
 """What the files of a run and of a suite hold, field by field: checked whenever one is read."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from bilevel.methods.training.json_lines import Line, Record, check
+from bilevel.methods.training.json_lines import Line, check_fields
 from bilevel.methods.training.settings import Training, validated
 
 
-class Shape(Record):
+@final
+class DataShape(BaseModel, extra="allow", strict=True):
     """Of the training data."""
 
     shape: list[int] = Field(min_length=1)
 
 
-class Notes(Record):
+@final
+class Notes(BaseModel, extra="allow", strict=True):
     """What whoever started the run noted of it."""
 
     data: str | None = None
@@ -26,14 +28,15 @@ class Notes(Record):
     evaluations: dict[str, Any] = Field({})
 
 
-class Config(Record):
+@final
+class Config(BaseModel, extra="allow", strict=True):
     """`config.json` of a run: all that `fit` writes, or only notes."""
 
     method: str | None = None
     model: dict[str, Any] | None = None
     training: dict[str, Any] = Field({})
     solver: str | None = None
-    data: Shape | None = None
+    data: DataShape | None = None
     notes: Notes = Field(Notes())
     versions: dict[str, str] = Field({})
 
@@ -50,7 +53,8 @@ class Config(Record):
         return self
 
 
-class Evaluated(Record):
+@final
+class Evaluated(BaseModel, extra="allow", strict=True):
     """`evaluation.json` of a run."""
 
     results: dict[str, float]
@@ -58,7 +62,8 @@ class Evaluated(Record):
     statistics: str | None = None
 
 
-class Best(Record):
+@final
+class Best(BaseModel, extra="allow", strict=True):
     """`best.json` of a run."""
 
     step: int = Field(ge=1)
@@ -66,37 +71,41 @@ class Best(Record):
     evaluation: Line
 
 
-class Model(Record):
+@final
+class Model(BaseModel, extra="allow", strict=True):
     """`model.json` of a saved model."""
 
     method: str
     recipe: dict[str, Any] | None
 
 
-class Classifier(BaseModel):
+@final
+class Classifier(BaseModel, strict=True):
     """What a file of feature weights says of itself."""
-
-    model_config = ConfigDict(strict=True)
 
     name: str
     accuracy: float = Field(ge=0, le=1)
     sizes: list[Any] = Field(min_length=3, max_length=3)
 
 
-class Named(Record):
+@final
+class NamedPart(BaseModel, extra="allow", strict=True):
     """A part of a cell that a record spells out."""
 
     name: str
 
 
-class Method(Named):
+@final
+class MethodPart(BaseModel, extra="allow", strict=True):
     """The method of a cell."""
 
+    name: str
     method: str
     options: dict[str, Any]
 
 
-class Test(Record):
+@final
+class Judged(BaseModel, extra="allow", strict=True):
     """How a trained cell was judged."""
 
     known: str
@@ -106,14 +115,15 @@ class Test(Record):
     upper: float | None
 
 
-class Outcome(Record):
+@final
+class CellLine(BaseModel, extra="allow", strict=True):
     """A line of a suite's `records.jsonl`."""
 
     cell: str
     status: Literal["finished", "failed"]
-    data: Named
-    model: Named
-    method: Method
+    data: NamedPart
+    model: NamedPart
+    method: MethodPart
     seed: int
     solver: str
     training: dict[str, Any]
@@ -133,13 +143,14 @@ class Outcome(Record):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.status == "finished":
-            check(Test, self.test or {})
+            check_fields(Judged, self.test or {})
         elif self.reason is None:
             raise ValueError("a cell failed, but `reason` is missing")
         return self
 
 
-class TraceLine(Record):
+@final
+class TraceLine(BaseModel, extra="allow", strict=True):
     """A line of a cell's `trace.jsonl`."""
 
     step: int = Field(ge=0)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,6 +10,7 @@ from bilevel.refusals import nearest as nearest
 from bilevel.refusals import one_of as one_of
 
 
+@final
 class Training(BaseModel):
     r"""How a model is trained; everything `fit` accepts by keyword.
 

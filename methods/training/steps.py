@@ -1,4 +1,4 @@
-"""`begin`: the steps of a training with the settings of `Training`, none of them taken yet."""
+"""`training_steps`: the steps of a training with the settings of `Training`, none of them taken yet."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from bilevel.sync_batch_norm import synchronise_batch_norm
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def begin(
+def training_steps(
     model: Trainable,
     source: Source,
     training: Training,

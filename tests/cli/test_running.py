@@ -16,7 +16,7 @@ from bilevel.methods import BiDVL
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate
 from bilevel.methods.evaluation.features import FeatureNetwork
-from bilevel.methods.training.footprint import amount, footprint, largest_batch
+from bilevel.methods.training.footprint import bytes_in_words, footprint, largest_batch
 from bilevel.methods.training.run import Run
 from tests.runs import SHORT, assert_equal, data, greedy, made, small
 
@@ -66,7 +66,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
         "noise: 100 of 1x8x8",
         "199  energy",
         f"{cost.operations:.3g} a step, {3e5 * cost.operations:.2g} the whole run",
-        f"{amount(cost.total)}  at the worst moment",
+        f"{bytes_in_words(cost.total)}  at the worst moment",
         f"0.3 MB  there is on cpu: too little; a `--batch-size` of {fits} would fit",
         f"{duration(3e5 * cost.operations / 1e14)}  at 100 TFLOP/s",
         "nothing was written",

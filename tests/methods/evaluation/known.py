@@ -5,7 +5,7 @@ from functools import cache
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.features import (
     FeatureNetwork,
-    judge,
+    default_features,
 )
 
 
@@ -16,4 +16,4 @@ def digits() -> Images:
 
 @cache
 def digits_judge() -> FeatureNetwork:
-    return judge(digits())
+    return default_features(digits())

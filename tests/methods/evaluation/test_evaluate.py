@@ -13,9 +13,9 @@ from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.evaluate import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
 from bilevel.methods.evaluation.features import (
     FeatureNetwork,
+    at_most,
     nearest_images,
     principal_components,
-    some,
 )
 from tests.methods.evaluation.known import digits, digits_judge
 
@@ -80,11 +80,11 @@ def test_all_components_rebuild_exactly() -> None:
 
 def test_some_images_are_of_all_classes_and_always_the_same() -> None:
     v = torch.arange(1000.0)
-    few = some(v, 100)
-    assert torch.equal(few, some(v, 100))
+    few = at_most(v, 100)
+    assert torch.equal(few, at_most(v, 100))
     assert len(few.unique()) == 100
     assert few.min() < 100 < 900 < few.max()
-    assert some(few, 100) is few
+    assert at_most(few, 100) is few
 
 
 def test_evaluate_is_repeatable_and_leaves_the_model_alone() -> None:
@@ -117,11 +117,11 @@ def test_a_quick_look_at_bytes_and_strangers() -> None:
     strangers = {"white": torch.full((70, 1, 8, 8), 255, dtype=torch.uint8)}
     found = evaluate(model, as_bytes, features=digits_judge(), samples=100, outside=strangers)
     assert found["auroc_white"] == ood_auroc(
-        model, some(as_bytes.test, 100), torch.ones(70, 1, 8, 8)
+        model, at_most(as_bytes.test, 100), torch.ones(70, 1, 8, 8)
     )
     assert "rmse_pca" not in found
     assert found["rmse"] == pytest.approx(
-        reconstruction_rmse(model, some(images.test, 100)), rel=1e-2
+        reconstruction_rmse(model, at_most(images.test, 100)), rel=1e-2
     )
     with pytest.raises(ValueError, match="`samples` must be at least 2"):
         evaluate(model, images, samples=1)

@@ -189,10 +189,10 @@ def test_every_preset_can_be_used(preset: Preset) -> None:
 
 def test_every_published_experiment_has_a_preset() -> None:
     known = {*BIDVL, *SCORES, "vae-cifar10", "advil-cifar10"}
-    assert known | {preset.name for preset in small.EXPERIMENTS} == set(PRESETS)
+    assert known | {preset.name for preset in small.SMALL_EXPERIMENTS} == set(PRESETS)
 
 
-@pytest.mark.parametrize("name", [p.name for p in small.EXPERIMENTS])
+@pytest.mark.parametrize("name", [p.name for p in small.SMALL_EXPERIMENTS])
 def test_small_presets_train(name: str) -> None:
     preset = PRESETS[name]
     v = torch.rand(8, *preset.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

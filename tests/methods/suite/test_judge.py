@@ -13,7 +13,7 @@ from bilevel.methods.machines import RBM
 from bilevel.methods.suite.config import (
     EvaluationConfig,
 )
-from bilevel.methods.suite.judge import judge
+from bilevel.methods.suite.judge import heldout_likelihood
 from bilevel.methods.suite.learners import Job, make_job, make_table
 from tests.methods.suite.small_suite import suite
 
@@ -40,7 +40,7 @@ def test_a_machine_that_can_be_enumerated_is_judged_exactly(tmp_path: Path) -> N
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)))
     log_z = (-job.machine.free_energy(every).double()).logsumexp(0)
     expected = float(-job.machine.free_energy(job.table.test).double().mean() - log_z)
-    exact = judge(job, EvaluationConfig(), final=True)
+    exact = heldout_likelihood(job, EvaluationConfig(), final=True)
     assert exact.known == "exact"
     assert exact.value == pytest.approx(expected, rel=1e-6)
 
@@ -59,7 +59,7 @@ def test_an_annealed_estimate_brackets_the_exact_likelihood(tmp_path: Path) -> N
     same.visible_bias.copy_(machine.visible_bias)
     exact = log_likelihood(same, job.table.test)
     evaluation = EvaluationConfig(chains=200, temperatures=300, trace_temperatures=300)
-    found, quick = (judge(job, evaluation, final=final) for final in (True, False))
+    found, quick = (heldout_likelihood(job, evaluation, final=final) for final in (True, False))
     assert found.known == quick.known == "annealed estimate"
     assert found.starts == "gibbs"
     for judgement in (found, quick):
@@ -73,7 +73,7 @@ def test_an_annealed_estimate_brackets_the_exact_likelihood(tmp_path: Path) -> N
 
 def test_the_mean_field_bound_of_a_deep_machine_is_below_its_likelihood(tmp_path: Path) -> None:
     job = binary(tmp_path, "DBM", {"latent_dims": [16, 2]}, "cd1")
-    bound = judge(job, EvaluationConfig(), final=True)
+    bound = heldout_likelihood(job, EvaluationConfig(), final=True)
     exact = log_likelihood(job.machine, job.table.test)
     assert bound.known == "variational lower bound"
     assert exact - 2 < bound.value <= exact
@@ -81,6 +81,8 @@ def test_the_mean_field_bound_of_a_deep_machine_is_below_its_likelihood(tmp_path
 
 def test_a_vae_is_judged_by_its_own_bound(tmp_path: Path) -> None:
     job = binary(tmp_path, "RBM", {"latent_dim": 3}, "vae")
-    found = judge(job, EvaluationConfig(), final=True)
+    found = heldout_likelihood(job, EvaluationConfig(), final=True)
     assert found.known == "importance-weighted lower bound"
-    assert found.value == pytest.approx(judge(job, EvaluationConfig(), final=False).value, abs=0.1)
+    assert found.value == pytest.approx(
+        heldout_likelihood(job, EvaluationConfig(), final=False).value, abs=0.1
+    )

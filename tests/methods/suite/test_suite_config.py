@@ -17,7 +17,7 @@ from bilevel.methods.suite.config import (
     parse_config,
 )
 from bilevel.methods.suite.learners import make_job, make_table
-from bilevel.methods.suite.presets import METHOD_PRESETS, PRESETS
+from bilevel.methods.suite.presets import METHOD_PRESETS, SUITES
 from bilevel.methods.training.settings import Training
 from tests.methods.suite.small_suite import no_steps, suite
 
@@ -34,7 +34,7 @@ def test_every_field_is_explained() -> None:
 
 
 def test_a_written_configuration_reads_as_itself() -> None:
-    for name in PRESETS:
+    for name in SUITES:
         config = load_config(name)
         again = parse_config(json.loads(json.dumps(config.model_dump(mode="json"))), name)
         assert again == config
@@ -48,7 +48,7 @@ def test_every_short_name_builds(tmp_path: Path) -> None:
 
 
 def test_the_presets_build_where_their_data_are_at_hand() -> None:
-    for name in PRESETS:
+    for name in SUITES:
         for cell in load_config(name).cells():
             make_solver(cell.method.solver)
             if not cell.data.source.startswith("data/") and cell.seed == cell.block.seeds[0]:

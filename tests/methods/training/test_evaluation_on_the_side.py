@@ -12,7 +12,7 @@ import torch
 from bilevel import CheckpointError
 from bilevel.checkpoint import read_checkpoint
 from bilevel.methods import EBLVM, BiDVL
-from bilevel.methods.training.best import rule_of
+from bilevel.methods.training.best import criterion_of
 from bilevel.methods.training.run import Run
 from tests.runs import assert_equal, by_weights, data, made, timeless, trained
 
@@ -122,7 +122,7 @@ def test_the_rule_of_the_best_model(numbers, step):
     names, rows = list(numbers), zip(*numbers.values(), strict=True)
     for number, row in zip([2, 4, 6], rows, strict=True):
         found = {"step": number, **dict(zip(names, row, strict=True))}
-        rule = rule_of(None, found)
+        rule = criterion_of(None, found)
         best = found if rule is not None and rule.better(found, best) else best
     assert (best and best["step"]) == step
 

@@ -12,17 +12,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from bilevel import Alternating, ConjugateGradient, Implicit
 from bilevel.methods import BiDVL, Training
-from bilevel.methods.training.fit import begin
 from bilevel.methods.training.footprint import (
     Footprint,
     advice,
-    amount,
     asked,
     available,
+    bytes_in_words,
     footprint,
     largest_batch,
     largest_size,
 )
+from bilevel.methods.training.steps import training_steps
 from tests.runs import SHAPE, assert_equal, greedy, made, small, trained
 
 # ---------------------------------------------------------------------- what a step costs
@@ -105,7 +105,7 @@ class Again:
 def test_memory_is_what_the_profiler_measures():
     model, training = BiDVL.for_images((1, 16, 16), width=16), Training(num_steps=3)
     optimizers = model.optimizers(training)
-    steps = begin(model, Again(), training, Alternating(), optimizers, check_every=1)
+    steps = training_steps(model, Again(), training, Alternating(), optimizers, check_every=1)
     next(steps)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         next(steps)
@@ -186,7 +186,7 @@ def test_advice_fits_what_there_is(there: int | None, words: str):
     text = advice(error, model, training, Alternating(), SHAPE, there)
     assert "21 MB more were asked for" in text
     if there == 10**6:
-        needed = amount(footprint(model, 1000, training=training).total)
+        needed = bytes_in_words(footprint(model, 1000, training=training).total)
         fits = largest_batch(model, int(0.9 * there), training=training)
         assert 300 < fits < 1000
         words = words.format(needed=needed, fits=fits)
