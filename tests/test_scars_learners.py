@@ -9,15 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    Alternating,
-    Batches,
-    Cholesky,
-    ConjugateGradient,
-    Implicit,
-    Unrolled,
-    train,
-)
+from bilevel import Alternating, Batches, Cholesky, ConjugateGradient, Implicit, Unrolled, train
 from bilevel.methods import RBM, AdvIL, BiDVL, BiSM, GaussianRBM, GeneralBiDVL, Training, VaGES
 from bilevel.methods.catalogue import make_solver
 from bilevel.methods.suite.config import MethodConfig

@@ -7,10 +7,7 @@ import numpy as np
 import torch
 import torchopt
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 from bilevel import (
     Alternating,

@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import (
-    CheckpointError,
-    train,
-)
+from bilevel import CheckpointError, train
 from tests.core.resumed import (
     DATA,
     SOLVERS,

@@ -21,9 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from bilevel import (
-    CheckpointError,
-)
+from bilevel import CheckpointError
 from bilevel.loaders import Repeated
 from tests.core.resumed import DATA, Reading, assert_same, finish, make, seed
 

@@ -7,10 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import (
-    CheckpointError,
-    train,
-)
+from bilevel import CheckpointError, train
 from tests.core.resumed import Noisy, Reading, assert_same, finish, make, state_of
 from tests.problems import NetProblem, seeded
 

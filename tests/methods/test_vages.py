@@ -15,14 +15,7 @@ from torch.distributions import Distribution
 from bilevel import Alternating, Implicit, Unrolled
 from bilevel.methods.models import RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.score_matching import ScoreMatching
-from bilevel.methods.vages import (
-    Batch,
-    Pairs,
-    Samples,
-    VaGES,
-    hard_draws,
-    slope_and_directions,
-)
+from bilevel.methods.vages import Batch, Pairs, Samples, VaGES, hard_draws, slope_and_directions
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,

@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel import (
-    Cholesky,
-    Implicit,
-    Problem,
-    check_hypergradient,
-)
+from bilevel import Cholesky, Implicit, Problem, check_hypergradient
 from bilevel.check import solve_lower
 from bilevel.oracles import Oracles
 from tests.core.check.cases import DOUBLE, number

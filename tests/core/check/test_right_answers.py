@@ -8,15 +8,7 @@ import torchopt
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bilevel import (
-    Alternating,
-    Cholesky,
-    Implicit,
-    Problem,
-    Solver,
-    Unrolled,
-    check_hypergradient,
-)
+from bilevel import Alternating, Cholesky, Implicit, Problem, Solver, Unrolled, check_hypergradient
 from tests.core.check.cases import DOUBLE, number
 from tests.problems import Quadratic, generator, normal
 

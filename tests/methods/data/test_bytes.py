@@ -5,9 +5,7 @@ import torch
 
 from bilevel import Batches
 from bilevel.methods import BiDVL
-from bilevel.methods.data.images import (
-    scaled,
-)
+from bilevel.methods.data.images import scaled
 from tests.methods.data.files import some_bytes
 
 

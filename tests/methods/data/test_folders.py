@@ -7,9 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bilevel.methods.data.images import (
-    load_images,
-)
+from bilevel.methods.data.images import load_images
 from tests.methods.data.files import as_zip, npz, random, write
 
 

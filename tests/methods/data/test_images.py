@@ -9,10 +9,7 @@ import torch
 from PIL import Image
 
 from bilevel.cli.runs import images_of
-from bilevel.methods.data.images import (
-    load_images,
-    scaled,
-)
+from bilevel.methods.data.images import load_images, scaled
 from bilevel.methods.training.run import Run
 from tests.methods.data.files import npz, random, write
 

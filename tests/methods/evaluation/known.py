@@ -3,10 +3,7 @@
 from functools import cache
 
 from bilevel.methods.data.images import Images, load_images
-from bilevel.methods.evaluation.features import (
-    FeatureNetwork,
-    default_features,
-)
+from bilevel.methods.evaluation.features import FeatureNetwork, default_features
 
 
 @cache

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from bilevel.methods.likelihood import (
-    exact_samples,
-)
+from bilevel.methods.likelihood import exact_samples
 from bilevel.methods.likelihood.annealing import AnnealedChains, Uniforms
 from bilevel.methods.machines.enumeration import states
 from tests.devices import generator

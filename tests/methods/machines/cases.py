@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.machines.enumeration import log_sum_over_states
-from bilevel.methods.models import (
-    DBM,
-    RBM,
-    GaussianDBM,
-    GaussianRBM,
-    LatentVariableModel,
-)
+from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
 from tests.devices import generator
 
 MACHINES = {

@@ -5,10 +5,7 @@ import torch
 from torch.autograd import grad
 from torch.distributions import Bernoulli
 
-from bilevel.methods.models import (
-    RBM,
-    GaussianRBM,
-)
+from bilevel.methods.models import RBM, GaussianRBM
 from tests.devices import generator
 from tests.methods.machines.cases import (
     BINARY,

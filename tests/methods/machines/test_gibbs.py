@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel.methods.models import (
-    GaussianDBM,
-    GaussianRBM,
-)
+from bilevel.methods.models import GaussianDBM, GaussianRBM
 from tests.devices import generator
 from tests.methods.machines.cases import (
     BINARY,

@@ -12,12 +12,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from bilevel.methods.models import (
-    RBM,
-    GaussianDBM,
-    GaussianRBM,
-    enumeration,
-)
+from bilevel.methods.models import RBM, GaussianDBM, GaussianRBM, enumeration
 from tests.methods.machines.cases import (
     BINARY,
     EXACT,

@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel.methods.models import (
-    DBM,
-    MAX_UNITS,
-    RBM,
-    GaussianDBM,
-    GaussianRBM,
-    from_recipe,
-)
+from bilevel.methods.models import DBM, MAX_UNITS, RBM, GaussianDBM, GaussianRBM, from_recipe
 from tests.devices import generator
 from tests.methods.machines.cases import GAUSSIAN, MACHINES, visibles
 

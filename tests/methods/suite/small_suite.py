@@ -4,9 +4,7 @@ from typing import Any
 
 from bilevel import Step
 from bilevel.methods.suite import SuiteConfig
-from bilevel.methods.suite.config import (
-    parse_config,
-)
+from bilevel.methods.suite.config import parse_config
 
 BLOCK: dict[str, Any] = {
     "note": "for <tests>",

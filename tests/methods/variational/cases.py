@@ -5,10 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
 from bilevel.methods.machines.enumeration import states
-from bilevel.methods.variational import (
-    BernoulliPosterior,
-    HierarchicalJoint,
-)
+from bilevel.methods.variational import BernoulliPosterior, HierarchicalJoint
 from tests.machines import rng
 
 NV = 3

@@ -7,10 +7,7 @@ import torch
 from torch import nn
 
 from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM
-from bilevel.methods.variational import (
-    BernoulliPosterior,
-    HierarchicalJoint,
-)
+from bilevel.methods.variational import BernoulliPosterior, HierarchicalJoint
 from tests.devices import DEVICES
 from tests.methods.variational.cases import NV, every, joint, net, posterior
 

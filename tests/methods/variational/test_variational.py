@@ -10,10 +10,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.methods.models import DBM, RBM, GaussianRBM
-from bilevel.methods.variational import (
-    BernoulliPosterior,
-    HierarchicalJoint,
-)
+from bilevel.methods.variational import BernoulliPosterior, HierarchicalJoint
 from tests.machines import rng
 from tests.methods.variational.cases import (
     NV,
