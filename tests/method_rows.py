@@ -335,8 +335,7 @@ of_modules(
 
 of_machines("advil", AdvIL)
 of_machines("advil with fair coins", lambda model: AdvIL(model, prior="bernoulli"), ("rbm",))
-of_images("advil of images", AdvIL, CONV)
-of_images("advil of images, proper", AdvIL, CONV | {"proper": True})
+of_images("advil of images", AdvIL, CONV | {"proper": True})
 of_modules(
     "advil of own modules",
     AdvIL,
@@ -398,9 +397,8 @@ of_machines(
     bumpy=SURROGATE,
     not_shared="the kernel compares halves of a batch",
 )
-of_images("vages of images", VaGES, DEEP_NETWORKS, bumpy=SURROGATE, moving=CHAINS)
 of_images(
-    "vages of images, refined",
+    "vages of images",
     VaGES,
     DEEP_NETWORKS | {"latent_steps": 2},
     bumpy=SURROGATE,

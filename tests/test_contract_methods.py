@@ -360,14 +360,14 @@ def test_drawing_changes_no_variable_and_no_data(name: str) -> None:
 def test_what_the_levels_share_changes_no_loss(name: str) -> None:
     row = ROWS[name]
     model = row.build().eval()
+    away_from_kinks(model)
     batches = drawn(row, model)
-    batch = batches["upper"]
-    shared = model.share(batch)
-    assert_close(value(model.upper_loss(shared)), value(model.upper_loss(batch)))
-    if "lower" in batches:
-        first = model.draw_lower(shared, rng(5), 0)
-        plain = model.draw_lower(batch, rng(5), 0)
-        assert_close(value(model.lower_loss(first)), value(model.lower_loss(plain)))
+    for level in [level for level in ("upper", "lower") if level in batches]:
+        pair = [model.share(batches["upper"]), batches["upper"]]
+        if level == "lower":
+            pair = [model.draw_lower(batch, rng(5), 0) for batch in pair]
+        found, expected = (with_gradient(model, level, batch) for batch in pair)
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @over_rows("ranks")
@@ -455,6 +455,7 @@ def test_a_saved_model_says_the_same(name: str, device: str, tmp_path: Path) -> 
     assert_same(tensors(loaded), tensors(model))
     assert not any(module.training for module in loaded.modules())
     assert_same(said_by(row, loaded), said_by(row, model))
+    assert_same(losses_of(row, loaded), losses_of(row, model))  # the settings of the losses, too
     loaded.save(tmp_path / "again")
     first, second = ((at / "model.json").read_text() for at in (tmp_path, tmp_path / "again"))
     assert json.loads(first) == json.loads(second)
@@ -474,8 +475,10 @@ def test_a_copy_is_independent(name: str) -> None:
     assert_same(tensors(twin), before)
     assert_same(said_by(row, twin), said)
     with torch.no_grad():
-        for p in (*twin.parameters(), *twin.buffers()):
-            p.add_(1)
+        for p in twin.parameters():
+            p.add_(0.01)
+    other = said_by(row, twin)
+    assert any(not torch.equal(other[each], said[each]) for each in said)
     assert_same(tensors(model), before)
     assert_same(said_by(row, model), said)
     twin.load_state_dict(model.state_dict())
@@ -487,6 +490,13 @@ def said_by(row: Row, model: EBLVM) -> dict[str, Tensor]:
     v = row.data(BATCH).to(model.device)
     said = {name: call(v) for name, call in answers(row, model).items()}
     return {**said, "sample": model.sample(3, rng(2, model.device))}
+
+
+def losses_of(row: Row, model: EBLVM) -> dict[str, Tensor]:
+    """The losses of a turn; of a copy, as drawing may move chains."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        return {which: value(evaluate(twin, which, b)) for which, b in drawn(row, twin).items()}
 
 
 # ---------------------------------------------------------------------- refusals
