@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 from benchmarks.competitors.annealing import Answer, Weights, numpy_loop
 from benchmarks.measuring.records import append, command
 from benchmarks.measuring.turns import in_turns
+from bilevel.methods import RBM
 from bilevel.methods.likelihood import annealed_importance_sampling, salakhutdinov_schedule
-from bilevel.methods.models import RBM
 
 VISIBLE, LATENT, CHAINS = 64, 50, 100
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

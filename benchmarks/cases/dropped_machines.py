@@ -98,7 +98,9 @@ def bism(where: str, expectation: Any) -> Case:
         data=lambda seed: truth.sample(5000, rng(seed)),
         judge=lambda problem: [float(problem.model.log_likelihood(held_out).mean())],
         target=target,
-        probe=lambda problem: BiSM(problem.model, problem.encoder, expectation="exact"),
+        probe=lambda problem: BiSM(
+            problem.model, problem.lower.get_submodule("posterior"), expectation="exact"
+        ),
         probe_batch=batch,
         solver=Implicit(Cholesky(damping=1e-4)),
         solvers=solvers,

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from math import log, sqrt
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 
 
+@final
 class Answer(NamedTuple):
     log_z: float
     standard_error: float
 
 
+@final
 class Weights(NamedTuple):
     """b, c and W as arrays."""
 
