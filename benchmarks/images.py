@@ -27,7 +27,7 @@ from bilevel import DivergenceError, Step
 from bilevel.methods import EBLVM, History
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.evaluate import evaluate
-from bilevel.methods.evaluation.features import FeatureNetwork, judge, load_classifier
+from bilevel.methods.evaluation.features import FeatureNetwork, default_features, load_classifier
 from bilevel.methods.presets import PRESETS
 from bilevel.methods.report.pictures import save_grid, save_reconstructions
 
@@ -124,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     first = PRESETS[options.presets[0]]
     images = load(options.data or first.data, first)
-    seen = load_classifier(options.features) if options.features else judge(images)
+    seen = load_classifier(options.features) if options.features else default_features(images)
     print(f"{images.name}: {len(images.train):,} images; judged by {seen.label}")
     for name in options.presets:
         print(name)

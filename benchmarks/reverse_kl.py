@@ -80,8 +80,8 @@ def main() -> None:
     for more in STAGES:
         train_sampler(trained, more, generator)
         steps += more
-        for name, options in ESTIMATES:
-            learner = GeneralBiDVL.for_model(model, divergence="symmetric", **options).double()
+        for name, how in ESTIMATES:
+            learner = GeneralBiDVL.for_model(model, divergence="symmetric", **how).double()
             learner.lower.load_state_dict(trained.lower.state_dict())
             rows.append(
                 {"sampler_steps": steps, "estimate": name, **errors(learner, exact, generator)}
