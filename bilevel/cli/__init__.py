@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except SystemExit as done:  # argparse printed its help
         return int(done.code or 0)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return OK
     except KeyboardInterrupt as stopped:

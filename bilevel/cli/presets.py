@@ -1,4 +1,4 @@
-"""`bilevel presets`: what there is to choose from, and one of them in full."""
+"""`bilevel presets`: a list of all presets, or one of them in full."""
 
 import shutil
 import textwrap

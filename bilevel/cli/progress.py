@@ -83,7 +83,7 @@ class Progress:
         self._found = f"[{' '.join(shown)} at {self.step}]  " if shown else ""
 
     def _due(self, step: Step, now: float) -> bool:
-        """Ten lines a run; more often where it is slow, but some 40 lines in its first hour."""
+        """Whether a line is due: ten in a run, or some 40 in the first hour of a slow one."""
         assert self._line is not None
         pause = min(_LATEST, max(_SOONEST, (now - self._began) / 4))
         every = max(1, self.training.num_steps // 10)

@@ -53,7 +53,7 @@ def command(arguments: list[str]) -> int:
 
 
 def _show(page: Path, args: argparse.Namespace) -> int:
-    """Copy the page to where it is wanted and say where it is."""
+    """Copy the page to `--out`, if that was given, and print its path."""
     if hasattr(args, "out"):
         target = Path(args.out)
         with replacing(target, page.stat().st_size) as file:

@@ -1,4 +1,4 @@
-"""A training in front of somebody: progress, Ctrl-C, and what is said at the end."""
+"""A training on the command line: progress, Ctrl-C, and the summary at its end."""
 
 import sys
 import time

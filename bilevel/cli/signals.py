@@ -47,7 +47,7 @@ def named(number: int) -> str:
 def ending() -> Iterator[None]:
     """SIGTERM and SIGHUP end a command as Ctrl-C does: by an exception, so that it can clean up.
 
-    One that whoever started us wants ignored (`nohup`) stays ignored.
+    A signal that is ignored when the command starts (`nohup`) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

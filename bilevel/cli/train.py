@@ -211,7 +211,7 @@ def _start(args: argparse.Namespace) -> int:
         overwrite=overwrite,
     )
     if hasattr(args, "dry_run"):
-        from bilevel.cli.dry_run import dry_run  # nobody else needs it
+        from bilevel.cli.dry_run import dry_run  # imported here: only `--dry-run` needs it
 
         return dry_run(plan)
     return carry_out(plan, report=not hasattr(args, "no_report"))

@@ -1,4 +1,4 @@
-"""What a trained model is worth: its samples, reconstructions and out-of-distribution scores."""
+"""How good a trained model is: its samples, reconstructions and out-of-distribution scores."""
 
 from bilevel.methods.evaluation.evaluate import evaluate, ood_auroc, pca_rmse, reconstruction_rmse
 

@@ -1,4 +1,4 @@
-r"""What a trained model is worth, in numbers: samples, reconstructions, out-of-distribution scores.
+r"""How good a trained model is: its samples, reconstructions and out-of-distribution scores.
 
 Samples are judged by features (`features`, `fidelity`). Reconstructions by the root of the mean
 squared error, pooled over all images and pixels,
@@ -84,7 +84,7 @@ def evaluate(
         statistics: batch-norm statistics of samples and reconstructions, the model's own choice by
             default.
         features: what samples are judged by; by default `default_features(images)`, a small classifier
-            trained on the spot. Its `label` belongs into the record.
+            trained first. Record its `label` beside the numbers.
         samples: how many samples are drawn, and images of each set looked at, at most; by default as
             many as there are training images, at most 10,000 (500 of a model that draws them by Langevin
             dynamics). 1,000 are a quick look.

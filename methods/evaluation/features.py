@@ -1,4 +1,4 @@
-r"""What images are compared in: the features of a network, and a name that says of which.
+r"""Feature networks: images are compared by the features of a network, whose name is recorded.
 
 A distance between sets of features means nothing without the network that made them. So every feature
 network has a label - what it is, how many features, and eight digits of a digest of its weights - that
@@ -129,7 +129,7 @@ class FeatureNetwork:
 
 
 def default_features(images: Images) -> FeatureNetwork:
-    """What images are judged with if nothing else is asked: a classifier trained on the spot.
+    """The features that images are judged by if no others are given: a classifier trained now.
 
     Without labels, the first principal components of the training images. The seed is fixed, so that all
     runs on a data set are judged alike.
@@ -224,7 +224,7 @@ def at_most(images: Tensor, n: int) -> Tensor:
 def nearest_images(network: FeatureNetwork, images: Tensor, among: Tensor) -> Tensor:
     """For each image the one nearest to it in features, (n, channels, side, side) in [-1, 1].
 
-    Samples beside the training images nearest to them show whether any was learned by heart.
+    Samples beside the training images nearest to them show whether the model has memorised any.
 
     Args:
         network: what is compared in.

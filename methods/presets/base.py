@@ -1,4 +1,4 @@
-"""What a preset is: one experiment as a typed configuration that says where it is from."""
+"""`Preset`: one experiment as a typed configuration that names its source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

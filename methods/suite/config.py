@@ -175,8 +175,8 @@ class SuiteConfig(BaseModel, frozen=True, extra="forbid"):
         """All cells in order.
 
         Args:
-            only: names of data, models and methods to restrict the suite to; of a kind of which none is
-                named, all are meant.
+            only: names of data, models and methods to restrict the suite to. Where it names no data, all
+                data are meant; models and methods likewise.
 
         Raises:
             ValueError: for a name that nothing has, or two cells of the same name.

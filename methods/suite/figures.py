@@ -111,7 +111,9 @@ def _limit(both: "Sequence[Axes]", ends: Sequence[float], ceiling: float | None)
     if not finite:
         return
     top, low = (max(finite) if ceiling is None else ceiling), float(np.quantile(finite, 0.1))
-    room = 2.0 if ceiling is None else 0.9  # a ceiling nobody reaches leaves room above already
+    room = (
+        2.0 if ceiling is None else 0.9
+    )  # a ceiling that no curve reaches leaves room above already
     bottom = low - room * max(top - low, 0.5)
     for axes in both:
         axes.set_ylim(bottom, top + 0.08 * (top - bottom))

@@ -134,7 +134,7 @@ def independent(job: Job) -> float | None:
     What a model has to beat to have learned anything of how columns depend on each other. Binary
     columns have the rate $(\sum_n v_n + 1) / (N + 2)$ (Laplace), so that none is certain; grey rows are
     judged like the machine judges them. Real columns have their mean and variance; `None` where a
-    column is constant, of which a Gaussian has no density.
+    column is constant, because its Gaussian would have no density.
     """
     train, test = job.table.train.double(), job.table.test.double()
     if job.machine.visible_range is not None:

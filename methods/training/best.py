@@ -1,4 +1,4 @@
-"""Which of several evaluated models is the best: by what number, and whether high or low is good."""
+"""Which of several evaluated models is the best: the number that counts, and its direction."""
 
 import math
 import re
@@ -82,7 +82,7 @@ def higher_is_better(name: str) -> bool | None:
 
 
 def read_criterion(text: str) -> Criterion:
-    """The rule that `best` says: "NAME", "highest NAME" or "lowest NAME".
+    """The criterion that `best` states: "NAME", "highest NAME" or "lowest NAME".
 
     Raises:
         ValueError: if it does not say which values are good.
@@ -104,7 +104,7 @@ def read_criterion(text: str) -> Criterion:
 
 
 def criterion_of(best: str | None, found: Iterable[str]) -> Criterion | None:
-    """The rule for evaluations that have these numbers; `None` if none of them is known.
+    """The criterion for evaluations that have these numbers; `None` if none of them is known.
 
     Args:
         best: what was asked for: see `read_criterion`. Without it `frechet` counts, without that

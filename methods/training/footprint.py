@@ -244,7 +244,7 @@ def advice(
     shape: tuple[int, ...],
     there: int | None,
 ) -> str:
-    """What to do about an error of memory: how much was asked, what there is, what would fit.
+    """Advice after memory ran out: how much was asked for, how much there is, what would fit.
 
     Args:
         error: what was raised.

@@ -154,7 +154,7 @@ def check_fields(kind: type[_MODEL], content: Mapping[str, Any]) -> _MODEL:
 
 @cache  # the same file is read several times by one command
 def note(text: str) -> None:
-    """Say something once that is no error."""
+    """Log a message that is no error, once."""
     _log.warning("note: %s", text)
 
 

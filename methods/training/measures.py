@@ -184,7 +184,7 @@ _TRAINING = {
 
 
 def direction_of(name: str) -> Literal["low", "high"] | None:
-    """Whether low or high values of a number of `evaluate` are good; `None` for a stranger."""
+    """Whether low or high values of a number of `evaluate` are good; `None` for an unknown one."""
     measure = _MEASURES.get(name)
     return None if measure is None else measure.better
 

@@ -234,7 +234,7 @@ class Run:
         Args:
             save: writes the model into a folder.
             record: the evaluation that made it the best.
-            rule: by which it is, in words.
+            rule: by which it is the best, in words.
         """
         self._mend_best()
         fresh, old = self._beside_best()
@@ -299,7 +299,7 @@ def _second_name(path: Path, name: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on beside its configuration."""
+    """What the numbers of a run depend on besides its configuration."""
     return {
         "bilevel": bilevel.__version__,
         "torch": torch.__version__,

@@ -17,7 +17,7 @@ class DataShape(BaseModel, extra="allow", strict=True):
 
 @final
 class Notes(BaseModel, extra="allow", strict=True):
-    """What whoever started the run noted of it."""
+    """What the caller of `fit` noted of the run."""
 
     data: str | None = None
     data_options: dict[str, bool | int | float | str | None] = Field({})

@@ -134,7 +134,7 @@ def refuse_idle(
     levels: int,
     own_optimizers: bool = False,
 ) -> None:
-    """Refuse settings that would change nothing, so that nobody waits for their effect.
+    """Refuse settings that would change nothing: their effect would be waited for in vain.
 
     One that has its usual value is let pass: a whole configuration may be given.
 

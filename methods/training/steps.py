@@ -1,4 +1,4 @@
-"""`training_steps`: the steps of a training with the settings of `Training`, none of them taken yet."""
+"""`training_steps`: the steps of a training with the settings of `Training`."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""`Trainable`: what training asks of a model, whichever class it has."""
+"""`Trainable`: what training asks of a model, whatever its class."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
