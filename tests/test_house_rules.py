@@ -208,6 +208,18 @@ def test_every_room_of_the_methods_imports_from_below_only() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_page_of_the_rooms_tells_the_truth() -> None:
+    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:bilevel|methods|benchmarks|docs)/[\w./]*)`", page)
+    paths = [ROOT / name for name in named if "NAME" not in name and "COMMAND" not in name]
+    assert not [path for path in paths if not path.exists()]
+    table = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    told = [line.split("|")[2] for line in table]
+    assert len(told) == len(FLOORS)
+    for rooms, line in zip(FLOORS, told, strict=True):
+        assert all(room.removeprefix("a ") in line for room in rooms), f"{rooms} and {line}"
+
+
 def public_modules() -> Iterator[str]:
     for path in python_files(*PACKAGES):
         parts = path.with_suffix("").parts

@@ -1,4 +1,4 @@
-"""The command line: strings become objects here and nowhere else."""
+"""The command line: one module per command."""
 
 import os
 import sys
