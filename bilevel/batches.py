@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import optree
 import torch
@@ -25,6 +25,7 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@final
 class Batches:
     """Minibatches of tensors held in memory, in a fresh random order every epoch.
 
@@ -115,6 +116,7 @@ class Batches:
         self._position = state["position"]
 
 
+@final
 class Nothing:
     """The source of problems that need no data: every batch is `None`."""
 
@@ -144,11 +146,7 @@ def sources_of(data: Any, upper_data: Any, batch_size: Any, seed: int) -> dict[s
     sources = {"data": as_source("data", data, batch_size, seed)}
     if upper_data is not None:
         sources["upper_data"] = as_source("upper_data", upper_data, batch_size, seed + 1)
-    given = (data, upper_data)
-    ours = [
-        s for s in sources.values() if isinstance(s, Batches) and all(s is not g for g in given)
-    ]
-    if batch_size is not None and not ours:
+    if batch_size is not None and not any(_has_rows(given) for given in (data, upper_data)):
         what = "there are no data" if data is None else "the data come in batches already"
         raise ValueError(
             f"`batch_size` is {batch_size}, but {what}; set it where they are made "
@@ -176,9 +174,7 @@ def as_source(name: str, data: Any, batch_size: int | None, seed: int) -> Source
         raise TypeError(f"`{name}` {_WANTED}; got {shown(data)}")
     if isinstance(data, Source):
         return data
-    rows = not isinstance(data, (list, deque, set, frozenset))
-    leaves = optree.tree_leaves(data)
-    if rows and leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+    if _has_rows(data):
         return Batches(data, batch_size, seed=seed)
     single = hasattr(data, "__getitem__") or isinstance(data, (set, frozenset, Mapping))
     loader = isinstance(data, Iterable) and (isinstance(data, DataLoader) or not single)
@@ -186,6 +182,14 @@ def as_source(name: str, data: Any, batch_size: int | None, seed: int) -> Source
         raise TypeError(f"`{name}` {_WANTED}; got {shown(data)}. {_advice(data)}")
     stateful = all(callable(getattr(data, n, None)) for n in ("state_dict", "load_state_dict"))
     return Stateful(data) if stateful else Repeated(data)
+
+
+def _has_rows(data: Any) -> bool:
+    """Whether data are tensors that batches can be cut from, rather than batches."""
+    if isinstance(data, (type, Source, list, deque, set, frozenset)):
+        return False
+    leaves = optree.tree_leaves(data)
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 _WANTED = "must be a pytree of tensors, a `DataLoader` (or another iterable of batches), or `None`"

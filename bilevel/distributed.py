@@ -18,7 +18,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
@@ -135,6 +135,7 @@ def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [averaged[i] for i in range(len(tensors))]
 
 
+@final
 class _MeanOverRanks(torch.autograd.Function):
     """The average of a vector over the ranks; linear and symmetric, so its own derivative."""
 

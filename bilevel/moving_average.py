@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from bilevel.problem import Problem
 
 
+@final
 class _Detaching(TorchFunctionMode):
     """Lets tensors with a graph be copied: what a pruned or normed layer computed at its last call."""
 

@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, final
 
 import numpy as np
 import optree
@@ -32,6 +32,7 @@ class Scheduler(Protocol):
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler]
 
 
+@final
 @dataclass(frozen=True)
 class LevelUpdate:
     """How the variables of one level are updated from their gradient.

@@ -17,7 +17,7 @@ A solver touches nothing else. Whatever must be done alike by every solver is do
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from bilevel.tree import Layout, Tree
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
 
 
+@final
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation of a loss: its value, what it logged and the buffers it left behind."""
@@ -46,6 +47,7 @@ class Evaluation:
     buffers: Tree
 
 
+@final
 @dataclass(frozen=True)
 class Linearization:
     """The lower gradient at a point and products with its derivatives (one graph, many products).
@@ -64,6 +66,7 @@ class Linearization:
     layout: Layout
 
 
+@final
 class Hessian:
     """The second derivative of the lower loss at a point: products with it, and all of it.
 
@@ -117,6 +120,7 @@ class Hessian:
         return mean_over_ranks([torch.cat(filled, dim=1)])[0].mT
 
 
+@final
 class Oracles:
     """A problem bound to one upper batch and to the lower batches of one hypergradient.
 

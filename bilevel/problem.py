@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, cast, final
 
 import optree
 import torch
@@ -260,14 +260,17 @@ class Variables(nn.Module):
 
     def tensors(self) -> dict[str, Any]:
         """The tensors as they are now, nested as they were given."""
-        held = {**self._modules, **self._parameters, **self._buffers}
-        values = {key: held[key] for key in self._order}
-        return {k: v.tensors() if isinstance(v, Variables) else v for k, v in values.items()}
+        nested = {key: cast(Variables, module).tensors() for key, module in self._modules.items()}
+        held = {**nested, **self._parameters, **self._buffers}
+        return {key: held[key] for key in self._order}
 
 
 @final
 class FunctionProblem(Problem):
     """What `Problem.from_functions` returns."""
+
+    upper: Variables
+    lower: Variables
 
     def __init__(
         self,
@@ -282,15 +285,10 @@ class FunctionProblem(Problem):
         self._losses = {"upper": upper_loss, "lower": lower_loss}
 
     def upper_loss(self, batch: Any) -> Loss:
-        return self._evaluate("upper", batch)
+        return self._losses["upper"](self.upper.tensors(), self.lower.tensors(), batch)
 
     def lower_loss(self, batch: Any) -> Loss:
-        return self._evaluate("lower", batch)
-
-    def _evaluate(self, level: Level, batch: Any) -> Loss:
-        assert isinstance(self.upper, Variables)
-        assert isinstance(self.lower, Variables)
-        return self._losses[level](self.upper.tensors(), self.lower.tensors(), batch)
+        return self._losses["lower"](self.upper.tensors(), self.lower.tensors(), batch)
 
 
 def refuse_no_problem(problem: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class PowerIteration(Protocol):
     n_power_iterations: int
 
 
+@final
 @dataclass(frozen=True)
 class Finding:
     """A layer whose higher derivatives need care.
@@ -161,6 +162,7 @@ def differentiable_twice(module: nn.Module, who: str) -> None:
         raise ValueError(f"`{who}` differentiates the lower loss twice, but {wrong[0]}")
 
 
+@final
 class _Held:
     """A context that begins with the first thread that enters it and ends with the last that leaves."""
 

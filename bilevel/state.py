@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import optree
 import torch
@@ -24,6 +24,7 @@ from bilevel.optimizers import LevelUpdate, Scheduler
 from bilevel.problem import Level, Problem
 
 
+@final
 class State:
     """The whole state of a training run, as live references.
 
@@ -106,10 +107,11 @@ class State:
         before = copy.deepcopy(self.state_dict())
         try:
             self._load(state)
+        except CheckpointError:
+            self._load(before)
+            raise
         except Exception as error:  # whatever does not fit, the run must not be left half loaded
             self._load(before)
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
 
     def _load(self, state: dict[str, Any]) -> None:

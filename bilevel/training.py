@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
 
 
+@final
 @dataclass(frozen=True)
 class Step:
     """What `train` yields after each upper step; tensors stay on the device.

@@ -1,6 +1,7 @@
 """Trees: dictionaries of named tensors, and the same numbers as one long vector."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ def _same_names(a: Tree, b: Tree) -> None:
         raise ValueError(f"the two trees have different names: {odd} is in one of them only")
 
 
+@final
 class Layout:
     """How a list of tensors lies in one vector: `ravel` lays it out, `unravel` cuts it up again.
 

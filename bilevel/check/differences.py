@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _LEAST = 2.0**-40  # the smallest
 _SHRINK = 16  # times that the first step is shortened where the function is not finite
 
 
+@final
 @dataclass(frozen=True)
 class Estimate:
     """A derivative along one direction.
@@ -47,6 +49,7 @@ class Estimate:
     bend: float
 
 
+@final
 class Ladder:
     """Differences of one function of one number at smaller and smaller steps.
 

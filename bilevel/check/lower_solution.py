@@ -1,5 +1,7 @@
 """The lower minimum to machine precision, for the check of solvers that claim its derivative."""
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,7 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
     return level.tree(point), level.tree(step)
 
 
+@final
 class _Level:
     """The lower loss as a function of one vector."""
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from bilevel.solvers import Solver, UnrolledSteps
 from bilevel.tree import Tree
 
 
+@final
 class Site:
     """A problem's own modules, into which numbers are written.
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ _SURE = 3.0  # uncertainties that a difference must exceed to count
 _GROSS = 0.1  # relative error of a single entry that no approximation excuses
 
 
+@final
 @dataclass(frozen=True)
 class VariableCheck:
     """How the answer for one upper variable compares with the truth.
@@ -45,6 +46,7 @@ class VariableCheck:
     entry: int | None = None
 
 
+@final
 @dataclass(frozen=True)
 class HypergradientCheck:
     """How a solver's hypergradient compares with the truth.

@@ -37,6 +37,7 @@ _FEW = 4  # of them for the same tensors: what changes in every step needs anoth
 _TWO = 2  # of them for the same but for a float in the batch, which seldom has few values
 
 
+@final
 class _Key(NamedTuple):
     """What tells one graph from another before Python's values are looked at."""
 
@@ -47,6 +48,7 @@ class _Key(NamedTuple):
     modes: tuple[Any, ...]
 
 
+@final
 @dataclass(eq=False)
 class _Graph:
     """A compiled graph, what it takes for granted, and its answer.

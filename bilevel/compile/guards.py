@@ -35,6 +35,7 @@ _ELSEWHERE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_se
 _MISSING = object()
 
 
+@final
 class _Same:
     """Equal to itself only, as tensors and functions are here."""
 

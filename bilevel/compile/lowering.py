@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ _LOOKS = {"item", "tolist", "numpy", "__array__", "__dlpack__"} | {
 }
 
 
+@final
 class _Looks(TorchFunctionMode):
     """Notices where a function takes a value out of torch.
 
@@ -54,6 +55,7 @@ class _Looks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@final
 @dataclass
 class Lowered:
     """A compiled function and the tensors it reads and writes beside its arguments.

@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bilevel.refusals import positive as positive
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
 
+@final
 class LinearSolution(NamedTuple):
     """What a linear solver returns; on failure `value` is the best iterate it can offer.
 

@@ -159,6 +159,7 @@ class ConjugateGradient(LinearSolver):
         return _Walk(torch.where(flat, best, w), steps, negative, flat)
 
 
+@final
 class _Walk(NamedTuple):
     """Where steps of the recursion led, and what kind of direction ended it."""
 

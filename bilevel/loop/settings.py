@@ -1,12 +1,14 @@
 """`TurnSettings`: how the turns of a run go."""
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 
 from bilevel.oracles import usable_precision
 
 
+@final
 @dataclass(frozen=True)
 class TurnSettings:
     """How the turns of a run go; what the arguments of `train` of the same names say.

@@ -25,6 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@final
 class LowerOutcome(NamedTuple):
     """What a lower step found: the loss before it, the norm of its gradient, what it logged."""
 

@@ -17,6 +17,7 @@ from bilevel.solvers import Hypergradient, Solver
 from bilevel.state import State
 
 
+@final
 class Term(NamedTuple):
     """A number that is watched in training: its name, and whether a loss logged it."""
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ _GROWTH = 1e8
 """How many times what it was at first, and 1, a loss may become before it is remarked."""
 
 
+@final
 class Watch:
     """Looks at many steps at once, and still names the first step and term.
 

@@ -11,7 +11,7 @@ import random
 import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ def refuse_shared_upper(oracles: Oracles) -> None:
         )
 
 
+@final
 @dataclass(frozen=True)
 class _Trial:
     """A loss and its gradient."""
@@ -105,6 +106,7 @@ class _Trial:
         return float(difference) / scale if difference > 0 else 0.0
 
 
+@final
 class _Examination:
     """One loss of a problem, evaluated twice, and more often where the two do not agree."""
 
@@ -269,6 +271,7 @@ class _Examination:
             yield
 
 
+@final
 class _Outside:
     """What a loss may use beside its arguments, as it was."""
 

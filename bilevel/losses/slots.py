@@ -1,5 +1,7 @@
 """`Slots`: where the modules of a problem hold its variables and buffers, found by one walk."""
 
+from typing import final
+
 import torch
 from torch import nn
 
@@ -8,6 +10,7 @@ from bilevel.problem import Level, Problem
 from bilevel.tree import Tree
 
 
+@final
 class Slots:
     """The places in which a problem's modules hold their tensors.
 

@@ -12,7 +12,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ def undisturbed() -> Iterator[None]:
             _lent = before
 
 
+@final
 class _Current(threading.local):
     """The substitution whose code this thread runs."""
 
@@ -49,6 +50,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
+@final
 class Substitution:
     """Values for the variables of a problem, and copies of its buffers.
 

@@ -32,6 +32,7 @@ from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
 
 
+@final
 @dataclass(frozen=True)
 class Stats:
     """What a hypergradient tells about itself; scalars stay on the device, `None` is "not computed".
@@ -57,6 +58,7 @@ class Stats:
     unreached: tuple[str, ...] = ()
 
 
+@final
 @dataclass(frozen=True)
 class Hypergradient:
     """The record a solver returns; nothing is written into the problem.
@@ -95,6 +97,7 @@ _as_tree(Stats)
 _as_tree(Hypergradient)
 
 
+@final
 class ResponseProduct(NamedTuple):
     """The product (dy_hat/dx)^T v and what is known about it."""
 
@@ -106,6 +109,7 @@ class ResponseProduct(NamedTuple):
     state: Any = None
 
 
+@final
 class Response(NamedTuple):
     """The lower answer a solver takes the upper loss at, and its derivative.
 
@@ -120,6 +124,7 @@ class Response(NamedTuple):
     lower_residual: Tensor | None = None
 
 
+@final
 class UnrolledSteps(NamedTuple):
     """Optimizer steps whose end a solver takes for the lower level's answer.
 

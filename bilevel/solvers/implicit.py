@@ -19,13 +19,38 @@ import torch
 from torch import Tensor
 
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
-from bilevel.linear.base import in_own_units, outcome, relative
+from bilevel.linear.base import Operator, in_own_units, outcome, relative
 from bilevel.optimizers import Optimizers
-from bilevel.oracles import Linearization, Oracles
+from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, ResponseProduct, Solver
 from bilevel.tree import Tree, norm
 
 LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class _Given(LinearSolver):
+    """A function of the user's own that solves a linear system."""
+
+    function: LinearFunction
+
+    def solve(
+        self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
+    ) -> LinearSolution:
+        value = self.function(operator, rhs)
+        if not isinstance(value, Tensor) or value.shape != rhs.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"`linear_solver` must return a vector of shape {tuple(rhs.shape)}, as its second "
+                f"argument is, got {got}"
+            )
+        own, unit = in_own_units(rhs)
+        missing = torch.linalg.vector_norm(own - operator(value / unit))
+        residual = relative(missing, torch.linalg.vector_norm(own))
+        # truncated on purpose or not, an answer must be better than zero, which leaves exactly |b|
+        nearly = 1 - torch.finfo(rhs.dtype).eps ** 0.5
+        return LinearSolution(value, outcome(residual, nearly), residual, num_products=1)
 
 
 @final
@@ -67,7 +92,7 @@ class Implicit(Solver):
         return 1
 
     def approximates(self) -> bool:
-        return isinstance(self.linear_solver, LinearSolver) and self.linear_solver.approximate
+        return self._solver().approximate
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         if isinstance(self.linear_solver, type):  # callable, as a function of the user's own is
@@ -76,40 +101,24 @@ class Implicit(Solver):
         return oracles.differentiated_twice(type(self).__name__)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        lower = oracles.lower
+        lower, solver = oracles.lower, self._solver()
         linear = oracles.linearize_lower(oracles.upper, lower)
 
         def vjp(cotangent: Tree) -> ResponseProduct:
-            solution = self._solve(linear, cotangent, state)
+            rhs = linear.layout.ravel(list(cotangent.values()))
+            solution = solver.solve(linear.hessian, rhs, guess=state)
             product = {name: -g for name, g in linear.cross(solution.value).items()}
-            warm = isinstance(self.linear_solver, LinearSolver) and self.linear_solver.warm_start
             return ResponseProduct(
                 product,
                 result=solution.result,
                 linear_residual=solution.residual,
                 negative_curvature=solution.negative_curvature,
                 num_products=solution.num_products,
-                state=solution.value if warm else None,
+                state=solution.value if solver.warm_start else None,
             )
 
         return Response(lower, vjp, lower_residual=norm([linear.gradient]))
 
-    def _solve(
-        self, linear: Linearization, cotangent: Tree, guess: Tensor | None
-    ) -> LinearSolution:
-        rhs = linear.layout.ravel(list(cotangent.values()))
-        if isinstance(self.linear_solver, LinearSolver):
-            return self.linear_solver.solve(linear.hessian, rhs, guess=guess)
-        value = self.linear_solver(linear.hessian, rhs)
-        if not isinstance(value, Tensor) or value.shape != rhs.shape:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise TypeError(
-                f"`linear_solver` must return a vector of shape {tuple(rhs.shape)}, as its second "
-                f"argument is, got {got}"
-            )
-        own, unit = in_own_units(rhs)
-        missing = torch.linalg.vector_norm(own - linear.hessian(value / unit))
-        residual = relative(missing, torch.linalg.vector_norm(own))
-        # truncated on purpose or not, an answer must be better than zero, which leaves exactly |b|
-        nearly = 1 - torch.finfo(rhs.dtype).eps ** 0.5
-        return LinearSolution(value, outcome(residual, nearly), residual, num_products=1)
+    def _solver(self) -> LinearSolver:
+        given = self.linear_solver
+        return given if isinstance(given, LinearSolver) else _Given(given)

@@ -1,7 +1,7 @@
 """One unrolling of `Unrolled`: the steps of a twin, and their products in each mode."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 from weakref import WeakKeyDictionary
 
 import optree
@@ -33,6 +33,7 @@ _VERIFIED_STEPS = 3
 _VERIFIED: WeakKeyDictionary[Problem, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
+@final
 class Unrolling:
     """One unrolling: the iterates of a twin at the oracles' upper variables."""
 

@@ -4,7 +4,7 @@ import inspect
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import FunctionType
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, final, runtime_checkable
 
 import optree
 import torch
@@ -23,6 +23,7 @@ class Transformation(Protocol):
     update: Any
 
 
+@final
 class TransformationTwin(Twin):
     """Starts a transformation afresh at the given variables.
 
@@ -65,6 +66,7 @@ def _may_vanish(gradients: Tree) -> bool:
     return not all(s.device.type == "cpu" and bool(s.all()) for s in squares)
 
 
+@final
 class _SafeSqrt(TorchFunctionMode):
     """Replaces the square roots inside an optimizer's update by `safe_sqrt`.
 

@@ -13,7 +13,7 @@ step costs a dozen kernels however many tensors the level has.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ State: TypeAlias = dict[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, State, dict[str, Any]], tuple[Tensor, State]]
 
 
+@final
 @dataclass(frozen=True)
 class _Cell:
     """Variables that one rule moves together as one vector."""
@@ -41,6 +42,7 @@ class _Cell:
     state: State
 
 
+@final
 class RunningTwin(Twin):
     """Branches from the current state of running optimizers; they are read, never stepped.
 
