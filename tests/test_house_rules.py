@@ -1,11 +1,13 @@
 """Rules of the house that no linter knows: sizes, who may import whom, what may not be written."""
 
 import ast
+import enum
 import importlib.util
 import inspect
 import re
 import shutil
 import subprocess
+import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,7 @@ def python_files(*rooms: str) -> list[Path]:
     return [path for path in project_files() if path.suffix == ".py" and path.parts[0] in rooms]
 
 
+@cache
 def syntax(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
 
@@ -218,6 +221,149 @@ def test_the_page_of_the_rooms_tells_the_truth() -> None:
     assert len(told) == len(FLOORS)
     for rooms, line in zip(FLOORS, told, strict=True):
         assert all(room.removeprefix("a ") in line for room in rooms), f"{rooms} and {line}"
+
+
+# ---------------------------------------------------------------- classes: abstract or final
+
+RULED = ("bilevel",)  # packages whose classes obey; `methods` joins when its last chain is gone
+NOT_RULED = ("bilevel.methods", "bilevel.cli")  # rooms of them that do not yet
+HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
+    "Problem": {"draw", "draw_lower", "share", "shard", "best_response", "optimizers"},
+    "Solver": {"context", "check", "num_lower_batches", "unrolled_steps", "approximates"},
+}
+ASKED_FOR_ITS_CLASS = {  # "file: class", why nobody could be asked instead; this list only shrinks
+    "bilevel/compile/guards.py: _Same": "`==` with whatever it is compared with",
+    "bilevel/moved.py: _Moved": "finders of others stand in the same list",
+    "bilevel/problem.py: Problem": "an argument: the refusal says what to give",
+    "bilevel/training.py: LinearSolver": "an argument: the refusal says what to give",
+    "bilevel/training.py: Solver": "an argument: the refusal says what to give",
+    "bilevel/solvers/implicit.py: LinearSolver": "the argument may be a function",
+    "bilevel/second_order.py: SyncBatchNorm": "a user's layers are looked at, torch's among them",
+    "bilevel/sync_batch_norm.py: SyncBatchNorm": "a user's layers are replaced, torch's among them",
+    "bilevel/batches.py: hasattr": "data of the user's",
+    "bilevel/loaders.py: hasattr": "samplers of the user's",
+    "bilevel/optimizers.py: hasattr": "an argument, of torch or torchopt",
+    "bilevel/twins/functional.py: hasattr": "torchopt has no class for a chain",
+}
+
+
+@cache
+def ruled_files() -> dict[Path, ModuleType]:
+    """The modules under the rules about classes, by their files."""
+    found = {}
+    for path in python_files(*{package.split(".")[0] for package in RULED}):
+        parts = path.with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        name = ".".join(parts if parts[0] == "bilevel" else ("bilevel", *parts))
+        if parts[-1] != "__main__" and not any(within(name, room) for room in NOT_RULED):
+            found[path] = importlib.import_module(name)
+    return found
+
+
+def is_ours(kind: object) -> bool:
+    """Whether it is a class of the project that somebody could derive from."""
+    return (
+        inspect.isclass(kind)
+        and within(kind.__module__, "bilevel")
+        and not getattr(kind, "_is_protocol", False)
+        and not issubclass(kind, BaseException | enum.Enum)
+    )
+
+
+def our_classes() -> list[type]:
+    found = {
+        member
+        for module in ruled_files().values()
+        for member in vars(module).values()
+        if is_ours(member) and member.__module__ == module.__name__
+    }
+    return sorted(found, key=lambda kind: (kind.__module__, kind.__qualname__))
+
+
+def test_a_class_is_abstract_or_final() -> None:
+    wrong = [
+        f"{kind.__module__}.{kind.__qualname__} is neither: give it `@final`, or what it lacks"
+        for kind in our_classes()
+        if not inspect.isabstract(kind) and not getattr(kind, "__final__", False)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_method_overrides_a_concrete_one() -> None:
+    wrong = []
+    for kind in our_classes():
+        for base in filter(is_ours, kind.__mro__[1:]):
+            for name in vars(kind).keys() & vars(base).keys():
+                theirs, mine = vars(base)[name], vars(kind)[name]
+                code = inspect.isroutine(mine) or isinstance(mine, property | classmethod)
+                made_for_it = name in HOOKS.get(base.__name__, set())
+                abstract = getattr(theirs, "__isabstractmethod__", False)
+                if code and not abstract and not made_for_it and theirs is not mine:
+                    where = f"{kind.__module__}.{kind.__qualname__}.{name}"
+                    wrong.append(f"{where} overrides that of `{base.__name__}`")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_method_is_called_past_its_object() -> None:
+    """`Base.method(self, ...)` is a `super()` in disguise."""
+    wrong = []
+    for path, module in ruled_files().items():
+        for node in ast.walk(syntax(path)):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            first = node.args[0] if node.args else None
+            passed = isinstance(first, ast.Name) and first.id == "self"
+            if passed and any(map(is_ours, meant(node.func.value, module))):
+                wrong.append(f"{path}:{node.lineno} {ast.unparse(node.func)}(self, ...)")
+    assert not wrong, "\n".join(wrong)
+
+
+def meant(expression: ast.expr, module: ModuleType) -> list[object]:
+    """The classes that an expression of a module names: one, a tuple or a union of them."""
+    try:
+        value = eval(ast.unparse(expression), dict(vars(module)))
+    except (NameError, AttributeError, TypeError):  # it names something local
+        return []
+    waiting, found = [value], []
+    while waiting:
+        one = waiting.pop()
+        parts = one if isinstance(one, tuple) else typing.get_args(one)
+        waiting += parts
+        found += [] if parts else [one]
+    return found
+
+
+def class_tests(path: Path, module: ModuleType) -> Iterator[tuple[int, str]]:
+    """Line and class (or "hasattr") of every place that asks an object what it is."""
+    for node in ast.walk(syntax(path)):
+        kinds: list[object] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "hasattr":
+                yield node.lineno, "hasattr"
+            elif node.func.id in ("isinstance", "issubclass"):
+                kinds = meant(node.args[1], module)
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(ast.unparse(side).startswith("type(") for side in sides):
+                kinds = [kind for side in sides for kind in meant(side, module)]
+                if any(ast.unparse(side).endswith(").__name__") for side in sides):
+                    yield node.lineno, "__name__"
+        elif isinstance(node, ast.MatchClass):
+            kinds = meant(node.cls, module)
+        for kind in filter(is_ours, kinds):
+            yield node.lineno, getattr(kind, "__name__", "")
+
+
+def test_objects_are_asked_not_their_class() -> None:
+    found = [
+        (f"{path}: {what}", line)
+        for path, module in ruled_files().items()
+        for line, what in class_tests(path, module)
+    ]
+    wrong = [f"{where}, line {line}" for where, line in found if where not in ASKED_FOR_ITS_CLASS]
+    assert not wrong, "ask the object, not for its class:\n" + "\n".join(wrong)
+    stale = ASKED_FOR_ITS_CLASS.keys() - {where for where, _ in found}
+    assert not stale, f"take these from `ASKED_FOR_ITS_CLASS`: {sorted(stale)}"
 
 
 def public_modules() -> Iterator[str]:
