@@ -545,7 +545,7 @@ def test_every_error_that_takes_more_than_a_message_is_among_those_tried() -> No
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_travel_with_message_attributes_and_notes(name: str) -> None:
     """They could not be unpickled; a process pool broke and all its results were lost."""
-    error = ERRORS[name]()
+    error = first = ERRORS[name]()
     if not hasattr(error, "__notes__"):
         error.add_note("a note")
     for _ in range(2):
@@ -557,10 +557,10 @@ def test_errors_travel_with_message_attributes_and_notes(name: str) -> None:
             if attribute != "hypergradient":
                 assert getattr(back, attribute) == value
         error = back
-    if isinstance(error, HypergradientError):
+    if isinstance(first, HypergradientError):
         assert isinstance(back, HypergradientError)
-        assert torch.equal(back.hypergradient.grad["x"], error.hypergradient.grad["x"])
-        assert back.hypergradient.result is error.hypergradient.result
+        assert torch.equal(back.hypergradient.grad["x"], first.hypergradient.grad["x"])
+        assert back.hypergradient.result is first.hypergradient.result
         assert not back.hypergradient.grad["x"].requires_grad
 
 

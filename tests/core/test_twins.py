@@ -306,7 +306,7 @@ def test_every_step_uses_its_own_batch(mode: Any) -> None:
     torch.testing.assert_close(half.grad["x"], torch.full((2,), expected).double())
 
 
-def test_pack_and_unpack_are_transposes() -> None:
+def test_unpack_inverts_pack() -> None:
     problem = Quadratic()
     optimizer = SGD(problem.lower.parameters(), 0.1)
     lower = problem.variables("lower")

@@ -285,15 +285,6 @@ def test_a11_opposite_terms_cancel():
     torch.testing.assert_close(lower + upper, weighted, rtol=0, atol=1e-12)
 
 
-def test_a12_importance_ratio():
-    energies = table(7)[:, 0]
-    p = (-energies).softmax(0)
-    bias = (-energies).exp() / (Q * (-energies).exp()).sum()
-    basic = (p * Q).sum() / Q
-    torch.testing.assert_close(basic * bias, p / Q, rtol=0, atol=1e-12)
-    assert (Q * basic * bias).sum() == pytest.approx(1, abs=1e-12)
-
-
 @pytest.mark.parametrize("bias", ["none", "sigmoid"])
 def test_a12_the_ratio_the_loss_uses(bias):
     model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=4, ratio=0.05, ratio_bias=bias)

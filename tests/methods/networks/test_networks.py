@@ -207,6 +207,7 @@ def test_heads_and_norms_stay_in_float32_under_autocast(network):
     net = small(network).float().eval()
     v = images(dtype=torch.float32)
     weights = [m.weight.clone() for m in net.modules() if hasattr(m, "parametrizations")]
+    assert bool(weights) == (network is not Posterior)
     exact = net(v)
     with torch.autocast("cpu", torch.bfloat16):
         rough = net(v)
