@@ -24,18 +24,21 @@ entropy of this q is that of its noise, whatever G is: with $\sigma$ fixed, $E_q
 no auxiliary is needed, and all that G descends is $E_q[E]$.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from bilevel.methods.eblvm import Statistics, chunked, chunked_distribution
-from bilevel.methods.learner import ModelLearner, Start, check_pairs, refuse_chains
-from bilevel.methods.machines import LatentVariableModel
-from bilevel.methods.machines.base import check_dim
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import as_machine
+from bilevel.methods.models.evaluating import Statistics
+from bilevel.methods.models.machine import MachineModel
+from bilevel.methods.models.undecoupled import Undecoupled
+from bilevel.methods.networks.build import build
 from bilevel.methods.networks.convolutional import Generator, JointEnergy, Posterior, channels_of
-from bilevel.methods.training.settings import one_of
+from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -46,9 +49,7 @@ from bilevel.methods.variational import (
     VariationalPosterior,
 )
 from bilevel.problem import Loss
-
-ENERGY_SAMPLES = 10
-"""Draws of the bound that `AdvIL.energy` is where there is no free energy."""
+from bilevel.refusals import one_of
 
 
 class Batch(NamedTuple):
@@ -60,7 +61,7 @@ class Batch(NamedTuple):
 
 
 @final
-class AdvIL(ModelLearner):
+class AdvIL(EBLVM):
     r"""Adversarial variational inference and learning of a Boltzmann machine or another energy.
 
     One upper step moves the energy; of the `lower_steps` that follow, all move the sampler and the
@@ -99,7 +100,7 @@ class AdvIL(ModelLearner):
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {
-        **ModelLearner.training_defaults,
+        **MACHINE_DEFAULTS,
         "num_steps": 3000,
         "batch_size": 100,
         "upper_lr": 5e-3,
@@ -110,7 +111,7 @@ class AdvIL(ModelLearner):
         "log_every": 100,
         "checkpoint_every": 1000,
     }
-    latent_dim: int  # of images
+    latent_model: MachineModel | Undecoupled
 
     def __init__(
         self,
@@ -122,23 +123,27 @@ class AdvIL(ModelLearner):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
-        if not isinstance(model, LatentVariableModel):
-            if posterior is None or joint is None:
-                raise ValueError(
-                    f"`AdvIL` has no default encoder and sampler for a `{type(model).__name__}`; give "
-                    "both, such as `GaussianPosterior(network, latent_dim)` and `GaussianJoint(...)`, "
-                    "or a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`)"
-                )
-            self.upper = nn.ModuleDict({"model": model})
-            self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
-            return
-        own = posterior is not None or joint is not None
-        if posterior is None:
-            posterior = BernoulliPosterior.for_model(model, temperature=temperature)
-        if joint is None:
-            joint = HierarchicalJoint.for_model(model, prior=prior, temperature=temperature)
-        options = None if own else {"prior": prior, "temperature": temperature}
-        self.hold(model, {"posterior": posterior, "joint": joint}, options)
+        machine, plain = as_machine(model), posterior is None and joint is None
+        if machine is not None:
+            if posterior is None:
+                posterior = BernoulliPosterior.for_model(machine, temperature=temperature)
+            if joint is None:
+                joint = HierarchicalJoint.for_model(machine, prior=prior, temperature=temperature)
+            self.latent_model = MachineModel.of(machine, posterior, joint)
+            options = {"prior": prior, "temperature": temperature}
+            self.recipe = {"model": machine.recipe, **options} if plain else None
+        elif posterior is not None and joint is not None:
+            self.latent_model = Undecoupled(
+                Visibles(), network=model, encoder=posterior, sampler=joint, at_once=500
+            )
+        else:
+            raise ValueError(
+                f"`AdvIL` has no default encoder and sampler for a `{type(model).__name__}`; give "
+                "both, such as `GaussianPosterior(network, latent_dim)` and `GaussianJoint(...)`, "
+                "or a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`)"
+            )
+        self.upper = nn.ModuleDict({"model": model})
+        self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
 
     @classmethod
     def for_images(
@@ -172,16 +177,22 @@ class AdvIL(ModelLearner):
         """
         one_of("statistics", statistics, ("running", "batch"))
         narrow = channels_of(width, latent_dim, 3 / 4)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            energy: nn.Module = JointEnergy(shape, latent_dim, channels_of(width))
-            posterior = GaussianPosterior(Posterior(shape, latent_dim, narrow), latent_dim)
-            generator = Generator(shape, latent_dim, narrow)
-        energy = _Proper(energy) if proper else energy
-        model = cls(energy, posterior, GaussianJoint(generator, latent_dim, shape, sigma))
-        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
-        model.visible_shape, model.visible_range = shape, (-1.0, 1.0)
-        model.statistics, model.latent_dim = statistics, latent_dim
+
+        def networks() -> nn.ModuleList:
+            energy = JointEnergy(shape, latent_dim, channels_of(width))
+            encoder = Posterior(shape, latent_dim, narrow)
+            return nn.ModuleList([energy, encoder, Generator(shape, latent_dim, narrow)])
+
+        energy, encoder, generator = build(networks, seed)
+        model = cls(
+            _Proper(energy) if proper else energy,
+            GaussianPosterior(encoder, latent_dim),
+            GaussianJoint(generator, latent_dim, shape, sigma),
+        )
+        model.latent_model = replace(
+            model.latent_model, visibles=Visibles(shape, (-1.0, 1.0)), latent_dim=latent_dim
+        )
+        model.statistics = statistics
         sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "sigma": sigma}
         model.recipe = {**sizes, "proper": proper, "seed": seed, "statistics": statistics}
         return model
@@ -189,7 +200,8 @@ class AdvIL(ModelLearner):
     @property
     def sampler(self) -> VariationalJoint:
         """The sampler q(v, h)."""
-        return cast(VariationalJoint, self.lower._modules["joint"])
+        assert self.latent_model.sampler is not None
+        return self.latent_model.sampler
 
     # ------------------------------------------------------------------ the learning problem
 
@@ -234,102 +246,6 @@ class AdvIL(ModelLearner):
         r"""$E_q[E]$ and $E_q[\log q]$, the latter with the auxiliary's bound on the entropy."""
         draws = self.sampler.draws(batch.joint_noise)
         return draws.mean(self._energies(draws)), draws.mean(draws.log_prob)
-
-    # ------------------------------------------------------------------ the trained model
-
-    def _no_machine(self) -> NotImplementedError:
-        return NotImplementedError(
-            f"`{type(self._network).__name__}` is no Boltzmann machine of `bilevel.methods.machines`; "
-            "use `joint_energy(v, h)` and `posterior(v)`"
-        )
-
-    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """E(v, h), differentiable, shape (n,)."""
-        energies: Tensor = self._network(v, h)
-        return energies
-
-    def energy(self, v: Tensor) -> Tensor:
-        r"""The free energy of a machine, exact; of another energy the encoder's bound on it.
-
-        $F(v) \le E_Q[E(v, h) + \log Q(h|v)]$, the term that the encoder descends, from
-        `ENERGY_SAMPLES` draws whose noise is the same for every row and in every call: a function of v.
-        """
-        if self._is_machine:
-            return ModelLearner.energy(self, v)
-        v = self.check(v)
-        generator = torch.Generator(v.device).manual_seed(0)
-        noise = self.encoder.noise(ENERGY_SAMPLES, generator, v)
-
-        def bound(rows: Tensor) -> Tensor:
-            terms = [self.encoder.draws(rows, z.expand(len(rows), *z.shape)) for z in noise]
-            return torch.stack([self._energies(draws) + draws.log_prob for draws in terms]).mean(0)
-
-        with self.evaluating("running"):
-            return chunked(bound, v)
-
-    def sample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        start: Start | None = None,
-        sweeps: int | None = None,
-    ) -> Tensor:
-        """N visibles of the sampler q: by ancestral sampling, of a Gaussian one the means.
-
-        With `start` or `sweeps` they are of the machine itself, by Gibbs sampling; see `ModelLearner`.
-        """
-        check_dim("n", n)
-        if self._is_machine and not (start is None and sweeps is None):
-            return ModelLearner.sample(self, n, generator, start=start, sweeps=sweeps)
-        refuse_chains(start, sweeps)
-        with self.evaluating():
-            if self._is_machine:
-                return self.sampler.sample(n, generator)
-            sizes = [len(part) for part in torch.empty(n).split(500)]  # bounded memory
-            return torch.cat([self.sampler.sample(size, generator) for size in sizes])
-
-    def posterior(self, v: Tensor) -> Distribution:
-        """The posterior of a machine (its mean field with two hidden layers), else Q(h|v)."""
-        if self._is_machine:
-            return ModelLearner.posterior(self, v)
-        with self.evaluating():
-            return chunked_distribution(self.encoder.distribution, self.check(v))
-
-    def reconstruct(self, v: Tensor) -> Tensor:
-        """The visibles' mean given the posterior mean of the latents: the machine's, or the sampler's.
-
-        Raises:
-            NotImplementedError: for a sampler without a generator, if the energy is no machine.
-        """
-        if self._is_machine:
-            return ModelLearner.reconstruct(self, v)
-        sampler = self.sampler
-        if not isinstance(sampler, GaussianJoint):
-            raise NotImplementedError(
-                f"`{type(sampler).__name__}` gives no visibles for latents; use a `GaussianJoint`"
-            )
-        with self.evaluating():
-            return chunked(
-                lambda part: sampler.generator(self.encoder.distribution(part).mean), self.check(v)
-            )
-
-    def probe(self, v: Tensor) -> None:
-        if self._is_machine:
-            return ModelLearner.probe(self, v)
-        generator = torch.Generator(v.device).manual_seed(0)
-        with self.evaluating():
-            noise = self.encoder.noise(len(v), generator, v)
-            below = self.encoder.draws(v, noise)
-            above = self.sampler.draws(self.sampler.noise(len(v), generator, v))
-            if above.visible.shape != v.shape or above.latent.shape != below.latent.shape:
-                raise ValueError(
-                    f"the joint draws visibles of shape {tuple(above.visible.shape[1:])} and latents of "
-                    f"shape {tuple(above.latent.shape[1:])}, but the data have {tuple(v.shape[1:])} and "
-                    f"the posterior {tuple(below.latent.shape[1:])}"
-                )
-            energies = self._energies(below)
-        check_pairs(energies, below.log_prob)
 
     def _energies(self, draws: Draws) -> Tensor:
         return self.joint_energy(draws.visible, draws.latent)

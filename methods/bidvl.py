@@ -21,19 +21,25 @@ What becomes of the two latent terms in $\omega_1$ (one in each level, of opposi
 `offset` keeps neither (13, 14), `complete` keeps both, `without` has no latent term at all.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final, get_args
+from typing import Any, Literal, NamedTuple, Self, final, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from bilevel.methods.decoupled import DecoupledEBLVM
-from bilevel.methods.eblvm import EBLVM, Statistics, trainable
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.models.decoupled import Decoupled
+from bilevel.methods.models.evaluating import Statistics
+from bilevel.methods.networks.build import build
 from bilevel.methods.networks.convolutional import channels_of, conv_networks
 from bilevel.methods.networks.residual import residual_networks
-from bilevel.methods.training.settings import Training, one_of
+from bilevel.methods.training.optimizers import adam, trainable
+from bilevel.methods.training.settings import Training
+from bilevel.methods.variational.base import gaussian_kl, normal_noise, reparameterised
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
+from bilevel.refusals import one_of
 from bilevel.sync_batch_norm import BatchNorm
 
 Variant = Literal["offset", "complete", "without"]
@@ -59,7 +65,7 @@ class Batch(NamedTuple):
 
 
 @final
-class BiDVL(DecoupledEBLVM):
+class BiDVL(EBLVM):
     r"""A decoupled EBLVM and its learning problem.
 
     The energy is the upper level, posterior and generator are the lower one.
@@ -118,7 +124,7 @@ class BiDVL(DecoupledEBLVM):
           never uses it.
     """
 
-    training_defaults: ClassVar[dict[str, Any]] = {}
+    latent_model: Decoupled
 
     def __init__(
         self,
@@ -149,17 +155,17 @@ class BiDVL(DecoupledEBLVM):
         both = {"posterior": posterior} if variant == "complete" else {}
         self.upper = nn.ModuleDict({"energy": energy, **both})
         self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
+        self.latent_model = Decoupled(
+            Visibles(visible_shape, visible_range),
+            marginal=energy,
+            moments=posterior,
+            generator=generator,
+            latent_dim=latent_dim,
+        )
         self._mixing_energy = any(isinstance(m, BatchNorm) for m in energy.modules())
-        self._latent_dim = latent_dim
-        self.variant = variant
-        self.ratio = ratio
-        self.ratio_bias = ratio_bias
-        self._latent_weight = latent_weight
-        self.upper_kind = upper
-        self.fresh_latent = fresh_latent
+        self.variant, self.upper_kind, self.fresh_latent = variant, upper, fresh_latent
+        self.ratio, self.ratio_bias, self._latent_weight = ratio, ratio_bias, latent_weight
         self.statistics = statistics
-        self.visible_shape = visible_shape
-        self.visible_range = visible_range
         if variant == "offset":
             self.stops_lower_gradient = (
                 "variant='offset' stops it at the posterior of generated samples (Eq. 13); use "
@@ -202,26 +208,17 @@ class BiDVL(DecoupledEBLVM):
         channels_of(width, latent_dim)
         options = {**(_conv_options(shape) if conv else _RESNET_OPTIONS), **options}
         make = conv_networks if conv else residual_networks
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            energy, posterior, generator = make(shape, latent_dim, width / 64)
+        networks = build(lambda: nn.ModuleList(make(shape, latent_dim, width / 64)), seed)
         model = cls(
-            energy,
-            posterior,
-            generator,
+            *networks,
             latent_dim=latent_dim,
             visible_shape=shape,
             visible_range=(-1.0, 1.0),
             **options,
         )
-        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
         sizes = {"family": family, "latent_dim": latent_dim, "width": width, "seed": seed}
         model.recipe = {"shape": shape, **sizes, **options}
         return model
-
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
 
     @property
     def latent_weight(self) -> float:
@@ -231,13 +228,11 @@ class BiDVL(DecoupledEBLVM):
     # ------------------------------------------------------------------ the learning problem
 
     def draw(self, data: Any, generator: torch.Generator) -> Batch:
-        self.find_latent_dim(data)
-
-        def normal() -> Tensor:
-            return self._normal(data, generator)
-
-        batch = Batch(data, latent=normal(), noise=normal(), cycle_noise=normal())
-        return batch._replace(fresh_latent=normal()) if self.fresh_latent else batch
+        if self.latent_model.latent_dim is None:
+            self.probe(data[:2])
+        h, noise, cycle_noise = (self._normal(data, generator) for _ in range(3))
+        batch = Batch(data, latent=h, noise=noise, cycle_noise=cycle_noise)
+        return self._with_fresh_latent(batch, generator)
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> Batch:
         """The turn's batch in the first lower step; in the others new noise of q1 at the same h_hat.
@@ -246,57 +241,59 @@ class BiDVL(DecoupledEBLVM):
         """
         if step == 0:
             return batch
-        v = batch.visible
-        noise, cycle_noise = self._normal(v, generator), self._normal(v, generator)
+        noise, cycle_noise = (self._normal(batch.visible, generator) for _ in range(2))
         batch = batch._replace(noise=noise, cycle_noise=cycle_noise)
-        if batch.fresh_latent is None:
+        return self._with_fresh_latent(batch, generator)
+
+    def _with_fresh_latent(self, batch: Batch, generator: torch.Generator) -> Batch:
+        if not self.fresh_latent:
             return batch
-        return batch._replace(fresh_latent=self._normal(v, generator))
+        return batch._replace(fresh_latent=self._normal(batch.visible, generator))
 
     def _normal(self, v: Tensor, generator: torch.Generator) -> Tensor:
-        size = (len(v), self.latent_dim)
-        return torch.randn(size, generator=generator, dtype=v.dtype, device=v.device)
+        return normal_noise(len(v), self.latent_dim, generator, v)
 
     def share(self, batch: Batch) -> Batch:
         """G(h_hat), unless the lower level has an h_hat of its own."""
         if batch.fresh_latent is not None:
             return batch
-        return batch._replace(generated=self.generate(batch.latent))
+        return batch._replace(generated=self.latent_model.generate(batch.latent))
 
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 14, or its hinge; `complete` adds the posterior's term."""
-        generated = self.generate(batch.latent) if batch.generated is None else batch.generated
+        generated, model = batch.generated, self.latent_model
+        generated = model.generate(batch.latent) if generated is None else generated
         real, fake = self._energies(batch.visible, generated)
         if self.upper_kind == "hinge":
             loss = relu(1 + real).mean() + relu(1 - fake).mean()
         else:
             loss = real.mean() - fake.mean()
         if self.variant == "complete":
-            mean, log_variance = self.encode(generated)
-            loss = loss + kl_to_prior(mean, log_variance).mean() / self.latent_dim
+            loss = loss + gaussian_kl(*model.encode(generated)).mean() / self.latent_dim
         return loss, {"energy_data": real.mean(), "energy_samples": fake.mean()}
 
     def _energies(self, v: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
         """E of data and of samples: in one pass, unless batch norm would mix the two."""
+        free_energy = self.latent_model.free_energy
         if self._mixing_energy:
-            return self.free_energy(v), self.free_energy(generated)
-        real, fake = self.free_energy(torch.cat([v, generated])).split([len(v), len(generated)])
+            return free_energy(v), free_energy(generated)
+        real, fake = free_energy(torch.cat([v, generated])).split([len(v), len(generated)])
         return real, fake
 
     def lower_loss(self, batch: Batch) -> Loss:
         """Eq. 13 (`offset`), Eq. 11 (`complete`), or Eq. 11 without its third term."""
-        v, generated = batch.visible, batch.generated
-        generated = self.generate(batch.lower_latent) if generated is None else generated
+        v, generated, model = batch.visible, batch.generated, self.latent_model
+        generated = model.generate(batch.lower_latent) if generated is None else generated
         if self.ratio_bias == "none":
-            ratio, energies = self.importance_ratio(v), self.free_energy(generated)
+            ratio, energies = self.importance_ratio(v), model.free_energy(generated)
         else:
             real, energies = self._energies(v, generated)
             ratio = self.importance_ratio(v, real)
 
-        mean, log_variance = self.encode(v)
-        h = mean + (log_variance / 2).exp() * batch.noise
-        reconstruction = (self.generate(h) - v).square().flatten(1).sum(dim=1)
-        vae = reconstruction + kl_to_prior(mean, log_variance)
+        mean, log_variance = model.encode(v)
+        h = reparameterised(mean, log_variance, batch.noise)
+        reconstruction = (model.generate(h) - v).square().flatten(1).sum(dim=1)
+        vae = reconstruction + gaussian_kl(mean, log_variance)
         latent = self.latent_reconstruction(generated, batch).mean()
         loss = energies.mean() + self.latent_weight * latent + (ratio * vae).mean()
         return loss, {"reconstruction": reconstruction.mean(), "latent_reconstruction": latent}
@@ -305,7 +302,7 @@ class BiDVL(DecoupledEBLVM):
         """r(v) = r' bias(v) of Eq. 15, shape (n,) or a constant; `energy` is E(v), if known."""
         if self.ratio_bias == "none":
             return v.new_full((), self.ratio)  # made where v lies: a copy would wait for the device
-        energy = self.free_energy(v) if energy is None else energy
+        energy = self.latent_model.free_energy(v) if energy is None else energy
         return self.ratio * torch.sigmoid(energy.mean() - energy)
 
     def latent_reconstruction(self, generated: Tensor, batch: Batch) -> Tensor:
@@ -314,35 +311,24 @@ class BiDVL(DecoupledEBLVM):
             return batch.lower_latent.new_zeros(len(generated))
         if self.variant == "offset":
             # gradients reach the generator through v_hat, never the posterior's weights
-            recovered, _ = self.encode(generated, frozen=True)
+            recovered, _ = self.latent_model.encode(generated, frozen=True)
         else:
-            mean, log_variance = self.encode(generated)
-            recovered = mean + (log_variance / 2).exp() * batch.cycle_noise
+            recovered = reparameterised(*self.latent_model.encode(generated), batch.cycle_noise)
         return (recovered - batch.lower_latent).square().sum(dim=1)
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        """Adam for both levels; weight decay in the lower one only (the official settings)."""
-        upper, lower = EBLVM.optimizers(self, training)
-        if self.variant == "complete":  # Algorithm 1: omega1 moves at the lower rate in both levels
-            posterior: dict[str, Any] = {
-                "params": trainable(self.network("posterior")),
-                "lr": training.lower_lr,
-                "weight_decay": training.lower_weight_decay,
-            }
-            energy: dict[str, Any] = {"params": trainable(self.network("energy"))}
-            upper = torch.optim.Adam(
-                [energy, posterior],
-                lr=training.upper_lr,
-                weight_decay=training.upper_weight_decay,
-                betas=training.betas,
-                fused=True,
-            )
-        return upper, lower
+        """Adam for both levels; weight decay in the lower one only (the official settings).
 
-
-def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
-    r"""$KL(N(\mu, \sigma^2) \| N(0, I))$ per sample, summed over the latent: shape (n,)."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
+        Of `complete` the posterior moves at the lower level's rate in both (Algorithm 1).
+        """
+        rate, decay = training.lower_lr, training.lower_weight_decay
+        groups: list[dict[str, Any]] = [{"params": trainable(self.latent_model.marginal)}]
+        if self.variant == "complete":
+            posterior = trainable(self.latent_model.moments)
+            groups.append({"params": posterior, "lr": rate, "weight_decay": decay})
+        upper = adam(groups, training, training.upper_lr, training.upper_weight_decay)
+        variables = trainable(self.lower)
+        return upper, adam(variables, training, rate, decay) if variables else []
 
 
 _RESNET_OPTIONS = {"upper": "hinge", "latent_weight": 1e-4, "ratio": 0.05, "fresh_latent": True}

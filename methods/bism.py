@@ -8,7 +8,7 @@ $$ w(v, h) = \log \frac{\tilde p(v, h; \theta)}{q(h|v; \phi)}, \qquad
 
 $$ \text{lower:}\quad \phi^*(\theta) = \arg\min_\phi\; E_v\, D(q(h|v; \phi), p(h|v; \theta)), $$
 
-$\ell$ a score-matching loss and D a divergence that needs no normaliser (`score_learner`). The gradient
+$\ell$ a score-matching loss and D a divergence that needs no normaliser (`PosteriorFit`). The gradient
 in v sees v in both logarithms, not the draw h, which is differentiable in $\phi$ alone.
 
 Where q is the true posterior, w(v, h) = log p~(v) for *every* h: J is then the score-matching objective
@@ -20,17 +20,27 @@ response, with the lower expectation in closed form ("exact") without any noise.
 default is one of these two (`BiSM.default_solver`).
 """
 
-from typing import Any, Literal, NamedTuple, cast, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Solver, Unrolled
-from bilevel.methods.machines.hidden import OneHidden
-from bilevel.methods.models.langevin import PUBLISHED, Steps
-from bilevel.methods.objectives.score import Grid, Noised, Probed, score_objective
-from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
-from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.models.coupled import Coupled, with_posterior
+from bilevel.methods.models.deep_images import deep_images
+from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps
+from bilevel.methods.models.machine import MachineModel
+from bilevel.methods.objectives.posterior import (
+    Divergence,
+    Expectation,
+    LowerBatch,
+    PosteriorFit,
+    check_real_visibles,
+)
+from bilevel.methods.objectives.score import BLURRED, Grid, Noised, Probed, score_objective
+from bilevel.methods.training.settings import SCORE_DEFAULTS
+from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.tree import Tree
 
@@ -56,7 +66,7 @@ class Batch(NamedTuple):
 
 
 @final
-class BiSM(ScoreLearner):
+class BiSM(EBLVM):
     r"""Bi-level score matching.
 
     Args:
@@ -93,6 +103,10 @@ class BiSM(ScoreLearner):
         - expectation="exact" and the exact best response by `Implicit` are not in it.
     """
 
+    latent_model: MachineModel | Coupled
+    training_defaults: ClassVar[dict[str, Any]] = SCORE_DEFAULTS
+    langevin = LangevinSteps()
+
     def __init__(
         self,
         model: nn.Module,
@@ -107,17 +121,21 @@ class BiSM(ScoreLearner):
         langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
+        check_real_visibles(model, "BiSM")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
-        options = {
-            "objective": objective,
-            "divergence": divergence,
-            "sigma": sigma,
-            "sigma_range": list(sigma_range),
-            "grid": grid,
-            "expectation": expectation,
-            "langevin": list(langevin),
-        }
-        self.take(model, posterior, options)
+        self.posterior_fit = PosteriorFit(divergence, expectation)
+        denoise = sigma if objective in BLURRED else 0.0
+        self.latent_model = with_posterior(model, posterior, Langevin(langevin, denoise))
+        self.posterior_fit.check(model, self.encoder)
+        self.upper = nn.ModuleDict({"model": model})
+        self.lower = nn.ModuleDict({"posterior": self.encoder})
+        if posterior is None:
+            options: dict[str, Any] = {"objective": objective, "divergence": divergence}
+            options |= {"sigma": sigma}
+            options |= {"sigma_range": list(sigma_range), "grid": grid, "expectation": expectation}
+            self.recipe = {"model": self.model.recipe, **options, "langevin": list(langevin)}
+
+    for_images: ClassVar[Any] = classmethod(deep_images)
 
     def default_solver(self) -> Solver:
         """On a machine one that keeps the response, else the paper's N = 0, `Alternating()`.
@@ -125,9 +143,9 @@ class BiSM(ScoreLearner):
         For expectation="exact" the exact best response: `Implicit` with `Cholesky`, or from 500 lower
         variables on with `ConjugateGradient`; for relaxed draws the paper's `Unrolled(5)`.
         """
-        if not self._is_machine:
+        if self.latent_model.machine is None:
             return Alternating()
-        if self.expectation == "sampled":
+        if self.posterior_fit.expectation == "sampled":
             return Unrolled(UNROLLED_STEPS)
         size = sum(p.numel() for p in self.variables("lower").values())
         if size <= _DENSE:
@@ -140,8 +158,8 @@ class BiSM(ScoreLearner):
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
         points = self.objective.draw(batch.data, generator)
-        gain = points.gain if isinstance(points, Noised) else None
-        return LowerBatch(points.visible, self.lower_noise(batch.data, generator), gain)
+        noise = self.posterior_fit.noise(self.encoder, batch.data, generator)
+        return LowerBatch(points.visible, noise, points.gain)
 
     def upper_loss(self, batch: Batch) -> Loss:
         """The objective of log p~(v, h) - log q(h|v) at one draw h for every visible."""
@@ -152,15 +170,18 @@ class BiSM(ScoreLearner):
 
         return self.objective.loss(log_ratio, batch.points)
 
+    def lower_loss(self, batch: LowerBatch) -> Loss:
+        """The divergence of q(h|v) from p(h|v), up to what q does not change."""
+        return self.posterior_fit.loss(self.latent_model.network, self.encoder, batch)
+
     def best_response(self, batch: Any) -> Tree | None:
         """The weights and biases of a machine with one hidden layer, if q has linear logits.
 
         The minimum of the "exact" lower loss; `None` for a sampled one, whose relaxed draws move it.
         """
-        if self.expectation == "sampled":
+        logits = self.encoder.get_submodule("networks.0")
+        exact = self.posterior_fit.expectation == "exact"
+        if not exact or not isinstance(logits, nn.Linear) or logits.bias is None:
             return None
-        logits = cast(BernoulliPosterior, self.encoder).networks[0]
-        if not isinstance(logits, nn.Linear) or logits.bias is None:
-            return None
-        machine, at = cast(OneHidden, self.model), "posterior.networks.0."
-        return {f"{at}weight": machine.weight.mT, f"{at}bias": machine.latent_bias}
+        machine, at = self.model, "posterior.networks.0."
+        return {f"{at}weight": machine.first_weight.mT, f"{at}bias": machine.first_bias}

@@ -30,7 +30,7 @@ from bilevel.methods.bism import BiSM
 from bilevel.methods.contrastive_divergence import ContrastiveDivergence
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.general_bidvl import GeneralBiDVL
-from bilevel.methods.machines import MACHINES, LatentVariableModel
+from bilevel.methods.machines import MACHINES, BoltzmannMachine
 from bilevel.methods.maximum_likelihood import MaximumLikelihood
 from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.score_matching import ScoreMatching
@@ -62,7 +62,7 @@ class Method:
 
 
 def _vae_beside(
-    machine: LatentVariableModel,
+    machine: BoltzmannMachine,
     *,
     latent_dim: int | None = None,
     hidden: Sequence[int] = (200, 200),
@@ -87,7 +87,7 @@ METHODS: Mapping[str, Method] = {
     method.kind.__name__: method
     for method in (
         Method(BiDVL, for_images=BiDVL.for_images),
-        Method(GeneralBiDVL, for_machine=GeneralBiDVL.for_model),
+        Method(GeneralBiDVL, for_machine=GeneralBiDVL),
         Method(AdvIL, for_images=AdvIL.for_images, for_machine=AdvIL),
         Method(BiSM, for_images=BiSM.for_images, for_machine=BiSM),
         Method(VaGES, for_images=VaGES.for_images, for_machine=VaGES),
@@ -176,7 +176,7 @@ def arguments(make: Callable[..., Any]) -> list[str]:
 
 def make_machine(
     kind: str, options: Mapping[str, Any], visible_dim: int, seed: int = 0
-) -> LatentVariableModel:
+) -> BoltzmannMachine:
     """A Boltzmann machine from plain values.
 
     Args:
@@ -193,7 +193,7 @@ def make_machine(
 
 
 def make_for_machine(
-    name: str, options: Mapping[str, Any], machine: LatentVariableModel, seed: int = 0
+    name: str, options: Mapping[str, Any], machine: BoltzmannMachine, seed: int = 0
 ) -> EBLVM:
     """A method that trains a Boltzmann machine, from plain values.
 

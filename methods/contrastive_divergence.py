@@ -22,14 +22,16 @@ $$ L(\theta) = E_q[E(v, \mu(v))] - E[E(v_k, h_k)] , $$
 so PCD climbs the variational bound $E_q[-E(v, \mu) + H(\mu)] - \log Z$.
 """
 
-from typing import Any, NamedTuple, cast, final
+from typing import Any, ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim, coin_flips
+from bilevel.methods.models.machine import MachineModel, require_machine
+from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
 
 
@@ -43,7 +45,7 @@ class Batch(NamedTuple):
 
 
 @final
-class ContrastiveDivergence(ModelLearner):
+class ContrastiveDivergence(EBLVM):
     r"""CD-k, or PCD-k with `persistent=True`: $E_q[F(v)] - E[F(v_k)]$, the samples $v_k$ constant.
 
     Args:
@@ -80,15 +82,20 @@ class ContrastiveDivergence(ModelLearner):
           field, not from the posterior, so CD-k is biased even at the true model. Use PCD there.
     """
 
+    latent_model: MachineModel
+    training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
+
     def __init__(
         self,
-        model: LatentVariableModel,
+        model: BoltzmannMachine,
         steps: int = 1,
         persistent: bool = False,
         num_chains: int | None = None,
     ) -> None:
         super().__init__()
-        check_machine(model, "ContrastiveDivergence")
+        machine = require_machine(model, "ContrastiveDivergence")
+        self.latent_model = MachineModel.of(machine)
+        self.upper, self.lower = nn.ModuleDict({"model": machine}), nn.ModuleDict()
         self.steps = check_dim("steps", steps)
         self.persistent = persistent
         if num_chains is not None:
@@ -99,10 +106,12 @@ class ContrastiveDivergence(ModelLearner):
                 )
         self.num_chains = num_chains
         options = {"steps": steps, "persistent": persistent, "num_chains": num_chains}
-        self.hold(model, options=options)
+        self.recipe = {"model": machine.recipe, **options}
         self.chains: Tensor
         if persistent:
-            self.register_buffer("chains", model.visible_bias.new_empty(0, model.latent_dims[0]))
+            self.register_buffer(
+                "chains", machine.visible_bias.new_empty(0, machine.latent_dims[0])
+            )
             cast(Any, self).register_load_state_dict_pre_hook(_make_room)
 
     # ------------------------------------------------------------------ the learning problem

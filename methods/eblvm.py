@@ -2,109 +2,92 @@
 
 import copy
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, final
+from typing import Any, ClassVar, Self, cast, final
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch import Tensor
+from torch.distributions import Distribution
 
 from bilevel import Alternating, Problem, Solver, Step
-from bilevel.distributed import alone
-from bilevel.methods.data.images import scaled
-from bilevel.methods.data.visibles import admitted, as_tensor, refuse_shape
+from bilevel.methods.data.visibles import latents
+from bilevel.methods.machines import BoltzmannMachine, from_recipe
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.models.evaluating import Statistics, evaluating
+from bilevel.methods.models.model import Chains, LatentModel, Start
+from bilevel.methods.networks.units import Change
 from bilevel.methods.training.fit import Evaluate, History, fit
-from bilevel.methods.training.json_lines import read_document, write_document
+from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import begun_with
-from bilevel.methods.training.schemas import Model
-from bilevel.methods.training.settings import Training, one_of, refuse_idle, validated
+from bilevel.methods.training.saved import ABOUT, read_about, read_into, rebuilt, write_model
+from bilevel.methods.training.settings import Training, refuse_idle, validated
 from bilevel.methods.training.standardising import Units, standardised
-from bilevel.methods.training.weights import fill, read_weights, write_weights
+from bilevel.methods.variational import VariationalPosterior
 from bilevel.optimizers import Optimizers
-from bilevel.sync_batch_norm import BatchNorm
-
-Statistics = Literal["running", "batch"]
-AnyModel = TypeVar("AnyModel", bound="EBLVM")
+from bilevel.problem import Loss
 
 
 class EBLVM(Problem):
-    """An energy-based latent-variable model that is its own bilevel learning problem.
+    """An energy-based latent-variable model and the bilevel learning problem that trains it.
+
+    A method writes its constructor, which sets `upper`, `lower` and `latent_model`, then `draw` and the
+    two losses; a method with a single level has no lower loss. `latent_model`, a record that points at
+    the modules of the levels, answers for the trained model. Visibles are checked, and gradients and
+    dropout switched off, here, once for all methods.
 
     Attributes:
-        visible_shape: shape of one visible, `None` if any will do.
-        visible_range: smallest and largest value of a visible, `None` if unbounded.
-        binary: whether visibles must be exactly 0 or 1.
+        latent_model: what the trained model can do.
+        training_defaults: fields of `Training` whose usual values are the method's own.
         recipe: arguments of the constructor that built the networks; `None` for a model made of the
             caller's own modules, which `load` then needs again.
-        units: those of the rows while it is trained with `standardise`; otherwise `None`.
-        standardised: whether it was, so that its parameters are those of the data's units.
         statistics: batch-norm statistics at evaluation: "running" averages (each output depends on
             its own input only), or those of the "batch" at hand, as the BiDVL paper evaluates.
+        units: those of the rows while it is trained with `standardise`; otherwise `None`.
+        standardised: whether it was, so that its parameters are those of the data's units.
     """
 
     training_defaults: ClassVar[dict[str, Any]] = {}
-    visible_shape: tuple[int, ...] | None = None
-    visible_range: tuple[float, float] | None = None
-    binary: bool = False
-    recipe: dict[str, Any] | None = None
-    statistics: Statistics = "running"
-    units: Units | None = None
-    standardised: bool = False
+    latent_model: LatentModel
 
-    @abstractmethod
-    def energy(self, v: Tensor) -> Tensor:
-        """Free energy of visibles up to a constant, shape (n,); low where the model has mass."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipe: dict[str, Any] | None = None
+        self.statistics: Statistics = "running"
+        self.units: Units | None = None
+        self.standardised = False
 
-    @abstractmethod
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n visibles from the model."""
+    # ------------------------------------------------------------------ what a method may say
 
-    @abstractmethod
-    def posterior(self, v: Tensor) -> Distribution:
-        """The (variational) posterior over the latent of visibles."""
+    def lower_loss(self, batch: Any) -> Loss:
+        """The lower loss; a method with a single level has none.
 
-    @abstractmethod
-    def reconstruct(self, v: Tensor) -> Tensor:
-        """Visibles from the posterior mean of visibles, same shape."""
+        Raises:
+            NotImplementedError: if there is none.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` has a single level")
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
         """The upper and the lower optimizer this method uses by default.
 
         Adam in fused kernels for both levels, each with its own rate and weight decay.
         """
-        settings: dict[str, Any] = {"betas": training.betas, "fused": True}
-        upper = torch.optim.Adam(
-            trainable(self.upper),
-            lr=training.upper_lr,
-            weight_decay=training.upper_weight_decay,
-            **settings,
-        )
-        if not (variables := trainable(self.lower)):
-            return upper, []
-        decay = training.lower_weight_decay
-        return upper, torch.optim.Adam(
-            variables, lr=training.lower_lr, weight_decay=decay, **settings
-        )
+        decays = training.upper_weight_decay, training.lower_weight_decay
+        upper = adam(trainable(self.upper), training, training.upper_lr, decays[0])
+        variables = trainable(self.lower)
+        return upper, adam(variables, training, training.lower_lr, decays[1]) if variables else []
 
     def default_solver(self) -> Solver:
         """The solver `fit` takes where none is given: `Alternating()` for most methods."""
         return Alternating()
 
-    @classmethod
-    @abstractmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        """Build the model a recipe describes."""
+    def rewritings(self) -> list[Change] | None:
+        """How the parts next to the visibles are rewritten in other units; `None` if one is unknown."""
+        return self.latent_model.rewritings()
 
-    @abstractmethod
-    def probe(self, v: Tensor) -> None:
-        """Run two visibles through all networks.
-
-        Raises:
-            ValueError: if shapes do not fit, naming the network.
-        """
+    # ------------------------------------------------------------------ training
 
     @final
     def fit(
@@ -174,11 +157,178 @@ class EBLVM(Problem):
             )
 
     @final
+    def probe(self, v: Tensor) -> None:
+        """Run a few visibles through all networks.
+
+        Raises:
+            ValueError: if shapes do not fit, naming the network.
+        """
+        with self.evaluating("running"):
+            self.latent_model = self.latent_model.probe(v)
+
+    @final
     def in_data_units(self) -> None:
         """Rewrite a model that is being trained on standardised rows as one of the rows as they came."""
         if self.units is not None:
             self.units.leave(self)
             self.units, self.standardised = None, True
+
+    # ------------------------------------------------------------------ the trained model
+
+    @final
+    def energy(self, v: Any) -> Tensor:
+        """Free energy of visibles up to a constant, or the bound on it, shape (n,); low where mass is.
+
+        Each row's depends on that row alone, so batch norm always uses running statistics here.
+
+        Raises:
+            NotImplementedError: if the model has none.
+        """
+        v = self.check(v)
+        with self.evaluating("running"):
+            return self.latent_model.energy(v)
+
+    @final
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        start: Start | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
+        """Draw n visibles from the model.
+
+        A Boltzmann machine gives exact draws where they cost little, else ends of Gibbs chains; with a
+        sampler of its own (`AdvIL`) the sampler's draws, unless `start` or `sweeps` are given. A chain
+        forgets where it began only as fast as the machine mixes. From coins it may stay for long where
+        no data are (blank digits); from data, or where training left its chains, it does not, but may
+        miss modes as far from there.
+
+        Args:
+            n: how many.
+            generator: on the model's device; torch's own by default.
+            start: where Gibbs chains begin: visibles, whose rows are taken in turn; "chains", where the
+                persistent ones of the learner are, which stay there; "coins", hidden layers of fair
+                coins; or "exact" for independent draws without chains, for which the first hidden
+                layer is enumerated. By default "exact" up to 12 units, else "chains" if the learner
+                has any, else "coins".
+            sweeps: block Gibbs sweeps from there, 1,000 by default; none for "exact".
+
+        Raises:
+            TypeError: if a number is not an integer.
+            ValueError: if one is not positive, for visibles the machine does not take, an unknown
+                start or one that is not there, or for chains where the model is sampled otherwise.
+            NotImplementedError: if the model cannot be sampled.
+        """
+        check_dim("n", n)
+        if start is not None and not isinstance(start, str):
+            start = self.check(start)
+        chains = self._buffers.get("chains")
+        left = None if chains is None or len(chains) == 0 else chains
+        with self.evaluating():
+            return self.latent_model.sample(n, generator, Chains(start, sweeps, left))
+
+    @final
+    def posterior(self, v: Any) -> Distribution:
+        """The posterior over the latent: the model's own where it is known, else the variational one."""
+        v = self.check(v)
+        with self.evaluating():
+            return self.latent_model.posterior(v)
+
+    @final
+    def reconstruct(self, v: Any) -> Tensor:
+        """Visibles from the posterior mean of visibles, same shape.
+
+        Raises:
+            NotImplementedError: if the model gives no visibles for latents.
+        """
+        v = self.check(v)
+        with self.evaluating():
+            return self.latent_model.reconstruct(v)
+
+    @final
+    def decode(self, h: Any) -> Tensor:
+        """Visibles of given latents, shape (n, latent_dim).
+
+        Raises:
+            ValueError: if they have the wrong width, or are not finite.
+            NotImplementedError: if the model gives no visibles for latents.
+        """
+        h = latents(h, self.latent_dim, next(self.parameters()))
+        with self.evaluating():
+            return self.latent_model.decode(h)
+
+    @final
+    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v, h), differentiable, shape (n,).
+
+        Raises:
+            NotImplementedError: if the model has no latent.
+        """
+        return self.latent_model.joint_energy(v, h)
+
+    @final
+    @property
+    def model(self) -> BoltzmannMachine:
+        """The Boltzmann machine.
+
+        Raises:
+            NotImplementedError: if the energy is no machine.
+        """
+        if self.latent_model.machine is None:
+            raise NotImplementedError(
+                f"the energy of this `{type(self).__name__}` is no Boltzmann machine of "
+                "`bilevel.methods.models`; use `joint_energy(v, h)` and `posterior(v)`"
+            )
+        return self.latent_model.machine
+
+    @final
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of the latent.
+
+        Raises:
+            ValueError: if it was not given and no data have been seen yet.
+        """
+        return self.latent_model.known_dim()
+
+    @final
+    @property
+    def encoder(self) -> VariationalPosterior:
+        """The variational posterior.
+
+        Raises:
+            NotImplementedError: if the method has none.
+        """
+        if self.latent_model.encoder is None:
+            raise NotImplementedError(
+                f"`{type(self).__name__}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, "
+                "`BiSM` and `VaGES` learn one"
+            )
+        return self.latent_model.encoder
+
+    # ------------------------------------------------------------------ visibles
+
+    @property
+    def visible_shape(self) -> tuple[int, ...] | None:
+        """Shape of one visible, `None` if any will do; may be set."""
+        return self.latent_model.visibles.shape
+
+    @visible_shape.setter
+    def visible_shape(self, shape: tuple[int, ...] | None) -> None:
+        visibles = replace(self.latent_model.visibles, shape=shape)
+        self.latent_model = replace(self.latent_model, visibles=visibles)
+
+    @property
+    def visible_range(self) -> tuple[float, float] | None:
+        """Smallest and largest value of a visible, `None` if unbounded; may be set."""
+        return self.latent_model.visibles.range
+
+    @visible_range.setter
+    def visible_range(self, limits: tuple[float, float] | None) -> None:
+        visibles = replace(self.latent_model.visibles, range=limits)
+        self.latent_model = replace(self.latent_model, visibles=visibles)
 
     @final
     def check(self, v: Any) -> Tensor:
@@ -203,44 +353,18 @@ class EBLVM(Problem):
 
     @final
     def admit(self, data: Any) -> Tensor:
-        """Refuse what `check` refuses; return the rest on the model's device, bytes as bytes.
-
-        Raises:
-            TypeError: as `check`.
-            ValueError: as `check`.
-        """
-        rows, parameter = as_tensor(data), next(self.parameters())
-        if rows.dtype == torch.uint8 and self._takes_bytes(rows):
-            refuse_shape(rows, self.visible_shape)
-            return rows.to(parameter.device)
-        return admitted(rows, self, self.visible_shape, parameter)
+        """Refuse what `check` refuses; the rest on the model's device, bytes as bytes."""
+        return self.latent_model.visibles.admitted_bytes(data, next(self.parameters()))
 
     @final
     def as_visibles(self, rows: Tensor) -> Tensor:
         """Rows of admitted data as the networks take them: bytes scaled, in the model's dtype."""
-        return scaled(rows).to(next(self.parameters()).dtype)
-
-    def _takes_bytes(self, v: Tensor) -> bool:
-        return self.visible_range == (-1, 1) or (self.visible_range is None and v.ndim == 4)
+        return self.latent_model.visibles.as_numbers(rows, next(self.parameters()))
 
     @final
-    @contextmanager
-    def evaluating(self, statistics: Statistics | None = None) -> Iterator[None]:
+    def evaluating(self, statistics: Statistics | None = None) -> AbstractContextManager[None]:
         """No gradients, dropout off, batch norm by `statistics`; buffers and modes stay as they are."""
-        statistics = statistics if statistics is not None else self.statistics
-        one_of("statistics", statistics, ("running", "batch"))
-        modes = [(module, module.training) for module in self.modules()]
-        buffers = [(b, b.clone()) for b in self.buffers()] if statistics == "batch" else []
-        for module, _ in modes:
-            module.training = statistics == "batch" and isinstance(module, BatchNorm)
-        try:
-            with torch.no_grad(), alone():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        return evaluating(self, self.statistics if statistics is None else statistics)
 
     @final
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -259,8 +383,7 @@ class EBLVM(Problem):
         about: dict[str, Any] = {"method": type(self).__name__, "recipe": self.recipe}
         if self.standardised:
             about["standardised"] = True
-        write_weights(Path(folder) / WEIGHTS, self.state_dict(), about)
-        write_document(Path(folder) / "model.json", about)
+        write_model(folder, self.state_dict(), about)
 
     @final
     @classmethod
@@ -277,110 +400,31 @@ class EBLVM(Problem):
 
         The model is in evaluation mode, as `fit` leaves it, and in the dtype it was saved in.
         """
-        path = Path(folder) / "model.json"
-        if not path.exists():
-            raise FileNotFoundError(f"there is no saved model in `{folder}` (no `model.json`)")
-        description = read_document(path, Model)
-        if description["method"] != cls.__name__:
-            name = description["method"]
+        about = read_about(folder)
+        if about["method"] != cls.__name__:
+            name = about["method"]
             raise ValueError(f"`{folder}` holds a `{name}`; load it with `{name}.load`")
         if modules:
             model = cls(**modules)
-        elif description["recipe"] is not None:
-            model = rebuilt(cls, description["recipe"], path)
+        elif about["recipe"] is not None:
+            model = rebuilt(cls, about["recipe"], Path(folder) / ABOUT)
         else:
             raise ValueError(
                 f"the model in `{folder}` was made of your own modules; pass them again: "
                 f"`{cls.__name__}.load(folder, energy=..., ...)`"
             )
-        model.read(folder)
-        model.standardised = bool(description.get("standardised", False))
+        read_into(model, folder)
+        model.standardised = bool(about.get("standardised", False))
         return model.eval()
 
     @final
-    def read(self, folder: str | os.PathLike[str]) -> None:
-        """Take the weights that a model of the same method and settings saved, in their precision.
-
-        Raises:
-            FileNotFoundError: if there are none.
-            ValueError: if they are damaged, or of another model.
-        """
-        path = Path(folder) / WEIGHTS
-        weights = read_weights(path, read_document(Path(folder) / "model.json", Model))
-        for name, own in (*self.named_parameters(), *self.named_buffers()):
-            saved = weights.get(name)
-            if saved is not None and own.is_floating_point() and own.dtype != saved.dtype:
-                own.data = own.data.to(saved.dtype)
-        fill(self, weights, path)
-
-
-WEIGHTS = "weights.safetensors"
-
-
-def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyModel:
-    """A model from its recipe.
-
-    Args:
-        kind: the method.
-        recipe: plain values.
-        source: the file they are from.
-
-    Raises:
-        ValueError: if no model can be made of them.
-    """
-    try:
-        return kind.from_recipe(recipe)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"no `{kind.__name__}` can be made of the settings in `{source}`: {error}"
-        ) from None
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that require grad."""
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def chunked(function: Callable[[Tensor], Tensor], v: Tensor, size: int = 500) -> Tensor:
-    """`function` on bounded pieces: evaluation must not need more memory than training."""
-    return torch.cat([function(part) for part in v.split(size)])
-
-
-def chunked_distribution(
-    function: Callable[[Tensor], Distribution], v: Tensor, size: int = 500
-) -> Distribution:
-    """The distribution that `function` gives of visibles, taken on bounded pieces and joined.
-
-    One of a kind that is not known here is taken in one piece.
-    """
-    if len(v) <= size:
-        return function(v)
-    parts = [function(part) for part in v.split(size)]
-    joined = _joined(parts)
-    return function(v) if joined is None else joined
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Distributions over rows as one over all rows; `None` if it is not known how."""
-    first = parts[0]
-    if isinstance(first, Independent):
-        base = _joined([part.base_dist for part in parts])
-        return None if base is None else Independent(base, first.reinterpreted_batch_ndims)
-    if type(first) is Normal:
-        return Normal(torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts]))
-    if type(first) in (Bernoulli, Categorical):
-        return type(first)(logits=torch.cat([part.logits for part in parts]))
-    return None
-
-
-def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
-    """`module(v)`, whose failure is the caller's mistake.
-
-    Raises:
-        ValueError: naming the module and the shape it could not take.
-    """
-    try:
-        return module(v)
-    except (RuntimeError, ValueError) as error:
-        shape = tuple(v.shape)
-        raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        """Build the model a recipe describes, by the constructor whose arguments it holds."""
+        options, make = dict(recipe), cast(Any, cls)
+        if "shape" in options:
+            options["shape"] = tuple(options["shape"])
+            return cast(Self, make.for_images(**options))
+        if "model" in options:
+            return cast(Self, make(from_recipe(options.pop("model")), **options))
+        return cast(Self, make.for_table(**options))

@@ -44,15 +44,11 @@ from typing import (
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent
 
-from bilevel.linear.base import positive
-from bilevel.methods.data.visibles import row_numbers
-from bilevel.methods.eblvm import EBLVM, chunked, chunked_distribution
-from bilevel.methods.learner import check_pairs
-from bilevel.methods.machines import MAX_UNITS, LatentVariableModel, from_recipe
-from bilevel.methods.machines.base import check_dim
-from bilevel.methods.training.settings import one_of
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine, as_machine
+from bilevel.methods.models.undecoupled import Undecoupled
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -62,9 +58,13 @@ from bilevel.methods.variational import (
     enumerated,
 )
 from bilevel.problem import Loss
+from bilevel.refusals import one_of, positive
 
-_BOUND_DRAWS = 16
-_ROWS = 500  # visibles whose bound is evaluated at a time
+Divergence = Literal["kl", "symmetric"]
+Reverse = Literal["gibbs", "importance"]
+
+BOUND_DRAWS = 16
+"""Draws of the bound that `energy` is where there is no free energy."""
 
 
 class Proposals(NamedTuple):
@@ -96,10 +96,19 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Enumerable(Protocol):
-    """An energy whose distribution can be written down: `log_joint() -> (V, H)`."""
+    """An energy whose distribution can be written down."""
 
     def log_joint(self) -> Tensor:
-        """Log p(v, h) of all states."""
+        """Log p(v, h) of all states, shape (V, H)."""
+        ...
+
+
+@runtime_checkable
+class Tractable(Protocol):
+    """An energy with a free energy."""
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """F(v), shape (n,)."""
         ...
 
 
@@ -110,17 +119,19 @@ class GeneralBiDVL(EBLVM):
     Args:
         energy: module (v, h) -> (n,), the joint energy. With `free_energy(v)` the marginal energy is
             exact; with `log_joint()` the symmetric divergence is.
-        posterior: q1(h|v).
-        joint: p2(v, h).
+        posterior: q1(h|v); for a Boltzmann machine AdvIL's encoder by default.
+        joint: p2(v, h); for a Boltzmann machine AdvIL's sampler by default.
         divergence: "kl" for the directions KL(q1||p) and KL(p2||p), which need no sample of the
             model; "symmetric" adds the reverse ones.
         reverse: how those are estimated for a Boltzmann machine: "gibbs" or "importance". An energy
             with `log_joint()` needs no estimate.
         sweeps: Gibbs sweeps of "gibbs".
+        prior: of the default sampler's own latent.
 
     Raises:
-        ValueError: for an unknown divergence or estimator, or "symmetric" with an energy that is neither
-            a machine nor enumerable, or a machine whose p2 is not a `HierarchicalJoint`.
+        ValueError: for an unknown divergence or estimator, an energy that is no machine without
+            posterior and joint, or "symmetric" with an energy that is neither a machine nor enumerable,
+            or a machine whose p2 has other latents than bits.
 
     Example:
         >>> from bilevel.methods.variational import TabularEnergy, TabularJoint, TabularPosterior
@@ -139,6 +150,7 @@ class GeneralBiDVL(EBLVM):
           solution (disjoint parameters); with "symmetric" it does not.
     """
 
+    latent_model: Undecoupled
     training_defaults: ClassVar[dict[str, Any]] = {
         "upper_lr": 5e-3,
         "lower_lr": 5e-3,
@@ -152,96 +164,77 @@ class GeneralBiDVL(EBLVM):
     def __init__(
         self,
         energy: nn.Module,
-        posterior: VariationalPosterior,
-        joint: VariationalJoint,
+        posterior: VariationalPosterior | None = None,
+        joint: VariationalJoint | None = None,
         *,
-        divergence: Literal["kl", "symmetric"] = "kl",
-        reverse: Literal["gibbs", "importance"] = "gibbs",
+        divergence: Divergence = "kl",
+        reverse: Reverse = "gibbs",
         sweeps: int = 5,
+        prior: Literal["gaussian", "bernoulli"] = "gaussian",
     ) -> None:
         super().__init__()
         one_of("divergence", divergence, ("kl", "symmetric"))
         one_of("reverse", reverse, ("gibbs", "importance"))
         positive("sweeps", sweeps)
-        machine = energy if isinstance(energy, LatentVariableModel) else None
-        self.upper = nn.ModuleDict({"energy": energy})
-        self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
-        self.divergence = divergence
-        self.reverse = reverse
-        self.sweeps = sweeps
-        self._sampled = divergence == "symmetric" and not isinstance(energy, Enumerable)
-        if self._sampled and (machine is None or not isinstance(joint, HierarchicalJoint)):
+        machine, plain = as_machine(energy), posterior is None and joint is None
+        if machine is not None:
+            posterior = BernoulliPosterior.for_model(machine) if posterior is None else posterior
+            joint = HierarchicalJoint.for_model(machine, prior=prior) if joint is None else joint
+        if posterior is None or joint is None:
+            raise ValueError(
+                f"`GeneralBiDVL` has no default posterior and joint for a `{type(energy).__name__}`; "
+                "give both, or a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`)"
+            )
+        self.divergence, self.reverse, self.sweeps = divergence, reverse, sweeps
+        log_joint = _log_joint(energy)
+        self._sampled = divergence == "symmetric" and log_joint is None
+        if self._sampled and (machine is None or not joint.binary):
             raise ValueError(
                 "divergence='symmetric' needs expectations under the model itself: an energy with "
                 "`log_joint()`, or a Boltzmann machine with a `HierarchicalJoint`; got "
                 f"`{type(energy).__name__}` with `{type(joint).__name__}`; use divergence='kl'"
             )
-        if machine is not None:
-            self.visible_shape = (machine.visible_dim,)
-            self.visible_range, self.binary = machine.visible_range, machine.binary
-            if self._sampled and self._is_deep:
-                self.stops_lower_gradient = (
-                    "the posterior's reverse divergence is estimated at samples of p(h|v) whose "
-                    "dependence on the energy is not seen; use divergence='kl'"
-                )
+        table = Visibles(table=None if log_joint is None else len(log_joint))
+        self.upper = nn.ModuleDict({"energy": energy})
+        self.lower = nn.ModuleDict({"posterior": posterior, "joint": joint})
+        self.latent_model = Undecoupled(
+            table if machine is None else machine.visibles,
+            machine=machine,
+            network=energy,
+            encoder=posterior,
+            sampler=joint,
+            free_energy=_free_energy(energy),
+            draws=BOUND_DRAWS,
+        )
+        if self._sampled and self._is_deep:
+            self.stops_lower_gradient = (
+                "the posterior's reverse divergence is estimated at samples of p(h|v) whose "
+                "dependence on the energy is not seen; use divergence='kl'"
+            )
+        if machine is not None and plain:
+            options = {
+                "divergence": divergence,
+                "reverse": reverse,
+                "sweeps": sweeps,
+                "prior": prior,
+            }
+            self.recipe = {"model": machine.recipe, **options}
 
     @classmethod
-    def for_model(
-        cls,
-        model: LatentVariableModel,
-        *,
-        divergence: Literal["kl", "symmetric"] = "kl",
-        reverse: Literal["gibbs", "importance"] = "gibbs",
-        sweeps: int = 5,
-        prior: Literal["gaussian", "bernoulli"] = "gaussian",
-    ) -> Self:
+    def for_model(cls, model: BoltzmannMachine, **options: Any) -> Self:
         """BiDVL of a Boltzmann machine with AdvIL's variational families.
 
         Args:
             model: the machine.
-            divergence: as for the constructor.
-            reverse: likewise.
-            sweeps: likewise.
-            prior: of the sampler's own latent.
+            **options: as for the constructor.
         """
-        made = cls(
-            model,
-            BernoulliPosterior.for_model(model),
-            HierarchicalJoint.for_model(model, prior=prior),
-            divergence=divergence,
-            reverse=reverse,
-            sweeps=sweeps,
-        )
-        options = {"divergence": divergence, "reverse": reverse, "sweeps": sweeps, "prior": prior}
-        made.recipe = {"model": model.recipe, **options}
-        return made
-
-    @property
-    def _posterior(self) -> VariationalPosterior:
-        return cast(VariationalPosterior, self.lower.get_submodule("posterior"))
-
-    @property
-    def _joint(self) -> VariationalJoint:
-        return cast(VariationalJoint, self.lower.get_submodule("joint"))
+        return cls(model, **options)
 
     @property
     def _is_deep(self) -> bool:
         """Whether the energy is a machine with two hidden layers."""
-        energy = self.upper.get_submodule("energy")
-        return isinstance(energy, LatentVariableModel) and len(energy.latent_dims) > 1
-
-    @property
-    def model(self) -> LatentVariableModel:
-        """The Boltzmann machine, if the energy is one."""
-        energy = self.upper.get_submodule("energy")
-        if not isinstance(energy, LatentVariableModel):
-            raise NotImplementedError(f"`{type(energy).__name__}` is no Boltzmann machine")
-        return energy
-
-    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """E(v, h), differentiable, shape (n,)."""
-        energies: Tensor = self.upper.get_submodule("energy")(v, h)
-        return energies
+        machine = self.latent_model.machine
+        return machine is not None and len(machine.latent_dims) > 1
 
     # ------------------------------------------------------------------ the learning problem
 
@@ -256,21 +249,18 @@ class GeneralBiDVL(EBLVM):
         return self._noised(batch.visible, generator, batch.proposals)
 
     def _noised(self, v: Tensor, generator: torch.Generator, proposals: Proposals | None) -> Batch:
-        n = len(v)
+        n, joint = len(v), self.latent_model.sampler
         if proposals is not None:
-            proposals = proposals._replace(code_noise=self._joint.code_noise(n, generator, v))
-        posterior_noise = self._posterior.noise(n, generator, v)
-        return Batch(v, posterior_noise, self._joint.noise(n, generator, v), proposals)
+            proposals = proposals._replace(code_noise=joint.code_noise(n, generator, v))
+        posterior_noise = self.encoder.noise(n, generator, v)
+        return Batch(v, posterior_noise, joint.noise(n, generator, v), proposals)
 
     @torch.no_grad()
     def _propose(self, v: Tensor, generator: torch.Generator) -> Proposals | None:
         if not self._sampled:
             return None
-        joint = cast(HierarchicalJoint, self._joint)
-        visible, latent, code = joint.hard(len(v), generator)
-        if self.reverse == "importance":
-            log_density = joint.log_weight(visible, latent, code)
-        else:
+        visible, latent, log_density, _ = self.latent_model.sampler.exact_draws(len(v), generator)
+        if self.reverse == "gibbs":
             first = latent[:, : self.model.latent_dims[0]]
             visible, latent = self.model.gibbs(first, generator, steps=self.sweeps)
             log_density = -self.model(visible, latent)
@@ -280,8 +270,8 @@ class GeneralBiDVL(EBLVM):
 
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 6."""
-        with_data = self._posterior.draws(batch.visible, batch.posterior_noise)
-        generated = self._joint.draws(batch.joint_noise)
+        with_data = self.encoder.draws(batch.visible, batch.posterior_noise)
+        generated = self.latent_model.sampler.draws(batch.joint_noise)
         energy_data = self._mean_energy(with_data)
         energy_samples = self._mean_energy(generated)
         loss = energy_data + with_data.mean(with_data.log_prob)
@@ -290,8 +280,8 @@ class GeneralBiDVL(EBLVM):
 
     def lower_loss(self, batch: Batch) -> Loss:
         """Eq. 4 with D = KL or the symmetric KL."""
-        with_data = self._posterior.draws(batch.visible, batch.posterior_noise)
-        generated = self._joint.draws(batch.joint_noise)
+        with_data = self.encoder.draws(batch.visible, batch.posterior_noise)
+        generated = self.latent_model.sampler.draws(batch.joint_noise)
         posterior_gap = with_data.mean(with_data.log_prob) + self._mean_energy(with_data)
         joint_gap = generated.mean(generated.log_prob) + self._mean_energy(generated)
         loss = posterior_gap + joint_gap
@@ -305,96 +295,43 @@ class GeneralBiDVL(EBLVM):
             return self._exact_reverse(batch.visible)
         visible, latent, log_density, code_noise, given_data = batch.proposals
         weight = (-self.joint_energy(visible, latent) - log_density).softmax(0)
-        joint = -(weight * self._joint.bound(visible, latent, code_noise)).sum()
+        joint = -(weight * self.latent_model.sampler.bound(visible, latent, code_noise)).sum()
         if given_data is None:  # log q1 is linear in h, so its expectation is log q1 at the mean
             given_data = self.model.posterior_logits(batch.visible).sigmoid()
-        return joint - self._posterior.log_prob(batch.visible, given_data).mean()
+        return joint - self.encoder.log_prob(batch.visible, given_data).mean()
 
     def _exact_reverse(self, v: Tensor) -> Tensor:
         """KL(q p(h|v) || q q1) + KL(p || p2) of an energy that can be enumerated."""
-        log_joint = cast(Enumerable, self.upper.get_submodule("energy")).log_joint()
+        log_joint = cast(Enumerable, self.latent_model.network).log_joint()
         model = enumerated(log_joint)
-        kl_joint = model.mean(model.log_prob - self._joint.log_prob(model.visible, model.latent))
+        kl_joint = model.mean(
+            model.log_prob - self.latent_model.sampler.log_prob(model.visible, model.latent)
+        )
         log_conditional = log_joint.log_softmax(dim=1)[v]
         rows = v.repeat_interleave(log_joint.shape[1])
         states = torch.arange(log_joint.shape[1], device=v.device).repeat(len(v))
-        gap = log_conditional.flatten() - self._posterior.log_prob(rows, states)
+        gap = log_conditional.flatten() - self.encoder.log_prob(rows, states)
         return kl_joint + (log_conditional.exp().flatten() * gap).sum() / len(v)
 
     def _mean_energy(self, draws: Draws) -> Tensor:
         return draws.mean(self.joint_energy(draws.visible, draws.latent))
 
-    # ------------------------------------------------------------------ the trained model
 
-    def energy(self, v: Tensor) -> Tensor:
-        """The free energy where the energy has one, else its variational bound E_q1[E + log q1].
+def _log_joint(energy: nn.Module) -> Tensor | None:
+    """Log p(v, h) of all states, of an energy that can be enumerated."""
+    if not isinstance(energy, Enumerable):
+        return None
+    try:
+        with torch.no_grad():
+            return energy.log_joint()
+    except ValueError:  # it could, if it were a table
+        return None
 
-        Bound: at the mean of 16 draws from q1, never below the free energy on average.
-        """
-        energy, v = self.upper.get_submodule("energy"), self._visibles(v)
-        intractable = self._is_deep and self.model.latent_dims[0] > MAX_UNITS
-        if hasattr(energy, "free_energy") and not intractable:
-            with self.evaluating():
-                return chunked(cast(Any, energy).free_energy, v)
-        generator = torch.Generator(v.device).manual_seed(0)
-        draws = [self._posterior.noise(len(v), generator, v) for _ in range(_BOUND_DRAWS)]
 
-        def bound(rows: Tensor, noise: Tensor) -> Tensor:
-            terms = [self._posterior.draws(rows, z) for z in noise.unbind(1)]
-            costs = [self.joint_energy(d.visible, d.latent) + d.log_prob for d in terms]
-            return torch.stack(costs).mean(0)
-
-        with self.evaluating():
-            pieces = zip(v.split(_ROWS), torch.stack(draws, 1).split(_ROWS), strict=True)
-            return torch.cat([bound(*piece) for piece in pieces])
-
-    def _visibles(self, v: Any) -> Tensor:
-        """Visibles, checked; of an energy that is a table they are numbers of its rows."""
-        energy = self.upper.get_submodule("energy")
-        if not isinstance(energy, Enumerable):
-            return self.check(v)
-        return row_numbers(v, len(energy.log_joint()), type(energy).__name__).to(self.device)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles of the variational joint p2."""
-        check_dim("n", n)
-        with self.evaluating():
-            return self._joint.sample(n, generator)
-
-    def posterior(self, v: Tensor) -> Distribution:
-        """q1(h|v); of a machine with two hidden layers the mean field of p(h|v)."""
-        with self.evaluating():
-            v = self._visibles(v)
-            if self._is_deep:
-                return Independent(Bernoulli(probs=chunked(self.model.mean_field, v)), 1)
-            return chunked_distribution(self._posterior.distribution, v)
-
-    def reconstruct(self, v: Tensor) -> Tensor:
-        """The visibles' mean under the joint at the posterior mean.
-
-        Raises:
-            NotImplementedError: if the joint has no generator.
-        """
-        mean = self.posterior(v).mean
-        with self.evaluating():
-            if isinstance(self._joint, HierarchicalJoint):
-                return chunked(self._joint.visible_mean, mean)
-            generator = getattr(self._joint, "generator", None)
-            if generator is None:
-                raise NotImplementedError(
-                    f"`{type(self._joint).__name__}` has no generator to reconstruct with; use a "
-                    "`GaussianJoint`, or draw from `posterior(v)`"
-                )
-            return chunked(generator, mean)
-
-    def probe(self, v: Tensor) -> None:
-        batch = self.draw(v, torch.Generator(v.device).manual_seed(0))
-        with self.evaluating():
-            draws = self._posterior.draws(v, batch.posterior_noise)
-            energies = self.joint_energy(draws.visible, draws.latent)
-        check_pairs(energies, draws.log_prob)
-
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        options = {name: value for name, value in recipe.items() if name != "model"}
-        return cls.for_model(from_recipe(recipe["model"]), **options)
+def _free_energy(energy: nn.Module) -> Any:
+    """F of an energy that has one, where it is tractable."""
+    machine = as_machine(energy)
+    deep = machine is not None and len(machine.latent_dims) > 1
+    if machine is not None and deep and machine.latent_dims[0] > MAX_UNITS:
+        return None
+    return energy.free_energy if isinstance(energy, Tractable) else None

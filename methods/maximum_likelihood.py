@@ -7,18 +7,20 @@ log Z is enumerated at every step, $2^{\text{units}}$ states of the side with fe
 gradient has no noise but the batch's. It has a single level.
 """
 
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.machines import MAX_UNITS, LatentVariableModel
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine
+from bilevel.methods.models.machine import MachineModel, require_machine
+from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
 
 
 @final
-class MaximumLikelihood(ModelLearner):
+class MaximumLikelihood(EBLVM):
     r"""Exact maximum likelihood, $E_q[F(v)] + \log Z$.
 
     A step enumerates $2^n$ states for n units on the smaller side. With 2 visibles and 4 latents that
@@ -43,19 +45,24 @@ class MaximumLikelihood(ModelLearner):
         Differs from the paper in: the moments are exact, not sampled.
     """
 
-    def __init__(self, model: LatentVariableModel) -> None:
+    latent_model: MachineModel
+    training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
+
+    def __init__(self, model: BoltzmannMachine) -> None:
         super().__init__()
         instead = (
             "`ContrastiveDivergence(model, persistent=True)`, which takes the mean field instead"
         )
-        check_machine(model, "MaximumLikelihood", instead)
-        if not model.enumerable:
+        machine = require_machine(model, "MaximumLikelihood", instead)
+        if not machine.enumerable:
             raise ValueError(
-                f"log Z of this `{type(model).__name__}` ({model.visible_dim} visibles, latents "
-                f"{model.latent_dims}) is a sum over more than {MAX_UNITS} units; use "
+                f"log Z of this `{type(machine).__name__}` ({machine.visible_dim} visibles, latents "
+                f"{machine.latent_dims}) is a sum over more than {MAX_UNITS} units; use "
                 "`ContrastiveDivergence(model, persistent=True)`, which samples the model instead"
             )
-        self.hold(model, options={})
+        self.latent_model = MachineModel.of(machine)
+        self.upper, self.lower = nn.ModuleDict({"model": machine}), nn.ModuleDict()
+        self.recipe = {"model": machine.recipe}
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Tensor:
         """The visibles: nothing is random."""

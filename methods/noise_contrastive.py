@@ -12,15 +12,18 @@ The noise is $N(0, I)$ for real visibles, and for binary ones independent units 
 """
 
 import math
-from typing import NamedTuple, cast, final
+from typing import Any, ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.learner import ModelLearner, check_machine
-from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim, coin_flips
 from bilevel.methods.machines.enumeration import log_one_plus_exp
+from bilevel.methods.models.machine import MachineModel, require_machine
+from bilevel.methods.networks.units import Change
+from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.methods.variational.base import normal_log_prob, normal_noise
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
 from bilevel.problem import Loss
@@ -36,7 +39,7 @@ class Batch(NamedTuple):
 
 
 @final
-class NoiseContrastive(ModelLearner):
+class NoiseContrastive(EBLVM):
     r"""NCE, $-E_q[\log \sigma(G(v))] - \nu\, E_{p_n}[\log \sigma(-G(y))]$.
 
     The log normaliser c is the upper variable `log_normalizer`, 0 at first.
@@ -69,11 +72,17 @@ class NoiseContrastive(ModelLearner):
           grey from black and white without learning anything of their distribution.
     """
 
-    def __init__(self, model: LatentVariableModel, ratio: int = 1) -> None:
+    latent_model: MachineModel
+    training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
+
+    def __init__(self, model: BoltzmannMachine, ratio: int = 1) -> None:
         super().__init__()
-        check_machine(model, "NoiseContrastive", "`ContrastiveDivergence(model, persistent=True)`")
+        instead = "`ContrastiveDivergence(model, persistent=True)`"
+        machine = require_machine(model, "NoiseContrastive", instead)
         self.ratio = check_dim("ratio", ratio)
-        self.hold(model, options={"ratio": ratio})
+        self.latent_model = MachineModel.of(machine)
+        self.upper, self.lower = nn.ModuleDict({"model": machine}), nn.ModuleDict()
+        self.recipe = {"model": machine.recipe, "ratio": ratio}
         self.upper.register_parameter(
             "log_normalizer", nn.Parameter(model.visible_bias.new_zeros(()))
         )
@@ -87,6 +96,15 @@ class NoiseContrastive(ModelLearner):
     def log_normalizer(self) -> Tensor:
         """C, the learned estimate of log Z; a scalar."""
         return cast(Tensor, self.upper.log_normalizer)
+
+    def rewritings(self) -> list[Change] | None:
+        """Those of the machine; c takes the Jacobian, as log Z does."""
+        known = self.latent_model.rewritings()
+
+        def normalizer(shift: Tensor, scale: Tensor) -> None:
+            self.log_normalizer.add_(scale.log().sum())
+
+        return None if known is None else [*known, normalizer]
 
     # ------------------------------------------------------------------ the learning problem
 

@@ -2,34 +2,39 @@ r"""Score matching of a machine whose free energy F(v) is tractable: one level, 
 
 $$ \min_\theta\; E_v\, \ell(-\nabla_v F(v; \theta)), \qquad \nabla_v \log p = -\nabla_v F, $$
 
-with $\ell$ one of the losses of `score_objectives`. It is what `BiSM` and `VaGES`, which do without F,
+with $\ell$ one of the losses of `objectives.score`. It is what `BiSM` and `VaGES`, which do without F,
 are measured against: with a machine's exact F, or with a network for F, which then has no latent.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.eblvm import attempt, chunked
-from bilevel.methods.learner import ModelLearner, Start, check_machine, refuse_chains
-from bilevel.methods.machines import LatentVariableModel
-from bilevel.methods.models.langevin import PUBLISHED, Steps, check_steps, visible_chains
-from bilevel.methods.networks.deep import VISIBLE_RANGE, DeepEnergy, seeded
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.machines import as_machine
+from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps
+from bilevel.methods.models.machine import MachineModel, require_machine
+from bilevel.methods.models.marginal import Marginal
+from bilevel.methods.networks.build import build
+from bilevel.methods.networks.deep import VISIBLE_RANGE, DeepEnergy
+from bilevel.methods.objectives.posterior import check_real_visibles
 from bilevel.methods.objectives.score import (
+    BLURRED,
     Grid,
     Noised,
     ObjectiveName,
     Probed,
-    check_real_visibles,
     score_objective,
 )
+from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
 
 
 @final
-class ScoreMatching(ModelLearner):
+class ScoreMatching(EBLVM):
     """Score matching on the free energy.
 
     Args:
@@ -53,15 +58,14 @@ class ScoreMatching(ModelLearner):
         torch.Size([5])
 
     References:
-        As in `score_objectives`; the protocol is that of Bi-level Score Matching for Learning
+        As in `objectives.score`; the protocol is that of Bi-level Score Matching for Learning
         Energy-based Latent Variable Models (Bao et al., NeurIPS 2020),
         https://arxiv.org/abs/2010.07856.
     """
 
-    training_defaults: ClassVar[dict[str, Any]] = {
-        **ModelLearner.training_defaults,
-        "lower_steps": 0,
-    }
+    latent_model: MachineModel | Marginal
+    training_defaults: ClassVar[dict[str, Any]] = {**MACHINE_DEFAULTS, "lower_steps": 0}
+    langevin = LangevinSteps()
 
     def __init__(
         self,
@@ -74,18 +78,20 @@ class ScoreMatching(ModelLearner):
         langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a module, got `{type(model).__name__}`")
         check_real_visibles(model, "ScoreMatching")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
-        self.langevin = check_steps(langevin)
-        self.denoise = sigma if objective in ("denoising", "multiscale") else 0.0
-        if isinstance(model, LatentVariableModel):
-            check_machine(model, "ScoreMatching", "`BiSM` or `VaGES`")
-            options = {"objective": objective, "sigma": sigma, "sigma_range": list(sigma_range)}
-            self.hold(model, options={**options, "grid": grid})
-        elif isinstance(model, nn.Module):
-            self.upper, self.lower = nn.ModuleDict({"model": model}), nn.ModuleDict()
-        else:
-            raise TypeError(f"`model` must be a module, got `{type(model).__name__}`")
+        self.upper, self.lower = nn.ModuleDict({"model": model}), nn.ModuleDict()
+        denoise = sigma if objective in BLURRED else 0.0
+        dynamics = Langevin(langevin, denoise)
+        if as_machine(model) is None:
+            self.latent_model = Marginal(Visibles(), network=model, langevin=dynamics)
+            return
+        machine = require_machine(model, "ScoreMatching", "`BiSM` or `VaGES`")
+        self.latent_model = MachineModel.of(machine)
+        options = {"objective": objective, "sigma": sigma, "sigma_range": list(sigma_range)}
+        self.recipe = {"model": machine.recipe, **options, "grid": grid}
 
     @classmethod
     def for_images(
@@ -122,71 +128,21 @@ class ScoreMatching(ModelLearner):
             TypeError: if a number is not an integer.
             ValueError: if the images are not square or smaller than 8 pixels, or for a bad setting.
         """
-        energy = seeded(seed, lambda: DeepEnergy(shape, width, blocks))
+        energy = build(lambda: DeepEnergy(shape, width, blocks), seed)
         options |= {"objective": objective, "sigma": sigma, "sigma_range": sigma_range}
         learner = cls(energy, grid=grid, **options)
-        learner.visible_shape, learner.visible_range = tuple(shape), VISIBLE_RANGE
+        visibles = Visibles(tuple(shape), VISIBLE_RANGE)
+        learner.latent_model = replace(learner.latent_model, visibles=visibles)
         sizes = {"width": width, "blocks": blocks, "seed": seed}
         learner.recipe = {"shape": shape, **sizes, "grid": grid, **options}
         return learner
 
     # ------------------------------------------------------------------ the learning problem
 
-    @property
-    def free_energy(self) -> Callable[[Tensor], Tensor]:
-        """F, (n, ...) -> (n,), differentiable."""
-        return self.model.free_energy if self._is_machine else self._network
-
     def draw(self, data: Tensor, generator: torch.Generator) -> Probed | Noised:
         return self.objective.draw(data, generator)
 
     def upper_loss(self, batch: Probed | Noised) -> Loss:
         """The objective of the log-density -F."""
-        free_energy = self.free_energy
+        free_energy = self.latent_model.free_energy
         return self.objective.loss(lambda v: -free_energy(v), batch)
-
-    # ------------------------------------------------------------------ the trained model
-
-    def _no_machine(self) -> NotImplementedError:
-        return NotImplementedError(
-            f"this needs a latent, which `ScoreMatching` of a `{type(self._network).__name__}` does not "
-            "have; use `BiSM` or `VaGES`"
-        )
-
-    def energy(self, v: Tensor) -> Tensor:
-        """F(v)."""
-        with self.evaluating():
-            return chunked(self.free_energy, self.check(v))
-
-    def sample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        start: Start | None = None,
-        sweeps: int | None = None,
-    ) -> Tensor:
-        """Visibles of a machine by Gibbs sampling; of another module by annealed Langevin dynamics.
-
-        Raises:
-            ValueError: if n is not positive, or for `start` or `sweeps` of another module.
-            NotImplementedError: if the shape of a visible is not known.
-        """
-        if self._is_machine:
-            return ModelLearner.sample(self, n, generator, start=start, sweeps=sweeps)
-        refuse_chains(start, sweeps)
-        if n < 1:
-            raise ValueError(f"`n` must be positive, got {n}")
-        nothing = next(self.parameters()).new_empty(n, 0)
-        with self.evaluating():
-            shape, free = self.visible_shape, self.free_energy
-            return visible_chains(self, lambda v, h: free(v), nothing, shape, generator, given=True)
-
-    def probe(self, v: Tensor) -> None:
-        if self._is_machine:
-            ModelLearner.probe(self, v)
-            return
-        with self.evaluating():
-            energies = attempt("model", self.upper.get_submodule("model"), v)
-        if not isinstance(energies, Tensor) or energies.shape != (len(v),):
-            raise ValueError("the model must give one number per visible, shape (n,)")

@@ -14,31 +14,31 @@ draws tighten the bound, $E[-\log \frac{1}{K} \sum_k w_k] \downarrow F(v)$ in K,
 $w_k = p(v, h_k) / q(h_k|v)$, $h_k \sim q(h|v)$.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, final
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 
-from bilevel.methods.data.visibles import latents
-from bilevel.methods.eblvm import EBLVM, Statistics, attempt, chunked
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines.base import check_dim
+from bilevel.methods.models.directed import Directed
+from bilevel.methods.models.evaluating import Statistics
+from bilevel.methods.networks.build import build
 from bilevel.methods.networks.convolutional import Generator, Posterior, channels_of
-from bilevel.methods.networks.perceptron import FixedVariance, LearnedVariance, Moments, perceptron
-from bilevel.methods.training.settings import one_of
+from bilevel.methods.networks.perceptron import (
+    FixedVariance,
+    LearnedVariance,
+    Moments,
+    perceptron,
+)
 from bilevel.methods.variational import GaussianPosterior
-from bilevel.methods.variational.base import normal_log_prob, normal_noise
-from bilevel.methods.variational.bernoulli import bernoulli_log_prob
+from bilevel.methods.variational.base import reparameterised
 from bilevel.problem import Loss
+from bilevel.refusals import one_of
 
 Visible = Literal["bernoulli", "gaussian"]
-
-ENERGY_SAMPLES, IMAGE_ENERGY_SAMPLES = 100, 10
-"""Draws of the importance-weighted bound that `VAE.energy` is, of rows and of images."""
-
-_ROWS, _IMAGES = 10_000, 500  # pairs (v, h) evaluated at a time
 
 
 class Batch(NamedTuple):
@@ -63,6 +63,8 @@ class VAE(EBLVM):
         noisy: whether samples are draws from p(v|h), or its means, as is usual for images.
         statistics: batch-norm statistics of samples and reconstructions. Energies and likelihoods
             always use running ones.
+        visible_shape: shape of one visible, if known: checked before training.
+        visible_range: range of Gaussian visibles, if they have one.
 
     Raises:
         TypeError: if `latent_dim` is not an integer.
@@ -84,6 +86,7 @@ class VAE(EBLVM):
         fixed (`for_images`) and does not depend on h. One that does has an unbounded likelihood.
     """
 
+    latent_model: Directed
     training_defaults: ClassVar[dict[str, Any]] = {
         "upper_lr": 1e-3,
         "betas": (0.9, 0.999),
@@ -100,6 +103,8 @@ class VAE(EBLVM):
         grey: bool = False,
         noisy: bool = True,
         statistics: Statistics = "running",
+        visible_shape: tuple[int, ...] | None = None,
+        visible_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         one_of("visible", visible, ("bernoulli", "gaussian"))
@@ -109,10 +114,16 @@ class VAE(EBLVM):
         posterior = GaussianPosterior(encoder, check_dim("latent_dim", latent_dim))
         self.upper = nn.ModuleDict({"posterior": posterior, "decoder": decoder})
         self.lower = nn.ModuleDict()
-        self.visible = visible
-        self.visible_range = (0.0, 1.0) if visible == "bernoulli" else None
-        self.binary = visible == "bernoulli" and not grey
-        self.noisy = noisy
+        bits = visible == "bernoulli"
+        limits = (0.0, 1.0) if bits else visible_range
+        self.latent_model = Directed(
+            Visibles(visible_shape, limits, binary=bits and not grey),
+            encoder=posterior,
+            decoder=decoder,
+            bits=bits,
+            noisy=noisy,
+            latent_dim=latent_dim,
+        )
         self.statistics = statistics
 
     @classmethod
@@ -149,14 +160,13 @@ class VAE(EBLVM):
         decoder: nn.Module = perceptron([latent_dim, *widths[::-1], visible_dim], 1, generator)
         if visible == "gaussian":
             decoder = LearnedVariance(decoder, visible_dim)
-        model = cls(encoder, decoder, latent_dim, visible=visible, grey=grey)
-        model.visible_shape = (visible_dim,)
+        options: dict[str, Any] = {"visible": visible, "grey": grey}
+        model = cls(encoder, decoder, latent_dim, visible_shape=(visible_dim,), **options)
         model.recipe = {
             "visible_dim": visible_dim,
             "latent_dim": latent_dim,
             "hidden": widths,
-            "visible": visible,
-            "grey": grey,
+            **options,
         }
         return model
 
@@ -186,96 +196,42 @@ class VAE(EBLVM):
             ValueError: if the shape cannot be halved down to 4-8 pixels, and as the constructor.
         """
         narrow = channels_of(width, latent_dim, 3 / 4)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+
+        def networks() -> nn.ModuleList:
             encoder = Posterior(shape, latent_dim, narrow)
-            decoder = FixedVariance(Generator(shape, latent_dim, narrow), 0.5)
+            return nn.ModuleList([encoder, Generator(shape, latent_dim, narrow)])
+
+        encoder, generator = build(networks, seed)
         model = cls(
-            encoder, decoder, latent_dim, visible="gaussian", noisy=False, statistics=statistics
+            encoder,
+            FixedVariance(generator, 0.5),
+            latent_dim,
+            visible="gaussian",
+            noisy=False,
+            statistics=statistics,
+            visible_shape=shape,
+            visible_range=(-1.0, 1.0),
         )
-        cast(Any, model).to(memory_format=torch.channels_last)  # the faster layout for convolutions
-        model.visible_shape, model.visible_range = shape, (-1.0, 1.0)
         sizes = {"shape": shape, "latent_dim": latent_dim, "width": width, "seed": seed}
         model.recipe = {**sizes, "statistics": statistics}
         return model
-
-    def network(self, name: Literal["encoder", "decoder"]) -> nn.Module:
-        """One of the two networks."""
-        return self._posterior.network if name == "encoder" else self.upper.get_submodule("decoder")
-
-    @property
-    def latent_dim(self) -> int:
-        """Dimension of the latent."""
-        return self._posterior.latent_dim
-
-    @property
-    def _posterior(self) -> GaussianPosterior:
-        return cast(GaussianPosterior, self.upper.get_submodule("posterior"))
-
-    # ------------------------------------------------------------------ the model
-
-    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """E(v, h) with all its constants, differentiable, shape (n,)."""
-        return self._cost(v, h) - normal_log_prob(h).sum(1)
-
-    def _cost(self, v: Tensor, h: Tensor) -> Tensor:
-        """-log p(v|h), shape (n,)."""
-        output = self.network("decoder")(h)
-        if self.visible == "bernoulli":
-            return -bernoulli_log_prob(output.flatten(1), v.flatten(1))
-        mean, log_variance = output
-        z = (v - mean) * (-log_variance / 2).exp()
-        cost: Tensor = (log_variance / 2 - normal_log_prob(z)).flatten(1).sum(1)
-        return cost
 
     # ------------------------------------------------------------------ the learning problem
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         """The batch with the posterior's noise."""
-        return Batch(data, self._posterior.noise(len(data), generator, data))
+        return Batch(data, self.encoder.noise(len(data), generator, data))
 
     def upper_loss(self, batch: Batch) -> Loss:
         """The negative evidence bound, its KL term in closed form."""
-        mean, log_variance = self._posterior.moments(batch.visible)
-        h = mean + (log_variance / 2).exp() * batch.noise
-        reconstruction = self._cost(batch.visible, h).mean()
+        mean, log_variance = self.latent_model.encoder.moments(batch.visible)
+        h = reparameterised(mean, log_variance, batch.noise)
+        reconstruction = self.latent_model.cost(batch.visible, h).mean()
         terms = mean.square() + log_variance.exp() - log_variance - 1
         kl = 0.5 * terms.sum(1).mean()
         return reconstruction + kl, {"reconstruction": reconstruction, "kl": kl}
 
-    def lower_loss(self, batch: Any) -> Loss:
-        """There is none.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("`VAE` has a single level")
-
     # ------------------------------------------------------------------ the trained model
-
-    def energy(self, v: Tensor) -> Tensor:
-        """The importance-weighted bound on the free energy from `ENERGY_SAMPLES` draws.
-
-        Of images it takes `IMAGE_ENERGY_SAMPLES`. The noise is the same for every row and in every
-        call: a function of v.
-        """
-        v = self.check(v)
-        generator = torch.Generator(v.device).manual_seed(0)
-        draws = ENERGY_SAMPLES if v.ndim == 2 else IMAGE_ENERGY_SAMPLES
-        noise = normal_noise(draws, self.latent_dim, generator, v)
-
-        def bound(rows: Tensor) -> Tensor:
-            left = noise
-
-            def following(count: int) -> Tensor:
-                nonlocal left
-                now, left = left[:count], left[count:]
-                return now[:, None].expand(-1, len(rows), -1)
-
-            return self._log_mean_weight(rows, draws, following)
-
-        with self.evaluating("running"):
-            return -chunked(bound, v)
 
     def log_likelihood(
         self, v: Tensor, num_samples: int = 1000, generator: torch.Generator | None = None
@@ -294,101 +250,6 @@ class VAE(EBLVM):
             ValueError: if it is not positive.
         """
         check_dim("num_samples", num_samples)
-
-        def bound(rows: Tensor) -> Tensor:
-            def noise(count: int) -> Tensor:
-                size = (count, len(rows), self.latent_dim)
-                return torch.randn(size, generator=generator, dtype=rows.dtype, device=rows.device)
-
-            return self._log_mean_weight(rows, num_samples, noise)
-
+        v = self.check(v)
         with self.evaluating("running"):
-            return chunked(bound, self.check(v))
-
-    def _log_mean_weight(
-        self, v: Tensor, num_samples: int, noise: Callable[[int], Tensor]
-    ) -> Tensor:
-        """Log of the mean of w_k, shape (n,); `noise(count)` has shape (count, n, latent_dim)."""
-        mean, log_variance = self._posterior.moments(v)
-        total = v.new_full((len(v),), -math.inf)
-        size = max(1, (_ROWS if v.ndim == 2 else _IMAGES) // len(v))
-        for start in range(0, num_samples, size):
-            count = min(size, num_samples - start)
-            z = noise(count)
-            h = mean + (log_variance / 2).exp() * z
-            log_posterior = normal_log_prob(z).sum(2) - 0.5 * log_variance.sum(1)
-            rows = v.expand(count, *v.shape).flatten(0, 1)
-            energy = self.joint_energy(rows, h.flatten(0, 1)).view(count, len(v))
-            total = torch.logaddexp(total, (-energy - log_posterior).logsumexp(0))
-        return total - math.log(num_samples)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """N visibles of p(v|h), h from p(h): draws if `noisy`, means if not."""
-        like = next(self.parameters())
-        size = (n, self.latent_dim)
-        h = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
-
-        def visibles(h: Tensor) -> Tensor:
-            if not self.noisy:
-                return self._mean(h)
-            output = self.network("decoder")(h)
-            if self.visible == "bernoulli":
-                return torch.bernoulli(output.sigmoid(), generator=generator)
-            mean, log_variance = output
-            noise = torch.empty_like(mean).normal_(generator=generator)
-            return cast(Tensor, mean + (log_variance / 2).exp() * noise)
-
-        with self.evaluating():
-            return chunked(visibles, h)
-
-    def decode(self, h: Tensor) -> Tensor:
-        """The means of p(v|h) at given latents, shape (n, latent_dim).
-
-        Raises:
-            ValueError: if they have the wrong width, or are not finite.
-        """
-        with self.evaluating():
-            return chunked(self._mean, latents(h, self.latent_dim, next(self.parameters())))
-
-    def posterior(self, v: Tensor) -> Distribution:
-        """q(h|v)."""
-        with self.evaluating():
-            both = chunked(
-                lambda part: torch.stack(self._posterior.moments(part), 1), self.check(v)
-            )
-        mean, log_variance = both.unbind(1)
-        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
-
-    def reconstruct(self, v: Tensor) -> Tensor:
-        """The mean of p(v|h) at the posterior mean of h."""
-        with self.evaluating():
-            return chunked(lambda part: self._mean(self._posterior.moments(part)[0]), self.check(v))
-
-    def _mean(self, h: Tensor) -> Tensor:
-        """The mean of p(v|h)."""
-        output = self.network("decoder")(h)
-        return cast(Tensor, output.sigmoid() if self.visible == "bernoulli" else output[0])
-
-    def probe(self, v: Tensor) -> None:
-        width = self.latent_dim
-        with self.evaluating():
-            moments = attempt("encoder", self._posterior.network, v)
-            shapes = [tuple(part.shape) for part in moments]
-            if shapes != [(len(v), width)] * 2:
-                raise ValueError(
-                    "the encoder must give mean and log-variance of the latent, each of shape "
-                    f"(n, {width}); got {shapes} for {len(v)} visibles"
-                )
-            output = attempt("decoder", self.network("decoder"), moments[0])
-            mean = output if self.visible == "bernoulli" else output[0]
-            if mean.shape != v.shape:
-                raise ValueError(
-                    f"the decoder must give visibles of shape {tuple(v.shape)}, got "
-                    f"{tuple(mean.shape)}"
-                )
-
-    @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
-        if "shape" in recipe:
-            return cls.for_images(**{**recipe, "shape": tuple(recipe["shape"])})
-        return cls.for_table(**recipe)
+            return self.latent_model.log_likelihood(v, num_samples, generator)

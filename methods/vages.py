@@ -23,33 +23,42 @@ and serve every objective whose gradient has the form $E[z^T \partial_\theta s]$
 with $k = e^{-\lVert v - v' \rVert^2 / 2 \rho^2}$. z and either term of the gradient have draws of their
 own. The upper loss has the objective's (estimated) value and this gradient; the
 covariance stands for what a solver's response term would be, so `Alternating` is the only solver.
-The lower level fits q to the posterior as BiSM's does (`score_learner`).
+The lower level fits q to the posterior as BiSM's does (`PosteriorFit`).
 """
 
-from typing import Literal, NamedTuple, cast, final
+from typing import Any, ClassVar, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.models.langevin import PUBLISHED, Steps, refined
+from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.models.coupled import Coupled, with_posterior
+from bilevel.methods.models.deep_images import deep_images
+from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps, refined
+from bilevel.methods.models.machine import MachineModel
+from bilevel.methods.objectives.posterior import (
+    Divergence,
+    Expectation,
+    LowerBatch,
+    PosteriorFit,
+    check_real_latents,
+    check_real_visibles,
+    energies_of,
+)
 from bilevel.methods.objectives.score import (
+    BLURRED,
     Grid,
     Noised,
     Regression,
-    check_real_latents,
     residual,
     residual_slope,
     score_objective,
     square_norm,
 )
-from bilevel.methods.score_learner import Divergence, Expectation, LowerBatch, ScoreLearner
-from bilevel.methods.training.settings import one_of
-from bilevel.methods.variational import (
-    BernoulliPosterior,
-    GaussianPosterior,
-    VariationalPosterior,
-)
+from bilevel.methods.training.settings import SCORE_DEFAULTS
+from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
+from bilevel.refusals import one_of
 
 GROUPS = 3  # independent draws for z, for the derivative of g, for the covariance
 
@@ -111,7 +120,7 @@ class Samples(NamedTuple):
 
 
 @final
-class VaGES(ScoreLearner):
+class VaGES(EBLVM):
     r"""Score-based learning with variational estimates of the score and of its derivative.
 
     Args:
@@ -153,6 +162,9 @@ class VaGES(ScoreLearner):
         nothing is differentiated through them.
     """
 
+    latent_model: MachineModel | Coupled
+    training_defaults: ClassVar[dict[str, Any]] = SCORE_DEFAULTS
+    langevin = LangevinSteps()
     stops_lower_gradient = (
         "the upper loss is a surrogate, constant in the posterior, whose gradient holds the response "
         "already (the covariance); use `BiSM`"
@@ -195,25 +207,35 @@ class VaGES(ScoreLearner):
             None if objective == "stein" else score_objective(objective, sigma, sigma_range, grid)
         )
         self.regression = cast("Regression | None", regression)
-        options = {
-            "num_samples": num_samples,
-            "objective": objective,
-            "divergence": divergence,
-            "sigma": sigma,
-            "sigma_range": list(sigma_range),
-            "grid": grid,
-            "width": width,
-            "covariance": covariance,
-            "expectation": expectation,
-            "variance_reduced": variance_reduced,
-            "latent_steps": latent_steps,
-            "latent_rate": latent_rate,
-            "latent_noise": latent_noise,
-            "langevin": list(langevin),
-        }
-        self.take(model, posterior, options)
+        check_real_visibles(model, "VaGES")
+        self.posterior_fit = PosteriorFit(divergence, expectation)
+        denoise = sigma if objective in BLURRED else 0.0
+        self.latent_model = with_posterior(model, posterior, Langevin(langevin, denoise))
+        self.posterior_fit.check(model, self.encoder)
         if latent_steps:
             check_real_latents("latent_steps", model, self.encoder)
+        self.upper = nn.ModuleDict({"model": model})
+        self.lower = nn.ModuleDict({"posterior": self.encoder})
+        if posterior is None:
+            options = {
+                "num_samples": num_samples,
+                "objective": objective,
+                "divergence": divergence,
+                "sigma": sigma,
+                "sigma_range": list(sigma_range),
+                "grid": grid,
+                "width": width,
+                "covariance": covariance,
+                "expectation": expectation,
+                "variance_reduced": variance_reduced,
+                "latent_steps": latent_steps,
+                "latent_rate": latent_rate,
+                "latent_noise": latent_noise,
+                "langevin": list(langevin),
+            }
+            self.recipe = {"model": self.model.recipe, **options}
+
+    for_images: ClassVar[Any] = classmethod(deep_images)
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         points: Noised | Pairs
@@ -234,20 +256,24 @@ class VaGES(ScoreLearner):
 
     def draw_lower(self, batch: Batch, generator: torch.Generator, step: int) -> LowerBatch:
         data = batch.data
-        noise = self.lower_noise(data, generator)
+        noise = self.posterior_fit.noise(self.encoder, data, generator)
         if self.regression is None:
             return LowerBatch(data, noise, None)
         points = self.regression.draw(data, generator)
         return LowerBatch(points.visible, noise, points.gain)
 
+    def lower_loss(self, batch: LowerBatch) -> Loss:
+        """The divergence of q(h|v) from p(h|v), up to what q does not change."""
+        return self.posterior_fit.loss(self.latent_model.network, self.encoder, batch)
+
     @torch.enable_grad()
     def upper_loss(self, batch: Batch) -> Loss:
         """The objective's estimate; its gradient is VaGES, not the derivative of that number."""
         points, latent, langevin = batch.points, batch.latent, batch.langevin
-        if isinstance(points, Pairs):
-            own = self.num_samples
-            for_score = self.samples(points.visible, latent[:, :own], langevin[:, :, :own])
-            rest = self.samples(points.other, latent[:, own:], langevin[:, :, own:])
+        if self.regression is None:
+            own, pairs = self.num_samples, cast(Pairs, points)
+            for_score = self.samples(pairs.visible, latent[:, :own], langevin[:, :, :own])
+            rest = self.samples(pairs.other, latent[:, own:], langevin[:, :, own:])
             for_slope, for_covariance = rest.groups(2)
         else:
             groups = self.samples(points.visible, latent, langevin).groups(GROUPS)
@@ -270,10 +296,11 @@ class VaGES(ScoreLearner):
             noise: the posterior's, shape (n, S, d).
             langevin: of the steps, shape (n, steps, S, d).
         """
-        h, weight = hard_draws(self.encoder, v, noise)
+        drawn = self.encoder.exact(v, noise.transpose(0, 1))
+        h, weight = (x.transpose(0, 1).contiguous() for x in (drawn.latent, drawn.weight))
         with torch.enable_grad():
             v = v.detach().requires_grad_()
-            energies = self.energies_of(v)
+            energies = energies_of(self.latent_model.network, v)
             h = refined(energies, h, langevin.transpose(0, 1), self.latent_rate, self.latent_noise)
             return Samples(v, h, -energies(h), weight)
 
@@ -289,11 +316,12 @@ class VaGES(ScoreLearner):
 
     def _compare(self, points: Noised | Pairs, s: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """The objective of every row and z; `s` and `other` are the scores at the row's visibles."""
-        if isinstance(points, Pairs):
-            scores = s.flatten(1), other.flatten(1)
-            value, z = stein(points.visible, points.other, *scores, self.width)
+        if self.regression is None:
+            scores, pairs = (s.flatten(1), other.flatten(1)), cast(Pairs, points)
+            value, z = stein(pairs.visible, pairs.other, *scores, self.width)
             return value, z.view_as(other)
-        return 0.5 * square_norm(residual(s, points)), residual_slope(s, points)
+        noised = cast(Noised, points)
+        return 0.5 * square_norm(residual(s, noised)), residual_slope(s, noised)
 
 
 def stein(
@@ -343,36 +371,6 @@ def slope_and_directions(samples: Samples, others: Samples) -> tuple[Tensor, Ten
     total = (samples.weight * samples.log_density).sum() + (directions * others.log_density).sum()
     slope = torch.autograd.grad(total, samples.visible, create_graph=True)[0]
     return slope, directions
-
-
-@torch.no_grad()
-def hard_draws(posterior: VariationalPosterior, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents without gradient, several per visible; of a `BernoulliPosterior` exact, in {0, 1}.
-
-    Args:
-        posterior: q(h|v); its network sees every visible once if it is Gaussian or Bernoulli.
-        v: visibles, shape (n, ...).
-        noise: the posterior's, shape (n, S, d).
-
-    Returns:
-        Latents (n, S, ...) and weights (n, S) whose rows sum to one; more than S latents of a
-        posterior that enumerates its states.
-    """
-    n, copies = noise.shape[:2]
-    if isinstance(posterior, GaussianPosterior):
-        mean, log_variance = (part[:, None] for part in posterior.moments(v))
-        h = mean + (log_variance / 2).exp() * noise
-    elif isinstance(posterior, BernoulliPosterior):
-        below, layers = v[:, None], []
-        widths = noise.split(posterior.latent_dims, dim=2)
-        for network, part in zip(posterior.networks, widths, strict=True):
-            below = (network(below) + part > 0).to(v.dtype)
-            layers.append(below)
-        h = torch.cat(layers, dim=2)
-    else:
-        draws = posterior.draws(v.repeat_interleave(copies, 0), noise.flatten(0, 1))
-        return draws.latent.unflatten(0, (n, -1)), n * draws.weight.view(n, -1)
-    return h, h.new_full(h.shape[:2], 1 / copies)
 
 
 def _check_refinement(variance_reduced: bool, steps: int, rate: float, noise: float) -> None:

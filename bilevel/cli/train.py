@@ -28,9 +28,9 @@ from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.data.limits import GIGABYTES
-from bilevel.methods.eblvm import rebuilt
 from bilevel.methods.presets import PRESETS, Preset
 from bilevel.methods.training.run import Run
+from bilevel.methods.training.saved import rebuilt
 from bilevel.refusals import nearest
 
 SUMMARY = "train a model on images, into a run folder"

@@ -84,9 +84,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BILEVEL_CACHE") or "~/.cache/bilevel").expanduser()
 
 
-def read(
-    name: str, frame: Frame, limit: int | None, *, faces: tuple[int, int] = FACES
-) -> Raw:
+def read(name: str, frame: Frame, limit: int | None, *, faces: tuple[int, int] = FACES) -> Raw:
     """A published set, downloaded if it is not in the cache folder.
 
     Args:

@@ -1,152 +1,101 @@
-"""What a model takes for visibles: other containers made tensors, the rest refused with advice."""
+"""What visibles a model takes: `Visibles`, a record that admits them or refuses them with advice."""
 
 import math
-from collections.abc import Mapping, Sized
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from bilevel.batches import not_finite
+from bilevel.methods.data.containers import as_tensor
+from bilevel.methods.data.images import scaled
 
 _SLACK = 1e-6  # beyond the range, for numbers that were rounded on their way
 
 
-class Takes(Protocol):
-    """What visibles a model, or a machine, takes.
+@final
+@dataclass(frozen=True)
+class Visibles:
+    """The visibles of a model.
 
     Attributes:
-        visible_range: smallest and largest value, `None` if unbounded.
+        shape: of one visible, `None` if any will do.
+        range: smallest and largest value, `None` if unbounded.
         binary: whether they must be exactly 0 or 1.
-    """
-
-    visible_range: tuple[float, float] | None
-    binary: bool
-
-
-# ---------------------------------------------------------------------- other containers
-
-
-def as_tensor(data: Any) -> Tensor:
-    """Rows as a dense tensor: of a tensor, an array, a sparse matrix, a data frame or nested lists.
-
-    Raises:
-        TypeError: for anything else, and for values that are no real numbers.
-        ValueError: for rows of different lengths, and masked values.
+        table: of an energy that is a table: how many rows it has; visibles are their numbers.
 
     Example:
-        >>> as_tensor([[0, 1], [1, 1]])
-        tensor([[0, 1],
-                [1, 1]])
+        >>> Visibles((2,), (0, 1), binary=True).admitted([[0, 1]], torch.zeros(1))
+        tensor([[0., 1.]])
     """
-    if isinstance(data, Tensor):
-        return _dense(data)
-    if callable(getattr(data, "toarray", None)):  # a sparse matrix of SciPy
-        data = data.toarray()
-    elif callable(getattr(data, "to_numpy", None)):  # a data frame
-        data = data.to_numpy()
-    if isinstance(data, (list, tuple)) and data and all(isinstance(x, Tensor) for x in data):
-        if len({x.shape for x in data}) > 1:
-            raise TypeError(
-                f"visibles must be a tensor, got a {type(data).__name__} of {len(data)} tensors of "
-                f"different shapes; pass the one that holds the visibles, such as `data[0]`"
-            )
-        return _dense(torch.stack(list(data)))
-    if isinstance(data, (list, tuple)) or hasattr(data, "__array__"):
-        return torch.from_numpy(_plain(data))
-    raise TypeError(_no_array(data))
+
+    shape: tuple[int, ...] | None = None
+    range: tuple[float, float] | None = None
+    binary: bool = False
+    table: int | None = None
+
+    def admitted(self, data: Any, like: Tensor) -> Tensor:
+        """Visibles that were looked at, on the device and in the dtype of `like`.
+
+        It looks at every value, for which a GPU has to wait: it is for what a person asks, not for
+        losses.
+
+        Args:
+            data: a tensor, or what `as_tensor` makes one of.
+            like: a parameter of the model.
+
+        Raises:
+            TypeError: if they are no tensor, or whole numbers that need a scale.
+            ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
+        """
+        data = as_tensor(data)
+        if self.table is not None:
+            return row_numbers(data, self.table).to(like.device)
+        refuse_shape(data, self.shape)
+        if not data.is_floating_point():
+            refuse_integers(data, self)
+            whole: Tensor = data.to(like)
+            return whole
+        refuse_holes(data)
+        rows: Tensor = data.to(like)
+        if torch.finfo(rows.dtype).max < torch.finfo(data.dtype).max:
+            refuse_holes(rows, f" as {_name(rows.dtype)}, which has no room for them")
+        refuse_values(rows, self)
+        return rows
+
+    def admitted_bytes(self, data: Any, like: Tensor) -> Tensor:
+        """As `admitted`, but images of bytes stay bytes where the model's values lie in [-1, 1].
+
+        Raises:
+            TypeError: as `admitted`.
+            ValueError: as `admitted`.
+        """
+        rows = as_tensor(data)
+        images = self.range == (-1, 1) or (self.range is None and rows.ndim == 4)
+        if rows.dtype == torch.uint8 and self.table is None and images:
+            refuse_shape(rows, self.shape)
+            return rows.to(like.device)
+        return self.admitted(rows, like)
+
+    def as_numbers(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Admitted rows as the networks take them: bytes scaled to [-1, 1], in the dtype of `like`."""
+        return rows if self.table is not None else scaled(rows).to(like.dtype)
 
 
-def _dense(data: Tensor) -> Tensor:
-    """A tensor as the networks take it, outside of any graph."""
-    if data.is_nested:
-        raise TypeError(
-            "visibles must be a tensor of one shape, got a nested one; pad its rows to one length with "
-            "`data.to_padded_tensor(0.0)`"
-        )
-    if data.is_complex():
-        raise TypeError("visibles must be real numbers, got complex ones; pass `data.real`")
-    rows: Tensor = data.detach()
-    if rows.is_quantized:
-        return rows.dequantize()
-    return rows if rows.layout == torch.strided else rows.to_dense()
-
-
-def _plain(data: Any) -> NDArray[Any]:
-    """An array of a type torch knows."""
-    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
-        count = int(np.ma.getmaskarray(data).sum())
-        raise ValueError(
-            f"{count} of {data.size} values are masked; drop their rows, or fill them with "
-            "`data.filled(value)`"
-        )
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise ValueError("the rows of the data differ in length; cut or pad them to one") from None
-    kind = array.dtype.kind
-    if kind == "c":
-        raise TypeError("visibles must be real numbers, got complex ones; pass `data.real`")
-    if kind not in "biuf":
-        raise TypeError(
-            f"visibles must be a tensor of real numbers, got values of type `{array.dtype}`; leave out "
-            "or encode what is no number, then convert with `.astype(float)`"
-        )
-    if kind == "u" and array.itemsize > 1:
-        array = array.astype(np.float64 if array.itemsize == 8 else np.int64)
-    if kind == "f" and array.itemsize > 8:
-        array = array.astype(np.float64)
-    return np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
-
-
-def _no_array(data: Any) -> str:
-    """Why something is no data, and what to pass instead."""
-    name = type(data).__name__
-    said = f"visibles must be a tensor or an array, got {name}"
-    if isinstance(data, (str, bytes)) or hasattr(data, "__fspath__"):
-        return (
-            f"{said}; read files with `bilevel.methods.data.images.load_images` or "
-            "`bilevel.methods.data.tables.load_table`, and pass the `train` part of what they return"
-        )
-    if isinstance(data, (DataLoader, Dataset)):
-        loader = isinstance(data, DataLoader)
-        source: Any = cast(Any, data).dataset if loader else data
-        rows = "data.dataset" if loader else "data"
-        if not (isinstance(source, Sized) and len(source) and hasattr(source, "__getitem__")):
-            return (
-                f"{said}, whose rows come as a stream; collect those to train on in one tensor, such as "
-                "with `torch.stack`"
-            )
-        row = source[0]
-        first = "row[0]" if isinstance(row, (tuple, list)) else "row"
-        return (
-            f"{said}; a model draws batches of its own from one tensor that holds all rows: pass "
-            f"`torch.stack([{first} for row in {rows}])`"
-        )
-    if isinstance(getattr(data, "train", None), Tensor):
-        return f"{said}; pass its training part, `data.train`"
-    if isinstance(data, Mapping):
-        return f"{said}; pass the entry that holds the visibles"
-    return f"{said}; pass rows of numbers, one tensor of shape (n, ...)"
-
-
-def row_numbers(v: Any, count: int, name: str) -> Tensor:
+def row_numbers(v: Any, count: int) -> Tensor:
     """Visibles of an energy that is a table: the numbers of its rows, int64, shape (n,).
 
     Args:
         v: the visibles.
         count: of the table's rows.
-        name: of the energy.
 
     Raises:
         TypeError: if they are no whole numbers in one dimension.
         ValueError: if there is no such row.
     """
     v = as_tensor(v)
-    said = f"the visibles of this `{name}` are whole numbers from 0 to {count - 1}, shape (n,); got"
+    said = f"the visibles of this model are whole numbers from 0 to {count - 1}, shape (n,); got"
     if v.is_floating_point() or v.dtype == torch.bool or v.ndim != 1 or len(v) == 0:
         raise TypeError(f"{said} {_name(v.dtype)} of shape {tuple(v.shape)}")
     if int(v.min()) < 0 or int(v.max()) >= count:
@@ -202,18 +151,18 @@ def refuse_holes(v: Tensor, seen: str = "") -> None:
         raise ValueError(f"{count} of {len(v)} visibles hold NaN or infinity{seen} ({which})")
 
 
-def refuse_values(v: Tensor, model: Takes) -> None:
+def refuse_values(v: Tensor, taken: Visibles) -> None:
     """Refuse values outside the range, or not binary where they must be.
 
     Raises:
         ValueError: with the values and what to do.
     """
-    if model.visible_range is None:
+    if taken.range is None:
         return
-    low, high = model.visible_range
+    low, high = taken.range
     least, most = float(v.min()), float(v.max())
     outside = least < low - _SLACK or most > high + _SLACK
-    if model.binary:
+    if taken.binary:
         wrong = int(((v != 0) & (v != 1)).sum())
         if wrong:
             place = "in [0, 1] " if outside else ""
@@ -230,7 +179,7 @@ def refuse_values(v: Tensor, model: Takes) -> None:
         )
 
 
-def refuse_integers(v: Tensor, model: Takes) -> None:
+def refuse_integers(v: Tensor, taken: Visibles) -> None:
     """Refuse whole numbers that cannot be meant as they stand; truth values count as 0 and 1.
 
     They are taken where they are 0 and 1 and the model's visibles lie there, and as rows of a table by
@@ -239,14 +188,14 @@ def refuse_integers(v: Tensor, model: Takes) -> None:
     Raises:
         TypeError: with a scale that works.
     """
-    if model.visible_range is None and v.ndim == 2:
+    if taken.range is None and v.ndim == 2:
         return
-    low, high = model.visible_range or (-1.0, 1.0)
+    low, high = taken.range or (-1.0, 1.0)
     least, most = float(v.min()), float(v.max())
     if (low, high) == (0, 1) and least >= 0 and most <= 1:
         return
     said = f"whole numbers from {least:g} to {most:g} ({_name(v.dtype)})"
-    if model.binary:
+    if taken.binary:
         raise TypeError(
             f"this model takes visibles that are exactly 0 or 1, got {said}; binarise them"
             f"{_cut(least, most)}"
@@ -257,35 +206,6 @@ def refuse_integers(v: Tensor, model: Takes) -> None:
         f"visibles must be floating point, got {said}; scale them to [{low:g}, {high:g}]"
         f"{_rescaled(least if least < 0 else 0.0, most, low, high)}"
     )
-
-
-def admitted(data: Any, model: Takes, shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
-    """Visibles that were looked at, on the device and in the dtype of `like`.
-
-    It looks at every value, for which a GPU has to wait: it is for what a person asks, not for losses.
-
-    Args:
-        data: a tensor, or what `as_tensor` makes one of.
-        model: says what values it takes.
-        shape: of one visible, `None` if any will do.
-        like: a parameter of the model.
-
-    Raises:
-        TypeError: if they are no tensor, or whole numbers that need a scale.
-        ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
-    """
-    data = as_tensor(data)
-    refuse_shape(data, shape)
-    if not data.is_floating_point():
-        refuse_integers(data, model)
-        whole: Tensor = data.to(like)
-        return whole
-    refuse_holes(data)
-    rows: Tensor = data.to(like)
-    if torch.finfo(rows.dtype).max < torch.finfo(data.dtype).max:
-        refuse_holes(rows, f" as {_name(rows.dtype)}, which has no room for them")
-    refuse_values(rows, model)
-    return rows
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -32,9 +32,10 @@ from bilevel.methods.data.images import (
     shuffled_pixels,
     uniform_noise,
 )
-from bilevel.methods.eblvm import EBLVM, Statistics
+from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.evaluation.features import FeatureNetwork, at_most, default_features
 from bilevel.methods.evaluation.fidelity import FEWEST, fid, kid, neighbourhoods, refuse_undefined
+from bilevel.methods.models.evaluating import Statistics
 from bilevel.sync_batch_norm import BatchNorm
 
 _Array: TypeAlias = NDArray[np.float64]

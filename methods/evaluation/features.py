@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bilevel.methods.data.images import Images, scaled
-from bilevel.methods.eblvm import attempt
 from bilevel.methods.evaluation.fidelity import refuse_undefined
+from bilevel.methods.models.model import attempt
 from bilevel.methods.training.json_lines import check_fields
 from bilevel.methods.training.schemas import Classifier
 from bilevel.methods.training.weights import fill, read_metadata, read_weights, write_weights

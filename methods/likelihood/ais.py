@@ -17,10 +17,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bilevel.methods.data.visibles import admitted
 from bilevel.methods.likelihood.annealing import AnnealedChains
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
-from bilevel.methods.machines.base import LatentVariableModel
+from bilevel.methods.machines.base import BoltzmannMachine
 from bilevel.methods.machines.enumeration import MAX_UNITS, states
 
 _CHUNK = 2**20  # states of a first hidden layer weighed at a time
@@ -53,7 +52,7 @@ def linear_schedule(n: int) -> Tensor:
 
 @torch.no_grad()
 def annealed_importance_sampling(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     *,
     temperatures: Tensor | int | None = None,
     num_chains: int = 100,
@@ -111,7 +110,7 @@ def annealed_importance_sampling(
 
 @torch.no_grad()
 def reverse_annealed_importance_sampling(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     samples: Tensor,
     *,
     temperatures: Tensor | int | None = None,
@@ -156,7 +155,7 @@ def reverse_annealed_importance_sampling(
 
 
 def bracket(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     *,
     data: Tensor | None = None,
     temperatures: Tensor | int | None = None,
@@ -208,7 +207,7 @@ def bracket(
 
 
 @torch.no_grad()
-def exact_samples(model: LatentVariableModel, n: int, generator: torch.Generator) -> Tensor:
+def exact_samples(model: BoltzmannMachine, n: int, generator: torch.Generator) -> Tensor:
     """Independent first hidden layers of the model, all states enumerated, shape (n, latent_dims[0]).
 
     Raises:
@@ -238,7 +237,7 @@ def exact_samples(model: LatentVariableModel, n: int, generator: torch.Generator
 
 
 def gibbs_samples(
-    model: LatentVariableModel, data: Tensor, n: int, burn_in: int, generator: torch.Generator
+    model: BoltzmannMachine, data: Tensor, n: int, burn_in: int, generator: torch.Generator
 ) -> Tensor:
     """First hidden layers at the end of Gibbs chains from data, shape (n, latent_dims[0]).
 
@@ -250,14 +249,14 @@ def gibbs_samples(
     """
     _check_positive("`n`", n)
     _check_positive("the number of rows of `data`", len(data))
-    data = admitted(data, model, (model.visible_dim,), model.visible_bias)
+    data = model.visibles.admitted(data, model.visible_bias)
     rows = torch.arange(n, device=data.device) % len(data)
     h1 = model.first_layer(data[rows], generator)
     return model.gibbs(h1, generator, burn_in)[1][:, : model.latent_dims[0]]
 
 
 def _anneal(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     h1: Tensor,
     betas: list[float],
     base: Tensor | None,
@@ -296,7 +295,7 @@ def _schedule(temperatures: Tensor | int | None) -> list[float]:
     return betas
 
 
-def _check_base(model: LatentVariableModel, base: Tensor | None) -> None:
+def _check_base(model: BoltzmannMachine, base: Tensor | None) -> None:
     if base is None:
         return
     if model.visible_range is None:

@@ -21,16 +21,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.data.visibles import admitted
+from bilevel.methods.likelihood.free_energy import log_weights, one_by_one
 from bilevel.methods.likelihood.log_partition import LogPartition
-from bilevel.methods.machines import MAX_UNITS, LatentVariableModel
-from bilevel.methods.variational import (
-    BernoulliPosterior,
-    HierarchicalJoint,
-    TabularJoint,
-    VariationalJoint,
-    VariationalPosterior,
-)
+from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine
+from bilevel.methods.variational import VariationalJoint, VariationalPosterior
 
 _GAP_UNITS = 15  # of a first hidden layer that is summed out for every visible
 
@@ -69,7 +63,7 @@ class VariationalBound:
 
 @torch.no_grad()
 def log_likelihood(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     v: Tensor,
     log_partition: LogPartition | Tensor | float | None = None,
 ) -> float:
@@ -105,14 +99,14 @@ def log_likelihood(
             f"log Z of this `{name}` cannot be enumerated (more than {MAX_UNITS} units on either side); "
             "pass `log_partition`, estimated by `annealed_importance_sampling`, or `bracket` it"
         )
-    v = admitted(v, model, (model.visible_dim,), model.visible_bias)
+    v = model.visibles.admitted(v, model.visible_bias)
     log_z = model.log_partition() if log_partition is None else log_partition
-    return _defined(-float(model.free_energy(v).mean()) - _number(log_z), "the log-likelihood")
+    return _defined(-float(model.free_energy(v).mean()) - float(log_z), "the log-likelihood")
 
 
 @torch.no_grad()
 def variational_lower_bound(
-    model: LatentVariableModel,
+    model: BoltzmannMachine,
     posterior: VariationalPosterior,
     v: Tensor,
     log_partition: LogPartition | Tensor | float,
@@ -144,11 +138,14 @@ def variational_lower_bound(
         Differs from the paper in: the draws are exact, those of AdVIL's evaluation are relaxed.
     """
     _check_samples(num_samples)
-    v = admitted(v, model, (model.visible_dim,), model.visible_bias)
-    values = torch.stack(
-        [_minus_free_energy_bound(model, posterior, v, generator) for _ in range(num_samples)]
-    )
-    log_z = _number(log_partition)
+    v = model.visibles.admitted(v, model.visible_bias)
+
+    def log_ratios() -> Tensor:
+        noise = posterior.noise(len(v), generator, v)[None]
+        return log_weights(one_by_one(model), posterior, v, noise).double()
+
+    values = torch.cat([log_ratios() for _ in range(num_samples)])
+    log_z = float(log_partition)
     unnormalized = _defined(float(values.mean()), "the bound")
     error = math.inf
     if num_samples > 1:
@@ -181,7 +178,7 @@ def sampler_lower_bound(
     log_ratio, weight = _log_ratios(model, joint, num_samples, generator)
     mean = (weight * log_ratio).sum()
     # a weighted mean of n draws of equal weight 1/n; enumerated ones leave nothing to chance
-    spread = 0.0 if _enumerates(joint) else float(log_ratio.std()) / math.sqrt(num_samples)
+    spread = 0.0 if joint.enumerates else float(log_ratio.std()) / math.sqrt(num_samples)
     return Estimate(float(mean), _or_infinite(spread))
 
 
@@ -212,27 +209,10 @@ def chi_square_upper_bound(
     log_terms = 2 * log_ratio + weight.log()
     log_square = log_terms.logsumexp(0)
     spread = 0.0
-    if not _enumerates(joint):
+    if not joint.enumerates:
         relative = (log_terms - log_square).exp() * num_samples
         spread = float(relative.std()) / (2 * math.sqrt(num_samples))
     return Estimate(float(log_square) / 2, _or_infinite(spread))
-
-
-def _minus_free_energy_bound(
-    model: LatentVariableModel,
-    posterior: VariationalPosterior,
-    v: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """-E(v, h) - log q(h|v) at one draw per visible, float64, shape (n,)."""
-    if isinstance(posterior, BernoulliPosterior):
-        h = posterior.hard(v, generator)
-        log_q = posterior.log_prob(v, h)
-    else:
-        draws = posterior.draws(v, posterior.noise(len(v), generator, v))
-        h, log_q = draws.latent, draws.log_prob
-    value: Tensor = -model(v, h) - log_q
-    return value.double()
 
 
 def _log_ratios(
@@ -240,20 +220,10 @@ def _log_ratios(
 ) -> tuple[Tensor, Tensor]:
     """Log p~/q at draws from q and the draws' weights, float64, each (n,)."""
     _check_samples(num_samples)
-    if isinstance(joint, HierarchicalJoint):
-        v, h, z = joint.hard(num_samples, generator)
-        log_q = joint.log_weight(v, h, z)
-        weight = torch.full_like(log_q, 1 / num_samples)
-    else:
-        like = next(joint.parameters())
-        v, h, log_q, weight = joint.draws(joint.noise(num_samples, generator, like))
+    v, h, log_q, weight = joint.exact_draws(num_samples, generator)
     log_ratio: Tensor = -model(v, h) - log_q
     _defined(float(log_ratio.sum()), "the mean log-ratio of model and sampler")
     return log_ratio.double(), weight.double()
-
-
-def _enumerates(joint: VariationalJoint) -> bool:
-    return isinstance(joint, TabularJoint)
 
 
 def _or_infinite(spread: float) -> float:
@@ -272,10 +242,6 @@ def _defined(value: float, what: str) -> float:
             "of what it is judged with"
         )
     return value
-
-
-def _number(log_partition: LogPartition | Tensor | float) -> float:
-    return log_partition.value if isinstance(log_partition, LogPartition) else float(log_partition)
 
 
 def _check_samples(num_samples: int) -> None:

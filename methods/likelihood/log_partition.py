@@ -44,6 +44,9 @@ class LogPartition:
         """How many chains there were."""
         return len(self.log_weights)
 
+    def __float__(self) -> float:
+        return self.value
+
     @property
     def value(self) -> float:
         """Log Z: too low on average, or too high if `reverse`."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bilevel.methods.machines.base import LatentVariableModel
+from bilevel.methods.machines.base import BoltzmannMachine, as_machine
 from bilevel.methods.machines.dbm import DBM, GaussianDBM
 from bilevel.methods.machines.enumeration import MAX_UNITS
 from bilevel.methods.machines.rbm import RBM, GaussianRBM
@@ -13,19 +13,20 @@ __all__ = [
     "MACHINES",
     "MAX_UNITS",
     "RBM",
+    "BoltzmannMachine",
     "GaussianDBM",
     "GaussianRBM",
-    "LatentVariableModel",
+    "as_machine",
     "from_recipe",
 ]
 
-MACHINES: Mapping[str, type[LatentVariableModel]] = {
+MACHINES: Mapping[str, type[BoltzmannMachine]] = {
     kind.__name__: kind for kind in (RBM, GaussianRBM, DBM, GaussianDBM)
 }
 """Boltzmann machines by the name of the class: what a recipe calls them."""
 
 
-def from_recipe(recipe: dict[str, Any]) -> LatentVariableModel:
+def from_recipe(recipe: dict[str, Any]) -> BoltzmannMachine:
     """Build the model that a `recipe` describes, with its initial weights.
 
     Raises:

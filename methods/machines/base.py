@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.data.visibles import admitted
+from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.machines.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.machines.neighbours import Neighbours
+from bilevel.methods.networks.units import Change
 
 MEAN_FIELD_SWEEPS = 10
 """Updates of each hidden layer by `mean_field`."""
@@ -32,7 +33,7 @@ MEAN_FIELD_SWEEPS = 10
 VisibleDraw = Callable[[Tensor], Tensor]
 
 
-class LatentVariableModel(nn.Module, ABC):
+class BoltzmannMachine(nn.Module, ABC):
     """A Boltzmann machine with visibles v and one or two layers of hidden units in {0, 1}.
 
     Attributes:
@@ -194,8 +195,17 @@ class LatentVariableModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def _first_weight(self) -> Tensor:
+    def first_weight(self) -> Tensor:
         """Interactions of the visibles with the first hidden layer, (visible_dim, latent_dims[0])."""
+
+    @property
+    @abstractmethod
+    def first_bias(self) -> Tensor:
+        """Biases of the first hidden layer, shape (latent_dims[0],)."""
+
+    @abstractmethod
+    def rewriting(self) -> Change | None:
+        """How it is rewritten where the visibles change units; `None` if these have none."""
 
     @abstractmethod
     def _visible_energy(self, v: Tensor, less: Tensor) -> Tensor:
@@ -220,6 +230,11 @@ class LatentVariableModel(nn.Module, ABC):
         """Log of the sum of exp(-E) over h1 as a function of (v, h2) side by side, shape (n,)."""
 
     # ------------------------------------------------------------------ what follows
+
+    @property
+    def visibles(self) -> Visibles:
+        """What visibles it takes."""
+        return Visibles((self.visible_dim,), self.visible_range, self.binary)
 
     @property
     def enumerable(self) -> bool:
@@ -251,7 +266,7 @@ class LatentVariableModel(nn.Module, ABC):
         """
         traced = torch.compiler.is_compiling() or _is_transformed(v)  # values cannot be looked at
         if not traced:
-            rows = admitted(v, self, (self.visible_dim,), self.visible_bias)
+            rows = self.visibles.admitted(v, self.visible_bias)
             # what was given, where it is a tensor: it may be part of a graph
             v = v.to(rows) if isinstance(v, Tensor) and v.layout == torch.strided else rows
         return -self.free_energy(v) - self.log_partition()
@@ -294,6 +309,11 @@ class LatentVariableModel(nn.Module, ABC):
                 f"this model takes first hidden layers of shape (n, {self.latent_dims[0]}), "
                 f"got {tuple(h1.shape)}"
             )
+
+
+def as_machine(module: nn.Module) -> BoltzmannMachine | None:
+    """The module, if it is a Boltzmann machine: the one place that tells it from a user's energy."""
+    return module if isinstance(module, BoltzmannMachine) else None
 
 
 def coin_flips(probabilities: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bilevel.methods.machines.base import (
     MEAN_FIELD_SWEEPS,
-    LatentVariableModel,
+    BoltzmannMachine,
     check_dim,
     check_steps,
     coin_flips,
@@ -23,15 +23,19 @@ from bilevel.methods.machines.enumeration import MAX_UNITS, log_one_plus_exp, lo
 from bilevel.methods.machines.neighbours import Neighbours
 
 
-class OneHidden(LatentVariableModel):
+class OneHidden(BoltzmannMachine):
     """A machine with one hidden layer: its posterior factorises and its free energy is closed."""
 
     latent_bias: nn.Parameter
     weight: nn.Parameter
 
     @property
-    def _first_weight(self) -> Tensor:
+    def first_weight(self) -> Tensor:
         return self.weight
+
+    @property
+    def first_bias(self) -> Tensor:
+        return self.latent_bias
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         self._check_visible(v)
@@ -92,7 +96,7 @@ class OneHidden(LatentVariableModel):
         return v, h1
 
 
-class TwoHidden(LatentVariableModel):
+class TwoHidden(BoltzmannMachine):
     """A machine with two hidden layers: its posterior does not factorise."""
 
     latent_bias1: nn.Parameter
@@ -101,8 +105,12 @@ class TwoHidden(LatentVariableModel):
     weight2: nn.Parameter
 
     @property
-    def _first_weight(self) -> Tensor:
+    def first_weight(self) -> Tensor:
         return self.weight1
+
+    @property
+    def first_bias(self) -> Tensor:
+        return self.latent_bias1
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         self._check_visible(v)

@@ -13,16 +13,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.machines.base import LOG_2, LatentVariableModel, VisibleDraw, coin_flips
+from bilevel.methods.machines.base import LOG_2, BoltzmannMachine, VisibleDraw, coin_flips
 from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.machines.neighbours import Neighbours
+from bilevel.methods.networks.units import Change
 
 
-class BinaryVisible(LatentVariableModel):
+class BinaryVisible(BoltzmannMachine):
     """A machine with visibles in {0, 1}."""
 
     def visible_mean(self, h: Tensor) -> Tensor:
         return self._visible_logits(h[:, : self.latent_dims[0]], 1.0, None).sigmoid()
+
+    def rewriting(self) -> None:
+        return None
 
     def base_rate(self, data: Tensor) -> Tensor:
         return data.mean(0).clamp(1e-5, 1 - 1e-5).logit()
@@ -32,7 +36,7 @@ class BinaryVisible(LatentVariableModel):
         return log_one_plus_exp(logits).sum() + sum(self.latent_dims) * LOG_2
 
     def _visible_logits(self, h1: Tensor, beta: float, base: Tensor | None) -> Tensor:
-        b, weight = self.visible_bias, self._first_weight.mT
+        b, weight = self.visible_bias, self.first_weight.mT
         if base is None:
             return torch.addmm(b, h1, weight, beta=beta, alpha=beta)
         return torch.addmm(torch.lerp(base, b, beta), h1, weight, alpha=beta)
@@ -48,7 +52,7 @@ class BinaryVisible(LatentVariableModel):
     ) -> VisibleDraw:
         b = self.visible_bias
         bias = torch.lerp(torch.zeros_like(b) if base is None else base, b, beta)
-        weight = self._first_weight.mT
+        weight = self.first_weight.mT
 
         def draw(h1: Tensor) -> Tensor:
             logits = torch.addmm(bias, h1, weight, alpha=beta)
@@ -57,23 +61,35 @@ class BinaryVisible(LatentVariableModel):
         return draw
 
     def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
-        b, weight = self.visible_bias.detach(), self._first_weight.detach()
+        b, weight = self.visible_bias.detach(), self.first_weight.detach()
         n1 = weight.shape[1]
         start = torch.zeros_like(b) if base is None else base.to(b)
         return Neighbours(b.new_zeros(n1), weight.mT, b, start, b.new_empty(n1, 0))
 
 
-class GaussianVisible(LatentVariableModel):
+class GaussianVisible(BoltzmannMachine):
     """A machine with real visibles, Gaussian given the latent, of scale exp(log_scale)."""
 
     log_scale: nn.Parameter
 
     def visible_mean(self, h: Tensor) -> Tensor:
-        field = h[:, : self.latent_dims[0]] @ self._first_weight.mT
+        field = h[:, : self.latent_dims[0]] @ self.first_weight.mT
         return torch.addcmul(self.visible_bias, field, (2 * self.log_scale).exp())
 
     def base_rate(self, data: Tensor) -> None:
         return None
+
+    def rewriting(self) -> Change:
+        r"""$b' = m + d \odot b$, $\log s' = \log s + \log d$, $W' = W / d$, $c' = c - W^T (m / d)$."""
+
+        def change(shift: Tensor, scale: Tensor) -> None:
+            weight = self.first_weight.double()
+            self.first_bias.copy_(self.first_bias.double() - (shift / scale) @ weight)
+            self.first_weight.copy_(weight / scale[:, None])
+            self.visible_bias.copy_(shift + scale * self.visible_bias.double())
+            self.log_scale.copy_(self.log_scale.double() + scale.log())
+
+        return change
 
     def log_partition_base(self, base: Tensor | None = None) -> Tensor:
         self._check_no_base(base)
@@ -88,7 +104,7 @@ class GaussianVisible(LatentVariableModel):
 
     def _log_sum_visible(self, h1: Tensor, beta: float, base: Tensor | None) -> Tensor:
         self._check_no_base(base)
-        field = h1 @ self._first_weight.mT
+        field = h1 @ self.first_weight.mT
         variance = (2 * self.log_scale).exp()
         exponent = field @ (beta * self.visible_bias)
         exponent = torch.addmv(exponent, field.square(), variance, alpha=0.5 * beta**2)
@@ -99,7 +115,7 @@ class GaussianVisible(LatentVariableModel):
     ) -> VisibleDraw:
         self._check_no_base(base)
         b, scale = self.visible_bias, self.log_scale.exp()
-        weight = (scale.square()[:, None] * self._first_weight).mT
+        weight = (scale.square()[:, None] * self.first_weight).mT
 
         def draw(h1: Tensor) -> Tensor:
             mean = torch.addmm(b, h1, weight, alpha=beta)
@@ -112,7 +128,7 @@ class GaussianVisible(LatentVariableModel):
 
     def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
         self._check_no_base(base)
-        b, weight = self.visible_bias.detach(), self._first_weight.detach()
+        b, weight = self.visible_bias.detach(), self.first_weight.detach()
         none = b.new_empty(0)
         scaled = (self.log_scale.detach().exp()[:, None] * weight).mT
         return Neighbours(b @ weight, b.new_empty(weight.shape[1], 0), none, none, scaled)

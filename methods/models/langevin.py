@@ -11,10 +11,13 @@ what was blurred, given x.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
+
+from bilevel.methods.data.visibles import Visibles
 
 Steps: TypeAlias = tuple[int, int, int]
 
@@ -72,68 +75,95 @@ def annealed_langevin(
     return [x - denoise**2 * g for x, g in zip(state, slopes(energy, state), strict=True)]
 
 
-class Chained(Protocol):
-    r"""What a model knows of its own Langevin dynamics.
-
-    Attributes:
-        visible_range: smallest and largest value of a visible, `None` if unbounded.
-        langevin: steps of `annealed_langevin`.
-        denoise: $\sigma_0$ of the last step, in the units of the visibles.
-    """
-
-    visible_range: tuple[float, float] | None
-    langevin: Steps
-    denoise: float
-
-
-def visible_chains(
-    model: Chained,
-    energy: Callable[[Tensor, Tensor], Tensor],
-    latent: Tensor,
-    shape: tuple[int, ...] | None,
-    generator: torch.Generator | None,
-    *,
-    given: bool,
-) -> Tensor:
-    """Visibles from noise by annealed Langevin dynamics, which runs in units of their range.
-
-    A range [a, b] becomes [0, 1], where the step and the temperatures of the papers belong. All
-    variables start at N(1/2, 1).
+@final
+@dataclass(frozen=True)
+class Langevin:
+    r"""How an energy is sampled: annealed Langevin dynamics in units of the visibles' range.
 
     Args:
-        model: knows range and steps.
-        energy: E(v, h), shape (n,).
-        latent: h, shape (n, d): what the visibles are drawn given; otherwise only its shape counts.
-        shape: of one visible.
-        generator: draws the noise, on the device of `latent`.
-        given: hold h where it is, instead of moving it along from noise.
-
-    Returns:
-        Visibles, shape (n, *shape), cut to their range.
+        steps: at the highest temperature, from there to 1, and from 1 to 0.
+        denoise: $\sigma_0$ of the last step, in the units of the visibles.
 
     Raises:
-        NotImplementedError: if the shape is `None`.
+        ValueError: if the steps are not three whole numbers, none negative.
     """
-    if shape is None:
-        raise NotImplementedError(
-            "the shape of a visible is not known; set `visible_shape` before sampling"
-        )
-    low, high = model.visible_range or (0.0, 1.0)
-    denoise = model.denoise / (high - low)
 
-    def chains(h: Tensor) -> Tensor:
-        start = [_normal(h.new_empty(len(h), *shape), generator) + 0.5]
-        if not given:
-            start.append(_normal(h, generator) + 0.5)
+    steps: Steps = PUBLISHED
+    denoise: float = 0.0
 
-        def scaled(x: Tensor, *free: Tensor) -> Tensor:
-            return energy(low + (high - low) * x, *(free or (h,)))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", three_numbers(self.steps))
 
-        x = annealed_langevin(scaled, start, generator, steps=model.langevin, denoise=denoise)[0]
-        return low + (high - low) * x
+    def visibles(
+        self,
+        energy: Callable[[Tensor, Tensor], Tensor],
+        latent: Tensor,
+        visibles: Visibles,
+        generator: torch.Generator | None,
+        *,
+        given: bool,
+    ) -> Tensor:
+        """Visibles from noise; a range [a, b] becomes [0, 1], where steps and temperatures belong.
 
-    v = torch.cat([chains(part) for part in latent.split(_CHAINS)])
-    return v if model.visible_range is None else v.clamp(low, high)
+        All variables start at N(1/2, 1).
+
+        Args:
+            energy: E(v, h), shape (n,).
+            latent: h, shape (n, d): what the visibles are drawn given; otherwise only its shape counts.
+            visibles: their shape and range.
+            generator: draws the noise, on the device of `latent`.
+            given: hold h where it is, instead of moving it along from noise.
+
+        Returns:
+            Visibles, shape (n, *shape), cut to their range.
+
+        Raises:
+            NotImplementedError: if the shape is not known.
+        """
+        shape = visibles.shape
+        if shape is None:
+            raise NotImplementedError(
+                "the shape of a visible is not known; set `visible_shape` before sampling"
+            )
+        low, high = visibles.range or (0.0, 1.0)
+        denoise = self.denoise / (high - low)
+
+        def chains(h: Tensor) -> Tensor:
+            start = [_normal(h.new_empty(len(h), *shape), generator) + 0.5]
+            if not given:
+                start.append(_normal(h, generator) + 0.5)
+
+            def scaled(x: Tensor, *free: Tensor) -> Tensor:
+                return energy(low + (high - low) * x, *(free or (h,)))
+
+            x = annealed_langevin(scaled, start, generator, steps=self.steps, denoise=denoise)[0]
+            return low + (high - low) * x
+
+        v = torch.cat([chains(part) for part in latent.split(_CHAINS)])
+        return v if visibles.range is None else v.clamp(low, high)
+
+
+class _Holds(Protocol):
+    latent_model: Any
+
+
+@final
+class LangevinSteps:
+    """A learner's `langevin`: the steps by which its model is sampled; may be set."""
+
+    def __get__(self, learner: _Holds | None, owner: type | None = None) -> Any:
+        """The steps."""
+        if learner is None:
+            return self
+        langevin = learner.latent_model.langevin
+        return None if langevin is None else langevin.steps
+
+    def __set__(self, learner: _Holds, steps: Sequence[int]) -> None:
+        """Sample by these from here on."""
+        model = learner.latent_model
+        hot, falling, cold = three_numbers(steps)
+        langevin = replace(model.langevin or Langevin(), steps=(hot, falling, cold))
+        learner.latent_model = replace(model, langevin=langevin)
 
 
 def temperatures(steps: Steps, hottest: float = 100.0) -> list[float]:
@@ -148,7 +178,7 @@ def temperatures(steps: Steps, hottest: float = 100.0) -> list[float]:
     return [hottest] * hot + fall + [1 - i / max(1, cold - 1) for i in range(cold)]
 
 
-def check_steps(steps: Sequence[float]) -> Steps:
+def three_numbers(steps: Sequence[float]) -> Steps:
     """Three whole numbers of steps, none negative.
 
     Raises:

@@ -24,18 +24,16 @@ $(v + 1) / 2$. A noise level of the papers is therefore half as large as the sam
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeVar, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, elu, pad
 
-from bilevel.methods.machines.base import check_dim
-from bilevel.methods.variational import GaussianPosterior
+from bilevel.methods.networks.build import build
+from bilevel.refusals import whole
 
 Shape = tuple[int, int, int]
-Network = TypeVar("Network", bound=nn.Module)
 
 VISIBLE_RANGE = (-1.0, 1.0)
 """Range of the images that these networks take."""
@@ -63,7 +61,7 @@ class CoupledEnergy(nn.Module, ABC):
 
 
 @final
-class DeepEBLVM(CoupledEnergy):
+class DeepCoupledEnergy(CoupledEnergy):
     r"""$E(v, h) = \sum_k \mathrm{ELU}(A [f(v) + h; h] + b)_k^2$.
 
     Args:
@@ -77,7 +75,7 @@ class DeepEBLVM(CoupledEnergy):
         ValueError: if one is not positive, or the images are not square or smaller than 8 pixels.
 
     Example:
-        >>> energy = DeepEBLVM((1, 28, 28), latent_dim=5, width=4)
+        >>> energy = DeepCoupledEnergy((1, 28, 28), latent_dim=5, width=4)
         >>> energy(torch.zeros(3, 1, 28, 28), torch.zeros(3, 5)).shape
         torch.Size([3])
 
@@ -91,7 +89,7 @@ class DeepEBLVM(CoupledEnergy):
         super().__init__()
         self.trunk = trunk(shape, width, blocks)
         base = (check_shape(shape) // 8) ** 2
-        self.project = nn.Linear(8 * width * base, check_dim("latent_dim", latent_dim))
+        self.project = nn.Linear(8 * width * base, whole("latent_dim", latent_dim))
         self.head = nn.Linear(2 * latent_dim, 4 * width * base)
 
     def features(self, v: Tensor) -> Tensor:
@@ -109,8 +107,8 @@ class DeepEnergy(nn.Module):
 
     Args:
         shape: (channels, side, side) of the images, in [-1, 1].
-        width: channels of the first layer, as in `DeepEBLVM`.
-        blocks: residual blocks per stage, as in `DeepEBLVM`.
+        width: channels of the first layer, as in `DeepCoupledEnergy`.
+        blocks: residual blocks per stage, as in `DeepCoupledEnergy`.
 
     Raises:
         TypeError: if a number is not an integer.
@@ -146,7 +144,7 @@ class ConvMoments(nn.Module):
             layers += [nn.Conv2d(channels, wide, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
             channels, side = wide, (side + 1) // 2
         self.trunk = nn.Sequential(*layers)
-        self.mean = nn.Linear(channels * side**2, check_dim("latent_dim", latent_dim))
+        self.mean = nn.Linear(channels * side**2, whole("latent_dim", latent_dim))
         self.log_std = nn.Linear(channels * side**2, latent_dim)
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,8 +155,8 @@ class ConvMoments(nn.Module):
 
 def image_networks(
     shape: Shape, latent_dim: int, width: int, blocks: int, seed: int
-) -> tuple[DeepEBLVM, GaussianPosterior]:
-    """An energy and its Gaussian q(h|v), untrained.
+) -> tuple[DeepCoupledEnergy, ConvMoments]:
+    """An energy and the moments of a Gaussian q(h|v), untrained.
 
     Args:
         shape: (channels, side, side) of the images.
@@ -168,27 +166,12 @@ def image_networks(
         seed: of the initial weights; torch's global generator is left as it was.
 
     Raises:
-        TypeError: as `DeepEBLVM`.
-        ValueError: as `DeepEBLVM`.
+        TypeError: as `DeepCoupledEnergy`.
+        ValueError: as `DeepCoupledEnergy`.
     """
-    energy = seeded(seed, lambda: DeepEBLVM(shape, latent_dim, width, blocks))
+    energy = build(lambda: DeepCoupledEnergy(shape, latent_dim, width, blocks), seed)
     narrow = min(width, _POSTERIOR_WIDTH)
-    moments = seeded(seed + 1, lambda: ConvMoments(shape, latent_dim, narrow))
-    return energy, GaussianPosterior(moments, latent_dim)
-
-
-def seeded(seed: int, make: Callable[[], Network]) -> Network:
-    """A network with the weights of a seed, in the layout in which convolutions are faster.
-
-    Args:
-        seed: of the initial weights; torch's global generator is left as it was.
-        make: makes the network.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = make()
-    cast(Any, network).to(memory_format=torch.channels_last)
-    return network
+    return energy, build(lambda: ConvMoments(shape, latent_dim, narrow), seed + 1)
 
 
 def trunk(shape: Shape, width: int, blocks: int) -> nn.Sequential:
@@ -207,8 +190,8 @@ def trunk(shape: Shape, width: int, blocks: int) -> nn.Sequential:
         [6, 9]
     """
     check_shape(shape)
-    check_dim("blocks", blocks)
-    channels = check_dim("width", width)
+    whole("blocks", blocks)
+    channels = whole("width", width)
     layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1)]
     for _ in range(3):
         layers.append(_Block(channels, 2 * channels, halve=True))

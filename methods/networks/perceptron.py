@@ -1,14 +1,15 @@
-"""Heads and perceptrons of the variational autoencoder: what turns a network's output into moments."""
+"""Perceptrons with the weights of a generator, and heads that turn a network's output into moments."""
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from bilevel.methods.variational.bernoulli import xavier
+from bilevel.methods.networks.units import Change, input_change, output_change
 
 
 @final
@@ -28,6 +29,10 @@ class Moments(nn.Module):
         mean, log_variance = self.network(v).chunk(2, dim=1)
         return mean, log_variance
 
+    def rewriting(self) -> Change | None:
+        """How it is rewritten where the visibles change units; `None` if that is not known."""
+        return input_change(self.network[0]) if isinstance(self.network, nn.Sequential) else None
+
 
 @final
 class LearnedVariance(nn.Module):
@@ -46,6 +51,21 @@ class LearnedVariance(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, shape (n, width), and log-variance, shape (width,)."""
         return self.network(h), self.log_variance
+
+    def rewriting(self) -> Change | None:
+        """How it is rewritten where the visibles change units; `None` if that is not known."""
+        layers = self.network
+        of_mean = (
+            output_change(layers[-1], moments=False) if isinstance(layers, nn.Sequential) else None
+        )
+        if of_mean is None:
+            return None
+
+        def change(shift: Tensor, scale: Tensor) -> None:
+            of_mean(shift, scale)
+            self.log_variance.add_(2 * scale.log())
+
+        return change
 
 
 @final
@@ -83,3 +103,22 @@ def perceptron(widths: Sequence[int], heads: int, generator: torch.Generator) ->
         else:
             layers.append(xavier(below, above, generator, heads=heads))
     return nn.Sequential(*layers)
+
+
+def xavier(
+    below: int, above: int, generator: torch.Generator, *, gain: float = 1.0, heads: int = 1
+) -> nn.Linear:
+    """A linear layer with Xavier uniform weights and zero biases, drawn on the generator's device.
+
+    Args:
+        below: width of the input.
+        above: width of one head.
+        generator: draws the weights.
+        gain: factor on Xavier's range.
+        heads: number of outputs of width `above`, side by side, each initialised as a layer of its own.
+    """
+    layer = cast(nn.Linear, skip_init(nn.Linear, below, heads * above, device=generator.device))
+    for head in layer.weight.chunk(heads):
+        nn.init.xavier_uniform_(head, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

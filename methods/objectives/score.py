@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bilevel.methods.machines import LatentVariableModel
-from bilevel.methods.training.settings import one_of
-from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
+from bilevel.refusals import one_of
 
 ObjectiveName: TypeAlias = Literal["denoising", "sliced", "multiscale", "exact"]
 Grid: TypeAlias = Literal["geometric", "linear"]
 LogDensity: TypeAlias = Callable[[Tensor], Tensor]
+
+
+BLURRED = ("denoising", "multiscale")
+"""Objectives that fit the density of the data plus noise."""
 
 
 class Probed(NamedTuple):
@@ -39,6 +41,11 @@ class Probed(NamedTuple):
 
     visible: Tensor
     direction: Tensor
+
+    @property
+    def gain(self) -> None:
+        """The score itself counts."""
+        return None
 
 
 class Noised(NamedTuple):
@@ -244,50 +251,6 @@ def score_objective(
         "exact": Exact(),
     }
     return objectives[name]
-
-
-def check_real_visibles(model: Any, learner: str) -> None:
-    """Refuse a machine whose visibles are binary: it has no density that could have a score.
-
-    Raises:
-        ValueError: naming the machine and what to use instead.
-    """
-    if getattr(model, "visible_range", None) is not None:
-        raise ValueError(
-            f"`{learner}` needs the score of a density over real visibles, but those of a "
-            f"`{type(model).__name__}` are binary; use `GaussianRBM` or `GaussianDBM`, or another "
-            "learner, such as `AdvIL` or `ContrastiveDivergence`"
-        )
-
-
-def check_real_latents(setting: str, model: nn.Module, posterior: VariationalPosterior) -> None:
-    """Refuse a setting that differentiates in h where h is binary.
-
-    Raises:
-        ValueError: naming the setting, the energy and the posterior.
-    """
-    if isinstance(model, LatentVariableModel) or isinstance(posterior, BernoulliPosterior):
-        remedy = "use divergence='kl'" if "divergence" in setting else f"leave `{setting}` 0"
-        raise ValueError(
-            f"{setting} differentiates in h, but the latents of `{type(model).__name__}` with "
-            f"`{type(posterior).__name__}` are binary; {remedy}"
-        )
-
-
-def check_closed(model: nn.Module, posterior: VariationalPosterior, divergence: str) -> None:
-    """Refuse expectations over q in closed form where there is none.
-
-    Raises:
-        ValueError: naming the energy, the posterior and the divergence.
-    """
-    one = isinstance(model, LatentVariableModel) and len(model.latent_dims) == 1
-    if not (one and isinstance(posterior, BernoulliPosterior) and divergence == "kl"):
-        raise ValueError(
-            "expectation='exact' needs an energy linear in h and an independent Bernoulli posterior, "
-            f"which `{type(model).__name__}` with `{type(posterior).__name__}` and "
-            f"divergence={divergence!r} are not; use a machine with one hidden layer and "
-            "divergence='kl', or expectation='sampled'"
-        )
 
 
 def _normal(v: Tensor, generator: torch.Generator) -> Tensor:

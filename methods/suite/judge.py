@@ -17,9 +17,10 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel.methods.eblvm import EBLVM, chunked
+from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.likelihood import annealed_importance_sampling, bracket, linear_schedule
-from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.machines import BoltzmannMachine
+from bilevel.methods.models.chunks import chunked
 from bilevel.methods.suite.config import EvaluationConfig
 from bilevel.methods.suite.learners import Job
 from bilevel.methods.vae import VAE
@@ -120,7 +121,7 @@ def _weighted(learner: VAE, v: Tensor, evaluation: EvaluationConfig, final: bool
     return Judgement("importance-weighted lower bound", float(values.double().mean()))
 
 
-def _mean_field_bound(machine: LatentVariableModel, v: Tensor) -> Tensor:
+def _mean_field_bound(machine: BoltzmannMachine, v: Tensor) -> Tensor:
     """E(v, mu) - H(mu), at least F(v), shape (n,)."""
     mu = machine.mean_field(v)
     entropy = torch.special.entr(mu) + torch.special.entr(1 - mu)

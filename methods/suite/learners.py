@@ -7,7 +7,7 @@ from bilevel import Solver
 from bilevel.methods.catalogue import construct, make_for_machine, make_machine, make_solver
 from bilevel.methods.data.tables import Table, load_table
 from bilevel.methods.eblvm import EBLVM
-from bilevel.methods.machines import LatentVariableModel
+from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.suite.config import Cell, DataConfig
 from bilevel.methods.training.settings import LOWER_ONLY, Training, refuse_idle, validated
 
@@ -28,7 +28,7 @@ class Job:
 
     cell: Cell
     table: Table
-    machine: LatentVariableModel
+    machine: BoltzmannMachine
     learner: EBLVM
     solver: Solver
     training: Training

@@ -24,6 +24,7 @@ from bilevel.methods.suite.judge import heldout_likelihood, independent
 from bilevel.methods.suite.learners import Job, make_job, make_table
 from bilevel.methods.suite.trace import Trace
 from bilevel.methods.training.run import Run, versions
+from bilevel.methods.training.saved import read_into
 
 Callbacks = Sequence[Callable[[Step], object]]
 Observer = Callable[[int, int, dict[str, Any]], object]
@@ -180,6 +181,6 @@ def trained(cell: Cell, table: Table, folder: Path) -> Job | None:
     if not weights.exists():
         return None
     job = make_job(cell, table)
-    job.learner.read(Run(folder).model_path)
+    read_into(job.learner, Run(folder).model_path)
     job.learner.eval()
     return job

@@ -81,6 +81,20 @@ class Training(BaseModel):
     keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints kept on disk")
 
 
+MACHINE_DEFAULTS: dict[str, Any] = {
+    "upper_lr": 1e-3,
+    "lower_lr": 1e-3,
+    "betas": (0.9, 0.95),
+    "lower_weight_decay": 0.0,
+    "decay": 1.0,
+    "order": "lower_first",
+}
+"""Usual settings of the methods that train Boltzmann machines."""
+
+SCORE_DEFAULTS: dict[str, Any] = {**MACHINE_DEFAULTS, "lower_steps": 5}
+"""Those of the methods that match scores and fit a posterior on the way."""
+
+
 LOWER_ONLY = ("lower_lr", "lower_steps", "lower_weight_decay", "clip_lower", "order")
 """Settings that mean nothing to a model with a single level."""
 

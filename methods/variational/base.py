@@ -2,11 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+
+from bilevel.methods.networks.units import Change
 
 
 class Draws(NamedTuple):
@@ -29,8 +31,30 @@ class Draws(NamedTuple):
         return (self.weight * values).sum()
 
 
+class Exact(NamedTuple):
+    """Several latents for each of n visibles, drawn without relaxation and without gradient.
+
+    Attributes:
+        latent: shape (S, n, ...).
+        log_prob: log q1(h|v), shape (S, n).
+        weight: shape (S, n), columns sum to one.
+    """
+
+    latent: Tensor
+    log_prob: Tensor
+    weight: Tensor
+
+
 class VariationalPosterior(nn.Module, ABC):
-    """q1(h|v)."""
+    """q1(h|v).
+
+    Attributes:
+        latent_dim: dimension of latents that are real numbers; `None` for others.
+        binary: whether latents are bits, which `draws` relaxes.
+    """
+
+    latent_dim: int | None = None
+    binary: ClassVar[bool] = False
 
     @abstractmethod
     def noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -48,9 +72,55 @@ class VariationalPosterior(nn.Module, ABC):
     def distribution(self, v: Tensor) -> Distribution:
         """q1(.|v) as a `torch.distributions` object."""
 
+    # Hooks: a family overrides what it knows better.
+
+    def mean(self, v: Tensor) -> Tensor:
+        """The mean of q1(h|v), differentiable."""
+        mean: Tensor = self.distribution(v).mean
+        return mean
+
+    @torch.no_grad()
+    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+        """Several latents for each visible, exact: bits are 0 or 1.
+
+        Args:
+            v: visibles, shape (n, ...).
+            noise: from `noise`, shape (S, n, d), or (S, 1, d) if all visibles share it.
+
+        Returns:
+            S latents for each visible; more of a family that enumerates its states.
+        """
+        copies, n = len(noise), len(v)
+        rows = v.expand(copies, *v.shape).flatten(0, 1)
+        draws = self.draws(rows, noise.expand(copies, n, *noise.shape[2:]).flatten(0, 1))
+
+        def by_copies(values: Tensor) -> Tensor:
+            apart: Tensor = values.unflatten(0, (copies, n, -1))
+            return apart.movedim(2, 1).flatten(0, 1)
+
+        return Exact(
+            by_copies(draws.latent), by_copies(draws.log_prob), n * by_copies(draws.weight)
+        )
+
+    def known_score(self, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor] | None:
+        r"""Draws and $\nabla_h \log q_1$ at them, where that has a closed form; `None` where not."""
+        return None
+
+    def rewriting(self) -> Change | None:
+        """How it is rewritten where the visibles change units; `None` if that is not known."""
+        return None
+
 
 class VariationalJoint(nn.Module, ABC):
-    """p2(v, h)."""
+    """p2(v, h).
+
+    Attributes:
+        binary: whether latents are bits, which `draws` relaxes.
+        enumerates: whether `draws` gives all states with their probabilities.
+    """
+
+    binary: ClassVar[bool] = False
+    enumerates: ClassVar[bool] = False
 
     @abstractmethod
     def noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -67,6 +137,27 @@ class VariationalJoint(nn.Module, ABC):
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         """N visibles of p2."""
+
+    # Hooks: a family overrides what it knows better.
+
+    def exact_draws(self, n: int, generator: torch.Generator) -> Draws:
+        """Draws without relaxation; `log_prob` may be less on average, as `bound` is."""
+        return self.draws(self.noise(n, generator, next(self.parameters())))
+
+    def visible_mean(self, h: Tensor) -> Tensor:
+        """The mean of p2(v|h).
+
+        Raises:
+            NotImplementedError: if the family has none.
+        """
+        raise NotImplementedError(
+            f"`{type(self).__name__}` gives no visibles for latents; use a `GaussianJoint`, or draw "
+            "from `posterior(v)`"
+        )
+
+    def rewriting(self) -> Change | None:
+        """How it is rewritten where the visibles change units; `None` if that is not known."""
+        return None
 
     def code_noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         """The noise that `bound` needs for n pairs; none where `log_prob` is tractable."""
@@ -95,6 +186,16 @@ def logistic_noise(n: int, d: int, generator: torch.Generator, like: Tensor) -> 
 def normal_log_prob(z: Tensor) -> Tensor:
     """Log-density of N(0, 1), elementwise."""
     return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+
+
+def reparameterised(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    r"""$\mu + \sigma \epsilon$, a draw from $N(\mu, \sigma^2)$."""
+    return mean + (log_variance / 2).exp() * noise
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    r"""$KL(N(\mu, \sigma^2) \| N(0, I))$ of every row, shape (n,)."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
 
 
 def equal_weights(values: Tensor) -> Tensor:

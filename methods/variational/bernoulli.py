@@ -13,23 +13,25 @@ distribution), for which an energy over 0/1 units has no counterpart.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self, cast, final
+from typing import TYPE_CHECKING, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
-from torch.nn.utils import skip_init
 
 from bilevel.methods.machines.enumeration import log_one_plus_exp
+from bilevel.methods.networks.perceptron import xavier
+from bilevel.methods.networks.units import Change, input_change
 from bilevel.methods.variational.base import (
     Draws,
+    Exact,
     VariationalPosterior,
     equal_weights,
     logistic_noise,
 )
 
 if TYPE_CHECKING:
-    from bilevel.methods.machines import LatentVariableModel
+    from bilevel.methods.machines import BoltzmannMachine
 
 
 @final
@@ -65,6 +67,8 @@ class BernoulliPosterior(VariationalPosterior):
         `log_prob` is the relaxation's density.
     """
 
+    binary: ClassVar[bool] = True
+
     def __init__(
         self,
         networks: Sequence[nn.Module],
@@ -85,7 +89,7 @@ class BernoulliPosterior(VariationalPosterior):
     @classmethod
     def for_model(
         cls,
-        model: "LatentVariableModel",
+        model: "BoltzmannMachine",
         *,
         temperature: float = 0.1,
         generator: torch.Generator | None = None,
@@ -141,6 +145,24 @@ class BernoulliPosterior(VariationalPosterior):
             )
         return Independent(Bernoulli(logits=self.logits(v)), 1)
 
+    def mean(self, v: Tensor) -> Tensor:
+        """Probabilities of the layer next to the visibles, exact, shape (n, latent_dims[0])."""
+        return self.logits(v).sigmoid()
+
+    @torch.no_grad()
+    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+        below, logits, layers = v[None], [], []
+        for network, part in zip(self.networks, noise.split(self.latent_dims, dim=2), strict=True):
+            logits.append(network(below))
+            below = (logits[-1] + part > 0).to(v.dtype)
+            layers.append(below)
+        h, shape = torch.cat(layers, dim=2), (len(noise), len(v), -1)
+        log_prob = bernoulli_log_prob(torch.cat([a.expand(shape) for a in logits], dim=2), h)
+        return Exact(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
+
+    def rewriting(self) -> Change | None:
+        return input_change(self.networks[0])
+
     @torch.no_grad()
     def hard(self, v: Tensor, generator: torch.Generator | None) -> Tensor:
         """Exact draws from q1(h|v) in {0, 1}, without gradient, shape (n, sum(latent_dims))."""
@@ -174,22 +196,3 @@ def positive_temperature(temperature: float) -> float:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}")
     return temperature
-
-
-def xavier(
-    below: int, above: int, generator: torch.Generator, *, gain: float = 1.0, heads: int = 1
-) -> nn.Linear:
-    """A linear layer with Xavier uniform weights and zero biases, drawn on the generator's device.
-
-    Args:
-        below: width of the input.
-        above: width of one head.
-        generator: draws the weights.
-        gain: factor on Xavier's range.
-        heads: number of outputs of width `above`, side by side, each initialised as a layer of its own.
-    """
-    layer = cast(nn.Linear, skip_init(nn.Linear, below, heads * above, device=generator.device))
-    for head in layer.weight.chunk(heads):
-        nn.init.xavier_uniform_(head, gain, generator=generator)
-    nn.init.zeros_(layer.bias)
-    return layer

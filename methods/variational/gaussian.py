@@ -9,11 +9,13 @@ from torch.distributions import Distribution, Independent, Normal
 
 from bilevel.methods.variational.base import (
     Draws,
+    Exact,
     VariationalJoint,
     VariationalPosterior,
     equal_weights,
     normal_log_prob,
     normal_noise,
+    reparameterised,
 )
 
 
@@ -25,6 +27,8 @@ class GaussianPosterior(VariationalPosterior):
         network: module v -> (mean, log-variance), each (n, d).
         latent_dim: dimension d of the latent.
     """
+
+    latent_dim: int
 
     def __init__(self, network: nn.Module, latent_dim: int) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class GaussianPosterior(VariationalPosterior):
 
     def draws(self, v: Tensor, noise: Tensor) -> Draws:
         mean, log_variance = self.moments(v)
-        h = mean + (log_variance / 2).exp() * noise
+        h = reparameterised(mean, log_variance, noise)
         log_prob = normal_log_prob(noise).sum(1) - 0.5 * log_variance.sum(1)
         return Draws(v, h, log_prob, equal_weights(log_prob))
 
@@ -53,6 +57,21 @@ class GaussianPosterior(VariationalPosterior):
     def distribution(self, v: Tensor) -> Distribution:
         mean, log_variance = self.moments(v)
         return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+
+    def mean(self, v: Tensor) -> Tensor:
+        return self.moments(v)[0]
+
+    @torch.no_grad()
+    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+        mean, log_variance = self.moments(v)
+        h = reparameterised(mean, log_variance, noise)
+        log_prob = normal_log_prob(noise).sum(2) - 0.5 * log_variance.sum(1)
+        return Exact(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
+
+    def known_score(self, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.moments(v)
+        deviation = (log_variance / 2).exp()
+        return mean + deviation * noise, -noise / deviation
 
 
 @final
@@ -92,6 +111,10 @@ class GaussianJoint(VariationalJoint):
         z: Tensor = ((v - self.generator(h)) / self.sigma).flatten(1)
         log_scale = z.shape[1] * math.log(self.sigma)
         return normal_log_prob(z).sum(1) + normal_log_prob(h).sum(1) - log_scale
+
+    def visible_mean(self, h: Tensor) -> Tensor:
+        means: Tensor = self.generator(h)
+        return means
 
     def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         like = next(self.generator.parameters())

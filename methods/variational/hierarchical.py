@@ -17,13 +17,14 @@ prices a given pair (`bound`).
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, final
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self, final
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.methods.machines.enumeration import log_one_plus_exp, log_sum_over_states
-from bilevel.methods.training.settings import one_of
+from bilevel.methods.networks.perceptron import xavier
+from bilevel.methods.networks.units import Change, output_change
 from bilevel.methods.variational.base import (
     Draws,
     VariationalJoint,
@@ -31,17 +32,18 @@ from bilevel.methods.variational.base import (
     logistic_noise,
     normal_log_prob,
     normal_noise,
+    reparameterised,
 )
 from bilevel.methods.variational.bernoulli import (
     bernoulli_log_prob,
     positive_temperature,
     relaxed,
     side_by_side,
-    xavier,
 )
+from bilevel.refusals import one_of
 
 if TYPE_CHECKING:
-    from bilevel.methods.machines import LatentVariableModel
+    from bilevel.methods.machines import BoltzmannMachine
 
 MAX_BITS = 15
 """Bits of z that `HierarchicalJoint.log_prob` still enumerates."""
@@ -97,6 +99,8 @@ class HierarchicalJoint(VariationalJoint):
         - `bound` is ours: the paper never evaluates log q at pairs it did not draw.
     """
 
+    binary: ClassVar[bool] = True
+
     def __init__(
         self,
         networks: Sequence[nn.Module],
@@ -129,7 +133,7 @@ class HierarchicalJoint(VariationalJoint):
     @classmethod
     def for_model(
         cls,
-        model: "LatentVariableModel",
+        model: "BoltzmannMachine",
         *,
         prior: Family = "gaussian",
         latent_dim: int | None = None,
@@ -233,12 +237,22 @@ class HierarchicalJoint(VariationalJoint):
             v = torch.bernoulli(output.sigmoid(), generator=generator)
         else:
             mean, log_variance = output.chunk(2, dim=1)
-            v = torch.empty_like(mean).normal_(generator=generator)
-            v = mean + (log_variance / 2).exp() * v
+            noise = torch.empty_like(mean).normal_(generator=generator)
+            v = reparameterised(mean, log_variance, noise)
         return Ancestral(v, side_by_side(layers[:0:-1]), z)
+
+    def exact_draws(self, n: int, generator: torch.Generator) -> Draws:
+        v, h, z = self.hard(n, generator)
+        log_prob = self.log_weight(v, h, z)
+        return Draws(v, h, log_prob, equal_weights(log_prob))
 
     def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         return self.hard(n, generator).visible
+
+    def rewriting(self) -> Change | None:
+        if self.visible == "bernoulli":
+            return None
+        return output_change(self.networks[-1], moments=True)
 
     def visible_mean(self, h: Tensor) -> Tensor:
         """The mean of q(v|h), shape (n, visible_dim)."""
@@ -271,7 +285,7 @@ class HierarchicalJoint(VariationalJoint):
         parameters = self.auxiliary(h[:, -self.latent_dims[-1] :])
         if self.prior == "gaussian":
             mean, log_variance = parameters.chunk(2, dim=1)
-            z = mean + (log_variance / 2).exp() * noise
+            z = reparameterised(mean, log_variance, noise)
         else:
             z = relaxed(parameters, noise, self.temperature)
         return self.log_weight(v, h, z)
@@ -305,7 +319,7 @@ class HierarchicalJoint(VariationalJoint):
         if self.visible == "bernoulli":
             return relaxed(output, noise, self.temperature)
         mean, log_variance = output.chunk(2, dim=1)
-        return mean + (log_variance / 2).exp() * noise
+        return reparameterised(mean, log_variance, noise)
 
     def _log_conditionals(self, v: Tensor, h: Tensor, outputs: list[Tensor]) -> Tensor:
         """Log-probability of v and the layers in h given the networks' outputs for them, bottom-up."""

@@ -1,6 +1,6 @@
 """Tabular families and energies: finitely many states, so that every expectation is exact."""
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class TabularJoint(VariationalJoint):
     Args:
         logits: initial logits, shape (V, H).
     """
+
+    enumerates: ClassVar[bool] = True
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()

@@ -1,0 +1,162 @@
+"""`LatentModel`: what a trained energy-based latent-variable model can do, whatever trained it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.machines import BoltzmannMachine
+from bilevel.methods.models.langevin import Langevin
+from bilevel.methods.networks.units import Change
+from bilevel.methods.variational import VariationalJoint, VariationalPosterior
+
+Start: TypeAlias = Tensor | Literal["exact", "chains", "coins"]
+
+
+class Chains(NamedTuple):
+    """What was asked of the Gibbs chains of a machine.
+
+    Attributes:
+        start: where they begin: visibles, "exact", "chains" or "coins"; `None` for the default.
+        sweeps: block Gibbs sweeps from there; `None` for the default.
+        persistent: first hidden layers where training left its own chains, if it had any.
+    """
+
+    start: Start | None = None
+    sweeps: int | None = None
+    persistent: Tensor | None = None
+
+    def refuse(self) -> None:
+        """Refuse them where a model is sampled otherwise.
+
+        Raises:
+            ValueError: if anything was asked.
+        """
+        for name, value in (("start", self.start), ("sweeps", self.sweeps)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` is for the Gibbs chains of a Boltzmann machine, and this model is "
+                    "sampled otherwise; leave it out"
+                )
+
+
+@dataclass(frozen=True)
+class LatentModel(ABC):
+    """A frozen record that points at the modules of a learner, whose levels own them.
+
+    Visibles come checked, on the modules' device, in evaluation mode and without gradients; only
+    `joint_energy` is differentiable. What a model cannot do it refuses with `NotImplementedError`.
+
+    Attributes:
+        visibles: what visibles it takes.
+        machine: the Boltzmann machine, if its energy is one.
+        encoder: the variational posterior q(h|v), if it has one.
+        sampler: the variational joint q(v, h), if it has one.
+        latent_dim: dimension of the latent, if it is known.
+        langevin: how it is sampled, if that takes Langevin dynamics.
+        draws_by_chains: whether every sample is the end of a Markov chain that takes long.
+    """
+
+    visibles: Visibles
+    machine: BoltzmannMachine | None = field(default=None, kw_only=True)
+    encoder: VariationalPosterior | None = field(default=None, kw_only=True)
+    sampler: VariationalJoint | None = field(default=None, kw_only=True)
+    latent_dim: int | None = field(default=None, kw_only=True)
+    langevin: Langevin | None = field(default=None, kw_only=True)
+    draws_by_chains: ClassVar[bool] = False
+
+    @abstractmethod
+    def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v, h), differentiable, shape (n,)."""
+
+    @abstractmethod
+    def energy(self, v: Tensor) -> Tensor:
+        """The free energy of visibles up to a constant, or the bound on it, shape (n,).
+
+        Each row's depends on that row alone, and is the same in every call.
+        """
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None, chains: Chains) -> Tensor:
+        """N visibles of the model."""
+
+    @abstractmethod
+    def posterior(self, v: Tensor) -> Distribution:
+        """The posterior over the latent, the model's own or a variational one."""
+
+    @abstractmethod
+    def decode(self, h: Tensor) -> Tensor:
+        """Visibles of given latents, shape (n, latent_dim)."""
+
+    @abstractmethod
+    def reconstruct(self, v: Tensor) -> Tensor:
+        """Visibles from the posterior mean of visibles, same shape."""
+
+    @abstractmethod
+    def probe(self, v: Tensor) -> Self:
+        """Run a few visibles through all modules.
+
+        Returns:
+            The record, with the dimension of the latent if it was not known.
+
+        Raises:
+            ValueError: if shapes do not fit, naming the module.
+        """
+
+    @abstractmethod
+    def rewritings(self) -> list[Change] | None:
+        """How the parts next to the visibles are rewritten in other units; `None` if one is unknown."""
+
+    @final
+    def known_dim(self) -> int:
+        """Dimension of the latent.
+
+        Raises:
+            ValueError: if it was not given and no data have been seen yet.
+        """
+        if self.latent_dim is None:
+            raise ValueError(
+                "the dimension of the latent is not known before the model has seen data; give "
+                "`latent_dim` to the constructor"
+            )
+        return self.latent_dim
+
+
+def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
+    """`module(v)`, whose failure is the caller's mistake.
+
+    Raises:
+        ValueError: naming the module and the shape it could not take.
+    """
+    try:
+        return module(v)
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(v.shape)
+        raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
+
+
+def check_pairs(energies: Tensor, log_prob: Tensor) -> None:
+    """Refuse an energy that does not give one number for each pair (v, h).
+
+    Args:
+        energies: what it gave.
+        log_prob: of the latents of these pairs, shape (n,).
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if energies.shape != log_prob.shape:
+        raise ValueError(
+            f"the energy must give one number per pair, shape (n,); got {tuple(energies.shape)} "
+            f"for {len(log_prob)} pairs"
+        )
+
+
+def all_known(parts: list[Change | None]) -> list[Change] | None:
+    """The changes, if all of them are known."""
+    known = [part for part in parts if part is not None]
+    return known if len(known) == len(parts) else None

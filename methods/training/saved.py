@@ -1,0 +1,91 @@
+"""A saved model: `model.json`, what it is, and `weights.safetensors` beside it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+from torch import Tensor, nn
+
+from bilevel.methods.training.json_lines import read_document, write_document
+from bilevel.methods.training.schemas import Model
+from bilevel.methods.training.weights import fill, read_weights, write_weights
+
+ABOUT, WEIGHTS = "model.json", "weights.safetensors"
+
+
+class Rebuildable(Protocol):
+    """A class whose objects can be made of plain values."""
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> Self:
+        """Build what a recipe describes."""
+        ...
+
+
+AnyModel = TypeVar("AnyModel", bound=Rebuildable)
+
+
+def write_model(
+    folder: str | os.PathLike[str], weights: Mapping[str, Tensor], about: dict[str, Any]
+) -> None:
+    """Write both files.
+
+    Args:
+        folder: where.
+        weights: by name.
+        about: what the model is, as plain values.
+
+    Raises:
+        WriteError: if the disk is full, say; what was there before is whole.
+    """
+    write_weights(Path(folder) / WEIGHTS, weights, about)
+    write_document(Path(folder) / ABOUT, about)
+
+
+def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the saved model is.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is damaged.
+    """
+    path = Path(folder) / ABOUT
+    if not path.exists():
+        raise FileNotFoundError(f"there is no saved model in `{folder}` (no `{ABOUT}`)")
+    return read_document(path, Model)
+
+
+def read_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Take the weights that a model of the same method and settings saved, in their precision.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if they are damaged, or of another model.
+    """
+    path = Path(folder) / WEIGHTS
+    weights = read_weights(path, read_about(folder))
+    for name, own in (*model.named_parameters(), *model.named_buffers()):
+        saved = weights.get(name)
+        if saved is not None and own.is_floating_point() and own.dtype != saved.dtype:
+            own.data = own.data.to(saved.dtype)
+    fill(model, weights, path)
+
+
+def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyModel:
+    """A model from its recipe.
+
+    Args:
+        kind: the method.
+        recipe: plain values.
+        source: the file they are from.
+
+    Raises:
+        ValueError: if no model can be made of them.
+    """
+    try:
+        return kind.from_recipe(recipe)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"no `{kind.__name__}` can be made of the settings in `{source}`: {error}"
+        ) from None
