@@ -277,9 +277,10 @@ class EBLVM(Problem):
             NotImplementedError: if the energy is no machine.
         """
         if self.latent_model.machine is None:
+            energy = type(next(self.upper.children())).__name__
             raise NotImplementedError(
-                f"the energy of this `{type(self).__name__}` is no Boltzmann machine of "
-                "`bilevel.methods.models`; use `joint_energy(v, h)` and `posterior(v)`"
+                f"`{energy}` is no Boltzmann machine of `bilevel.methods.models`; use "
+                "`joint_energy(v, h)` and `posterior(v)`"
             )
         return self.latent_model.machine
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bilevel.methods.machines.enumeration import states
-from bilevel.methods.models import DBM, RBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, BoltzmannMachine
 from bilevel.methods.variational import Draws, VariationalJoint, VariationalPosterior
 
 NV = 4
@@ -22,15 +22,15 @@ def every(units: int) -> Tensor:
     return states(units, 0, 2**units, torch.zeros((), dtype=torch.float64))
 
 
-def pairs(model: LatentVariableModel) -> tuple[Tensor, Tensor]:
+def pairs(model: BoltzmannMachine) -> tuple[Tensor, Tensor]:
     """All (v, h) of a binary machine."""
     v, h = every(model.visible_dim), every(sum(model.latent_dims))
     return v.repeat_interleave(len(h), dim=0), h.repeat(len(v), 1)
 
 
-def machine(kind: Any = RBM, seed: int = 0) -> LatentVariableModel:
+def machine(kind: Any = RBM, seed: int = 0) -> BoltzmannMachine:
     """A binary machine of moderate weights and biases, float64."""
-    model: LatentVariableModel = kind(NV, 3 if kind is RBM else (3, 2)).double()
+    model: BoltzmannMachine = kind(NV, 3 if kind is RBM else (3, 2)).double()
     generator = rng(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -38,7 +38,7 @@ def machine(kind: Any = RBM, seed: int = 0) -> LatentVariableModel:
     return model
 
 
-def moments(model: LatentVariableModel) -> dict[str, Tensor]:
+def moments(model: BoltzmannMachine) -> dict[str, Tensor]:
     """E_p[-dE/d parameter], by enumeration."""
     v, h = pairs(model)
     energy = model(v, h)
@@ -50,7 +50,7 @@ def moments(model: LatentVariableModel) -> dict[str, Tensor]:
 class ExactPosterior(VariationalPosterior):
     """p(h|v) of a machine, every h with its probability: no draw, no parameter of its own."""
 
-    def __init__(self, model: LatentVariableModel) -> None:
+    def __init__(self, model: BoltzmannMachine) -> None:
         super().__init__()
         self.model = [model]  # hidden: its parameters belong to the upper level
 
@@ -74,7 +74,7 @@ class ExactPosterior(VariationalPosterior):
 class ExactJoint(VariationalJoint):
     """p(v, h) of a machine, every pair with its probability."""
 
-    def __init__(self, model: LatentVariableModel) -> None:
+    def __init__(self, model: BoltzmannMachine) -> None:
         super().__init__()
         self.model = [model]
 

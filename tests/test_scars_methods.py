@@ -346,7 +346,7 @@ def test_statistics_of_the_batch_reach_every_batch_norm(norm: nn.Module) -> None
     model.eval()
     h = torch.randn(6, 2, generator=rng()) * 3 + 5
     with model.evaluating("batch"):
-        found = model.generate(h)
+        found = model.latent_model.generate(h)
     hidden = body[0](h)
     centred = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(found, body[2](centred).detach(), rtol=1e-4, atol=1e-5)
@@ -404,7 +404,7 @@ def test_an_evaluation_says_that_samples_are_no_numbers() -> None:
     model = BiDVL.for_images(SHAPE, latent_dim=2, width=4).eval()
     seen = principal_components(images)
     with torch.no_grad():
-        for p in model.network("generator").parameters():
+        for p in model.lower["generator"].parameters():
             p.mul_(1e20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of too few images for a covariance
@@ -415,7 +415,7 @@ def test_an_evaluation_says_that_samples_are_no_numbers() -> None:
     with pytest.raises(ValueError, match="the reconstructions hold NaN"):
         reconstruction_rmse(model, images.test)
     with torch.no_grad():
-        next(model.network("energy").parameters()).fill_(NAN)
+        next(model.upper["energy"].parameters()).fill_(NAN)
     with pytest.raises(ValueError, match="the energies hold NaN"):
         ood_auroc(model, images.test, images.train)
     broken = images.train.clone()
@@ -647,8 +647,8 @@ def test_decoding_changes_nothing(make: Callable[[], Any], tmp_path: Path) -> No
         h = torch.randn(300, 2, generator=rng())
         decoded = model.decode(h)
         if isinstance(model, BiDVL) and not model.training:
-            model.generate(h)
-            model.encode(pictures())
+            model.latent_model.generate(h)
+            model.latent_model.encode(pictures())
         assert torch.equal(model.sample(4, rng()), before)
         assert torch.equal(model.decode(h), decoded)
         torch.testing.assert_close(model.decode(h[:5]), decoded[:5], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,6 @@
 """`Coupled`: an energy of visibles and real latents with a posterior, sampled by Langevin dynamics."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import ClassVar, Self, final
 
@@ -25,7 +25,7 @@ _ROWS = 50  # visibles whose bound is evaluated at a time, each with `ENERGY_SAM
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Coupled(LatentModel):
     """An energy that is any module (v, h) -> (n,), and a posterior of its latents.
 
@@ -35,8 +35,8 @@ class Coupled(LatentModel):
     """
 
     network: nn.Module
-    encoder: VariationalPosterior
-    langevin: Langevin
+    encoder: VariationalPosterior = field()
+    langevin: Langevin = field()
     draws_by_chains: ClassVar[bool] = True
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:

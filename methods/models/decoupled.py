@@ -19,7 +19,7 @@ from bilevel.methods.variational.base import normal_log_prob
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoupled(LatentModel):
     """Three networks.
 

@@ -5,7 +5,7 @@ $E(v, h) = -\log p(h) - \log p(v|h)$ is normalised, $Z = 1$: only $F(v) = -\log 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, cast, final
 
 import torch
@@ -27,7 +27,7 @@ PAIRS, IMAGE_PAIRS = 10_000, 500  # (v, h) evaluated at a time
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Directed(LatentModel):
     """A decoder of normal latents and a diagonal Gaussian posterior.
 
@@ -36,12 +36,14 @@ class Directed(LatentModel):
         decoder: h -> logits of bits, or (mean, log-variance) of real visibles.
         bits: whether p(v|h) is of independent bits.
         noisy: whether samples are draws from p(v|h), or its means.
+        at_once: pairs (v, h) evaluated at a time, `PAIRS` or `IMAGE_PAIRS` by default.
     """
 
-    encoder: GaussianPosterior
+    encoder: GaussianPosterior = field()
     decoder: nn.Module
     bits: bool
     noisy: bool
+    at_once: int | None = None
 
     def cost(self, v: Tensor, h: Tensor) -> Tensor:
         """-log p(v|h), differentiable, shape (n,)."""
@@ -74,12 +76,7 @@ class Directed(LatentModel):
         return -chunked(bound, v)
 
     def log_likelihood(
-        self,
-        v: Tensor,
-        num_samples: int,
-        generator: torch.Generator | None,
-        *,
-        at_once: int | None = None,
+        self, v: Tensor, num_samples: int, generator: torch.Generator | None
     ) -> Tensor:
         """The importance-weighted lower bound on log p(v), shape (n,).
 
@@ -87,7 +84,6 @@ class Directed(LatentModel):
             v: visibles.
             num_samples: draws from the posterior per row.
             generator: draws the noise.
-            at_once: pairs (v, h) evaluated at a time.
         """
 
         def bound(rows: Tensor) -> Tensor:
@@ -95,21 +91,17 @@ class Directed(LatentModel):
                 size = (count, len(rows), self.encoder.latent_dim)
                 return torch.randn(size, generator=generator, dtype=rows.dtype, device=rows.device)
 
-            return self._log_mean_weight(rows, num_samples, noise, at_once)
+            return self._log_mean_weight(rows, num_samples, noise)
 
         return chunked(bound, v)
 
     def _log_mean_weight(
-        self,
-        v: Tensor,
-        num_samples: int,
-        noise: Callable[[int], Tensor],
-        at_once: int | None = None,
+        self, v: Tensor, num_samples: int, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """Log of the mean of w_k, shape (n,); `noise(count)` has shape (count, n or 1, d)."""
         total = v.new_full((len(v),), -math.inf)
-        pairs = at_once if at_once is not None else PAIRS if v.ndim == 2 else IMAGE_PAIRS
-        size = max(1, pairs // len(v))
+        usual = PAIRS if v.ndim == 2 else IMAGE_PAIRS
+        size = max(1, (self.at_once or usual) // len(v))
         for start in range(0, num_samples, size):
             count = min(size, num_samples - start)
             weights = log_weights(self._energies, self.encoder, v, noise(count))

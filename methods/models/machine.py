@@ -1,6 +1,6 @@
 """`MachineModel`: a Boltzmann machine, whose energies are exact and whose samples are Gibbs chains'."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, final
 
 import torch
@@ -24,14 +24,14 @@ EXACT_UNITS = 12
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MachineModel(LatentModel):
     """A Boltzmann machine.
 
     `energy` is the exact free energy; `posterior` is exact with one hidden layer, a mean field with two.
     """
 
-    machine: BoltzmannMachine
+    machine: BoltzmannMachine = field()
 
     @classmethod
     def of(

@@ -1,6 +1,6 @@
 """`Marginal`: an energy of visibles alone, sampled by Langevin dynamics; it has no latent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn, Self, final
 
 import torch
@@ -12,12 +12,12 @@ from bilevel.methods.models.model import Chains, LatentModel, attempt
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Marginal(LatentModel):
     """An energy that is any module v -> (n,)."""
 
     network: nn.Module
-    langevin: Langevin
+    langevin: Langevin = field()
     draws_by_chains: ClassVar[bool] = True
 
     def joint_energy(self, v: Tensor, h: Tensor) -> NoReturn:

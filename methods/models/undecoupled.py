@@ -1,7 +1,7 @@
 """`Undecoupled`: a joint energy with a posterior and a sampler beside it, which stand for its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, final
 
 import torch
@@ -16,7 +16,7 @@ from bilevel.methods.variational import VariationalJoint, VariationalPosterior
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Undecoupled(LatentModel):
     """An energy that is any module (v, h) -> (n,), a posterior q(h|v) and a joint q(v, h).
 
@@ -32,8 +32,8 @@ class Undecoupled(LatentModel):
     """
 
     network: nn.Module
-    encoder: VariationalPosterior
-    sampler: VariationalJoint
+    encoder: VariationalPosterior = field()
+    sampler: VariationalJoint = field()
     free_energy: Callable[[Tensor], Tensor] | None = None
     draws: int = 10
     at_once: int | None = None

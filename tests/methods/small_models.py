@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines.enumeration import states
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, BoltzmannMachine, GaussianDBM, GaussianRBM
 from bilevel.methods.vae import VAE
 from tests.problems import generator, normal
 
@@ -17,7 +17,7 @@ def bits(n: int) -> Tensor:
     return states(n, 0, 2**n, torch.zeros((), dtype=torch.float64))
 
 
-def machine(kind: type, *sizes: object, seed: int = 0) -> LatentVariableModel:
+def machine(kind: type, *sizes: object, seed: int = 0) -> BoltzmannMachine:
     """A machine in float64 with every parameter drawn from N(0, 0.7^2)."""
     model = kind(*sizes).double()
     with torch.no_grad():
@@ -36,7 +36,7 @@ MACHINES = {
 BINARY = ["RBM", "RBM, more latents", "DBM"]
 
 
-def data_for(model: LatentVariableModel, n: int = 7) -> Tensor:
+def data_for(model: BoltzmannMachine, n: int = 7) -> Tensor:
     v = normal(n, model.visible_dim, seed=9)
     return v if model.visible_range is None else (v > 0).double()
 
@@ -51,7 +51,7 @@ def loss_of(learner: EBLVM, batch: object) -> Tensor:
     return learner.upper_loss(batch)[0]
 
 
-def joint_states(model: LatentVariableModel) -> tuple[Tensor, Tensor, Tensor]:
+def joint_states(model: BoltzmannMachine) -> tuple[Tensor, Tensor, Tensor]:
     """All (v, h) of a binary machine and their probabilities."""
     v, h = bits(model.visible_dim), bits(sum(model.latent_dims))
     rows, columns = v.repeat_interleave(len(h), 0), h.repeat(len(v), 1)

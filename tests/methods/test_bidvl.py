@@ -129,17 +129,17 @@ def test_a16_coefficients_of_the_lower_loss():
     model = small(ratio=0.3)
     made = batch(model)
     loss, logs = model.lower_loss(made)
-    mean, log_variance = model.network("posterior")(made.visible)
+    mean, log_variance = model.lower["posterior"](made.visible)
     prior = kl_divergence(
         Normal(mean, (log_variance / 2).exp()),
         Normal(torch.zeros_like(mean), torch.ones_like(mean)),
     )
     h = mean + (log_variance / 2).exp() * made.noise
-    reconstruction = (model.generate(h) - made.visible).pow(2).sum((1, 2, 3)).mean()
-    generated = model.generate(made.latent)
-    recovered = model.network("posterior")(generated)[0]
+    reconstruction = (model.latent_model.generate(h) - made.visible).pow(2).sum((1, 2, 3)).mean()
+    generated = model.latent_model.generate(made.latent)
+    recovered = model.lower["posterior"](generated)[0]
     latent = (recovered - made.latent).pow(2).sum(1).mean() / 3
-    energy = model.free_energy(generated).mean()
+    energy = model.latent_model.free_energy(generated).mean()
     expected = energy + latent + 0.3 * (reconstruction + prior.sum(1).mean())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(logs["reconstruction"], reconstruction, rtol=1e-12, atol=1e-12)
@@ -151,17 +151,20 @@ def test_the_residual_family_has_the_losses_of_its_scripts():
     assert not made.fresh_latent.equal(made.latent)
 
     upper, _ = model.upper_loss(made)
-    real, fake = model.free_energy(made.visible), model.free_energy(model.generate(made.latent))
+    real, fake = (
+        model.latent_model.free_energy(made.visible),
+        model.latent_model.free_energy(model.latent_model.generate(made.latent)),
+    )
     hinge = (1 + real).clamp(min=0).mean() + (1 - fake).clamp(min=0).mean()
     torch.testing.assert_close(upper, hinge, rtol=1e-12, atol=1e-12)
 
     lower, logs = model.lower_loss(made)
-    generated = model.generate(made.fresh_latent)
-    latent = (model.encode(generated)[0] - made.fresh_latent).pow(2).sum(1).mean()
-    mean, log_variance = model.encode(made.visible)
+    generated = model.latent_model.generate(made.fresh_latent)
+    latent = (model.latent_model.encode(generated)[0] - made.fresh_latent).pow(2).sum(1).mean()
+    mean, log_variance = model.latent_model.encode(made.visible)
     prior = 0.5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum(1).mean()
     vae = 0.05 * (logs["reconstruction"] + prior)
-    expected = model.free_energy(generated).mean() + 1e-4 * latent + vae
+    expected = model.latent_model.free_energy(generated).mean() + 1e-4 * latent + vae
     torch.testing.assert_close(lower, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -180,7 +183,7 @@ def test_sharing_the_samples_changes_no_loss_and_no_gradient(variant):
     rest_power_iterations(model)
     made = batch(model)
     shared = model.share(made)
-    assert shared.generated.equal(model.generate(made.latent))
+    assert shared.generated.equal(model.latent_model.generate(made.latent))
     for level, loss in (("upper", model.upper_loss), ("lower", model.lower_loss)):
         variables = list(model.variables(level).values())
         values = [loss(made)[0], loss(shared)[0]]
@@ -208,7 +211,7 @@ def test_a_turn_computes_no_forward_pass_twice(fresh, generations):
         def hook(*_):
             calls[name] += 1
 
-        model.network(name).register_forward_hook(hook)
+        (model.upper if name == "energy" else model.lower)[name].register_forward_hook(hook)
 
     for name in calls:
         count(name)
@@ -240,8 +243,8 @@ def test_losses_stay_in_float32_under_autocast(family):
 def test_a17_complete_latent_term_has_its_variance_part():
     model = small(variant="complete")
     made = batch(model, 2)
-    generated = model.generate(made.latent)
-    mean, log_variance = model.network("posterior")(generated)
+    generated = model.latent_model.generate(made.latent)
+    mean, log_variance = model.lower["posterior"](generated)
     generator = torch.Generator().manual_seed(3)
     total, n = 0.0, 20_000
     noise = torch.randn(n, 2, 3, dtype=torch.float64, generator=generator)
@@ -259,7 +262,7 @@ def test_a17_complete_latent_term_has_its_variance_part():
 def test_a17_complete_upper_term_is_the_posteriors_kl_over_d():
     model, plain = small(variant="complete"), small(variant="without")
     made = batch(model)
-    mean, log_variance = model.network("posterior")(model.generate(made.latent))
+    mean, log_variance = model.lower["posterior"](model.latent_model.generate(made.latent))
     prior = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
     difference = model.upper_loss(made)[0] - plain.upper_loss(made)[0]
     torch.testing.assert_close(difference, prior / 3, rtol=1e-12, atol=1e-12)
@@ -274,7 +277,7 @@ def test_a18_without_ratio_the_posterior_of_offset_learns_nothing(family):
 def test_a18_without_never_encodes_generated_samples():
     model = small(variant="without")
     calls = []
-    model.network("posterior").register_forward_hook(lambda *_: calls.append(1))
+    model.lower["posterior"].register_forward_hook(lambda *_: calls.append(1))
     model.lower_loss(batch(model))
     assert len(calls) == 1
 
@@ -290,7 +293,7 @@ def test_a19_energy_is_positive_and_near_log_2_at_first():
 @pytest.mark.parametrize(("family", "layers"), [("conv", 10), ("resnet", 11)])
 def test_a19_training_normalises_every_layer_of_the_energy(family, layers):
     model = BiDVL.for_images((3, 32, 32), width=16, family=family)
-    normed = [m for m in model.network("energy").modules() if hasattr(m, "parametrizations")]
+    normed = [m for m in model.upper["energy"].modules() if hasattr(m, "parametrizations")]
     assert len(normed) == layers
     for layer in normed:
         # an iteration each; the published 512 channels need 50, close singular values more

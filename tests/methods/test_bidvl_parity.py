@@ -38,7 +38,7 @@ def assert_parity(
     for _ in train(model, batches, num_steps=steps, seed=1, **settings):
         pass
 
-    networks = (plain.network(name) for name in ("energy", "posterior", "generator"))
+    networks = (plain.upper["energy"], plain.lower["posterior"], plain.lower["generator"])
     loop = PlainBiDVL(
         *networks, *optimizers(plain, training), plain.ratio, plain.latent_weight, one_pass
     )
@@ -84,7 +84,7 @@ def test_the_transcription_is_of_the_networks_as_they_are_written() -> None:
     """Our convolutions that cover their whole input are matrix products; the numbers are the same."""
     model = CIFAR10.build(width=8).double()
     h, v = torch.randn(3, 100).double(), torch.rand(3, 3, 32, 32).double() * 2 - 1
-    before = [model.network("generator")(h), model.network("energy").eval()(v)]
+    before = [model.lower["generator"](h), model.upper["energy"].eval()(v)]
     replaced = Counter[type]()
     for module in model.modules():
         for plain in (nn.Conv2d, nn.ConvTranspose2d):
@@ -92,6 +92,6 @@ def test_the_transcription_is_of_the_networks_as_they_are_written() -> None:
                 module.forward = partial(plain.forward, module)
                 replaced[plain] += 1
     assert replaced == {nn.Conv2d: 3, nn.ConvTranspose2d: 1}
-    model.network("energy").eval()
-    after = [model.network("generator")(h), model.network("energy")(v)]
+    model.upper["energy"].eval()
+    after = [model.lower["generator"](h), model.upper["energy"](v)]
     torch.testing.assert_close(after, before, rtol=0, atol=1e-10)

@@ -85,7 +85,9 @@ def test_convolutions_lie_channels_last(family):
     weights = [p for p in model.parameters() if p.ndim == 4]
     assert weights
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
-    assert model.generate(torch.zeros(2, 3)).is_contiguous(memory_format=torch.channels_last)
+    assert model.latent_model.generate(torch.zeros(2, 3)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_load_asks_for_the_modules_it_cannot_build(tmp_path):
@@ -111,7 +113,7 @@ def test_batch_norm_policy_is_explicit_and_leaves_no_trace():
     before = copy.deepcopy(model.state_dict())
     v = images().float()
     with model.evaluating("batch"):
-        with_batch = model.generate(torch.ones(4, 3) * torch.arange(4)[:, None])
+        with_batch = model.latent_model.generate(torch.ones(4, 3) * torch.arange(4)[:, None])
     running = model.reconstruct(v)
     assert not with_batch.requires_grad
     torch.testing.assert_close(running[:2], model.reconstruct(v[:2]), rtol=1e-5, atol=1e-6)
@@ -184,7 +186,7 @@ def test_divergence_stops_names_the_term_and_keeps_the_good_checkpoint(tmp_path)
     def poison(step):
         if step.number == 3:
             with torch.no_grad():
-                next(model.network("energy").parameters()).fill_(float("nan"))
+                next(model.upper["energy"].parameters()).fill_(float("nan"))
 
     with pytest.raises(DivergenceError, match="step 4: `energy_data` is nan"):
         model.fit(
@@ -206,7 +208,7 @@ def test_a_run_that_ends_in_nan_is_not_saved_as_a_model(tmp_path):
     def poison(step):
         if step.number == 3:
             with torch.no_grad():
-                next(model.network("energy").parameters()).fill_(float("nan"))
+                next(model.upper["energy"].parameters()).fill_(float("nan"))
 
     settings = {"num_steps": 3, "batch_size": 10, "checkpoint_every": 1, "callbacks": [poison]}
     with pytest.raises(CheckpointError, match="NaN or infinite numbers after step 3"):

@@ -502,7 +502,7 @@ def test_fit_save_load(objective: Any, tmp_path: Path) -> None:
     made.save(tmp_path)
     loaded = BiSM.load(tmp_path)
     assert loaded.objective == made.objective
-    assert loaded.expectation == "exact"
+    assert loaded.posterior_fit.expectation == "exact"
     torch.testing.assert_close(loaded.state_dict(), made.state_dict(), rtol=0, atol=0)
     assert torch.equal(loaded.energy(v), made.energy(v))
 

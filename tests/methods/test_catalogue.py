@@ -21,7 +21,7 @@ from bilevel import (
 from bilevel.cli.solver import build
 from bilevel.methods import EBLVM, RBM, VAE, GaussianRBM
 from bilevel.methods.catalogue import LINEAR_SOLVERS, METHODS, make_for_machine, make_solver
-from bilevel.methods.machines import MACHINES, LatentVariableModel
+from bilevel.methods.machines import MACHINES, BoltzmannMachine
 
 # As the command line writes them into the folder of a run, and as a suite's configuration does.
 SPELLINGS: list[tuple[dict[str, Any], dict[str, Any], Solver]] = [
@@ -106,7 +106,7 @@ def test_every_public_method_machine_and_linear_solver_has_a_name() -> None:
     public = [getattr(bilevel.methods, name) for name in bilevel.methods.__all__]
     classes = [member for member in public if inspect.isclass(member)]
     methods = {kind for kind in classes if issubclass(kind, EBLVM) and kind is not EBLVM}
-    machines = {kind for kind in classes if issubclass(kind, LatentVariableModel)}
+    machines = {kind for kind in classes if issubclass(kind, BoltzmannMachine)}
     assert {method.kind for method in METHODS.values()} == methods
     assert set(MACHINES.values()) == machines
     assert len(LINEAR_SOLVERS) == 5

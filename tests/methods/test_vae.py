@@ -154,17 +154,17 @@ def images(n: int = 40) -> Tensor:
 def test_vae_of_images_shares_bidvls_networks() -> None:
     with torch.device("meta"):
         model = VAE.for_images((3, 32, 32))
-    assert parameter_count(model.network("encoder")) == 2_780_024
-    assert parameter_count(model.network("decoder")) == 4_452_963
+    assert parameter_count(model.upper["posterior"].network) == 2_780_024
+    assert parameter_count(model.upper["decoder"]) == 4_452_963
 
 
 def test_loss_of_images_is_squared_error_and_kl() -> None:
     """Variance 1/2: squared error with weight one, and the constant (d/2) log pi."""
     model = small_vae().double()
     batch = model.draw(images(6).double(), generator())
-    mean, log_variance = model.network("encoder")(batch.visible)
+    mean, log_variance = model.upper["posterior"].network(batch.visible)
     h = mean + (log_variance / 2).exp() * batch.noise
-    error = (model.network("decoder")(h)[0] - batch.visible).square().flatten(1).sum(1)
+    error = (model.upper["decoder"](h)[0] - batch.visible).square().flatten(1).sum(1)
     kl = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, (log_variance / 2).exp()),
         torch.distributions.Normal(0.0, torch.tensor(1.0).double()),
@@ -192,7 +192,7 @@ def test_samples_of_images_are_means_and_batch_norm_is_as_asked() -> None:
     model.fit(images(), num_steps=2, batch_size=20)
     h = torch.randn(4, 3, generator=generator(1))
     with model.evaluating("running"):
-        means = model.network("decoder")(h)[0]
+        means = model.upper["decoder"](h)[0]
     assert model.sample(4, generator(1)).equal(means)
     assert not means.requires_grad
     v = images(6)

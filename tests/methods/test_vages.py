@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from bilevel import Alternating, Implicit, Unrolled
 from bilevel.methods.models import RBM, GaussianDBM, GaussianRBM
 from bilevel.methods.score_matching import ScoreMatching
-from bilevel.methods.vages import Batch, Pairs, Samples, VaGES, hard_draws, slope_and_directions
+from bilevel.methods.vages import Batch, Pairs, Samples, VaGES, slope_and_directions
 from bilevel.methods.variational import (
     BernoulliPosterior,
     Draws,
@@ -226,10 +226,11 @@ def test_hard_draws_are_the_relaxed_ones_rounded() -> None:
     made = sampled()
     v = data(50)
     noise = made.encoder.noise(100, generator(), v)
-    h, weight = hard_draws(made.encoder, v, noise.view(50, 2, UNITS))
-    soft = made.encoder.draws(v.repeat_interleave(2, 0), noise)
+    h, log_prob, weight = made.encoder.exact(v, noise.view(2, 50, UNITS))
+    soft = made.encoder.draws(v.repeat(2, 1), noise)
     assert torch.equal(h.flatten(0, 1), soft.latent.round())
-    assert torch.equal(weight, torch.full((50, 2), 0.5).double())
+    assert torch.equal(log_prob.flatten(), made.encoder.log_prob(v.repeat(2, 1), h.flatten(0, 1)))
+    assert torch.equal(weight, torch.full((2, 50), 0.5).double())
     assert not h.requires_grad
 
 
@@ -237,11 +238,13 @@ def test_draws_of_two_layers_are_those_row_by_row() -> None:
     posterior = BernoulliPosterior.for_model(GaussianDBM(2, (3, 2))).double()
     v = data(20)
     noise = posterior.noise(60, generator(), v)
-    h, _ = hard_draws(posterior, v, noise.view(20, 3, 5))
-    below, rows = [], v.repeat_interleave(3, 0)
+    h, log_prob, _ = posterior.exact(v, noise.view(3, 20, 5))
+    below, rows = [], v.repeat(3, 1)
     for network, part in zip(posterior.networks, noise.split([3, 2], 1), strict=True):
         below.append((network(below[-1] if below else rows) + part > 0).double())
     assert torch.equal(h.flatten(0, 1), torch.cat(below, 1))
+    alone = posterior.log_prob(rows, h.flatten(0, 1))
+    torch.testing.assert_close(log_prob.flatten(), alone, rtol=1e-13, atol=1e-13)
 
 
 # ---------------------------------------------------------------- the Stein discrepancy

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, BoltzmannMachine, GaussianDBM, GaussianRBM
 from tests.devices import generator
 
 KINDS = ["RBM", "GaussianRBM", "DBM", "GaussianDBM"]
 
 
-def randomized(model: LatentVariableModel, scale: float = 0.7, seed: int = 1) -> Any:
+def randomized(model: BoltzmannMachine, scale: float = 0.7, seed: int = 1) -> Any:
     """The model in float64 with normal parameters, scales included."""
     model = model.double()
     g = generator(seed)
@@ -31,7 +31,7 @@ def machine(kind: str, scale: float = 0.7, seed: int = 1) -> Any:
     return randomized(makers[kind](), scale, seed)
 
 
-def base_of(model: LatentVariableModel) -> Tensor | None:
+def base_of(model: BoltzmannMachine) -> Tensor | None:
     if model.visible_range is None:
         return None
     return torch.randn(model.visible_dim, generator=generator(9), dtype=torch.float64)

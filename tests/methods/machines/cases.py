@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.machines.enumeration import log_sum_over_states
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, BoltzmannMachine
 from tests.devices import generator
 
 MACHINES = {
@@ -27,7 +27,7 @@ def normal(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator(seed)).to(device)
 
 
-def trained(model: LatentVariableModel, device: str = "cpu", size: float = 0.8) -> Any:
+def trained(model: BoltzmannMachine, device: str = "cpu", size: float = 0.8) -> Any:
     """The model in float64, far from its symmetric start."""
     draws = generator(1)
     with torch.no_grad():

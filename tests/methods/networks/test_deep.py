@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, conv2d, elu
 
 from bilevel.methods.bism import BiSM
 from bilevel.methods.networks.convolutional import parameter_count
-from bilevel.methods.networks.deep import ConvMoments, DeepEBLVM, DeepEnergy, trunk
+from bilevel.methods.networks.deep import ConvMoments, DeepCoupledEnergy, DeepEnergy, trunk
 from tests.methods.deep_cases import SHAPE, SMALL, TIGHT, images, normal, small
 
 
@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_layer_table(
     shape: tuple[int, int, int], width: int, blocks: int
 ) -> None:
     with torch.device("meta"):
-        made = DeepEBLVM(shape, 50, width, blocks)
+        made = DeepCoupledEnergy(shape, 50, width, blocks)
     assert parameter_count(made) == published_count(shape[0], shape[1], width, blocks, 50)
 
 
@@ -43,7 +43,7 @@ def test_parameters_are_those_of_the_layer_table(
 def test_networks_take_images_of_any_side(side: int) -> None:
     v, h = torch.zeros(2, 3, side, side), torch.zeros(2, 3)
     assert trunk((3, side, side), 2, 2)(v).shape == (2, 16, side // 8, side // 8)
-    assert DeepEBLVM((3, side, side), 3, 2)(v, h).shape == (2,)
+    assert DeepCoupledEnergy((3, side, side), 3, 2)(v, h).shape == (2,)
     assert DeepEnergy((3, side, side), 2)(v).shape == (2,)
     mean, log_variance = ConvMoments((3, side, side), 3, 2)(v)
     assert mean.shape == log_variance.shape == (2, 3)
@@ -67,7 +67,7 @@ def test_halving_convolution_is_a_convolution_and_a_mean(side: int) -> None:
 
 
 def test_energy_is_the_formula() -> None:
-    made = DeepEBLVM(SHAPE, 3, 2).double()
+    made = DeepCoupledEnergy(SHAPE, 3, 2).double()
     v, h = images(), normal(6, 4, 3)
     x = (v + 1) / 2
     for layer in made.trunk:

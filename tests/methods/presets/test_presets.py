@@ -97,7 +97,8 @@ def test_bidvls_presets_are_the_published_settings(name: str) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_the_networks_have_their_published_sizes(name: str) -> None:
     model = on_meta(PRESETS[name])
-    found = [parameter_count(model.network(part)) for part in ("energy", "posterior", "generator")]
+    networks = (model.upper["energy"], model.lower["posterior"], model.lower["generator"])
+    found = [parameter_count(network) for network in networks]
     assert tuple(found) == SIZES[name]
 
 

@@ -38,7 +38,7 @@ def products(model: BiDVL, network: str, v: Tensor) -> int:
         pixels = (inputs[0] if transposed else output)[0, 0].numel()
         count += layer.weight.numel() * pixels
 
-    module = model.network(network)
+    module = (model.upper if network == "energy" else model.lower).get_submodule(network)
     convolutions = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     hooks = [m.register_forward_hook(add) for m in convolutions]
     module.eval()(v)
@@ -84,9 +84,9 @@ def test_cost_grows_with_the_batch_as_operations_and_activations_do():
 def test_weights_are_those_of_the_networks():
     model = BiDVL.for_images((1, 16, 16), width=16)
     assert cost(40).weights == sum(t.nbytes for t in model.state_dict().values())
+    networks = {"energy": model.upper["energy"], **dict(model.lower.items())}
     assert cost(40).parameters == {
-        name: sum(p.numel() for p in model.network(name).parameters())
-        for name in ("energy", "posterior", "generator")
+        name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()
     }
 
 

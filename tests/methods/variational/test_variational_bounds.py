@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel.methods.models import DBM, RBM, LatentVariableModel
+from bilevel.methods.models import DBM, RBM, BoltzmannMachine
 from bilevel.methods.variational import (
     BernoulliPosterior,
     HierarchicalJoint,
@@ -26,7 +26,7 @@ from tests.methods.variational.cases import (
 )
 
 
-def tabular(model: LatentVariableModel) -> TabularEnergy:
+def tabular(model: BoltzmannMachine) -> TabularEnergy:
     units = sum(model.latent_dims)
     v, h = product(every(model.visible_dim), every(units))
     return TabularEnergy(model(v, h).detach().view(-1, 2**units))
@@ -82,7 +82,7 @@ def test_3_holds_for_the_sampled_families_by_enumeration() -> None:
     close(up - down + model.log_likelihood(data).mean(), kl_up - kl_down)
 
 
-def sampler_bound(model: LatentVariableModel, q: HierarchicalJoint) -> Tensor:
+def sampler_bound(model: BoltzmannMachine, q: HierarchicalJoint) -> Tensor:
     """The lower bound on log Z with exact expectations over 0/1 states."""
     v, h, z, log_q = triples(q)
     return (log_q.exp() * (-model(v, h) - q.log_weight(v, h, z))).sum()
