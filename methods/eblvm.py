@@ -4,8 +4,6 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Self, cast, final
 
 import torch
@@ -22,7 +20,7 @@ from bilevel.methods.networks.units import Change
 from bilevel.methods.training.fit import Evaluate, History, fit
 from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import begun_with
-from bilevel.methods.training.saved import ABOUT, read_about, read_into, rebuilt, write_model
+from bilevel.methods.training.saved import loaded, write_model
 from bilevel.methods.training.settings import Training, refuse_idle, validated
 from bilevel.methods.training.standardising import Units, standardised
 from bilevel.methods.variational import VariationalPosterior
@@ -62,18 +60,11 @@ class EBLVM(Problem):
     # ------------------------------------------------------------------ what a method may say
 
     def lower_loss(self, batch: Any) -> Loss:
-        """The lower loss; a method with a single level has none.
-
-        Raises:
-            NotImplementedError: if there is none.
-        """
+        """The lower loss; a method with a single level has none and refuses."""
         raise NotImplementedError(f"`{type(self).__name__}` has a single level")
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        """The upper and the lower optimizer this method uses by default.
-
-        Adam in fused kernels for both levels, each with its own rate and weight decay.
-        """
+        """The usual upper and lower optimizer: Adam in fused kernels with each level's rate and decay."""
         decays = training.upper_weight_decay, training.lower_weight_decay
         upper = adam(trainable(self.upper), training, training.upper_lr, decays[0])
         variables = trainable(self.lower)
@@ -107,16 +98,14 @@ class EBLVM(Problem):
         """Train the model in place; with `ema` it has the averaged weights at the end.
 
         Args:
-            data: visibles, shape (n, *visible_shape), within `visible_range`: a tensor, or what `check`
-                makes one of; images may be bytes, which stay bytes on the model's device until a batch
-                is drawn.
+            data: visibles, or what `check` makes visibles of; images may be bytes, which stay bytes on
+                the model's device until a batch is drawn.
             solver: how the hypergradient is computed; `default_solver()` if not given.
             callbacks: called with every `Step`; one that returns `True` ends the training. With
                 `standardise` they see the model of the standardised rows.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
-            resume: continue the run in that folder from its newest checkpoint, to the bit. It keeps its
-                settings; only its end (`num_steps`, the steps in total, `max_seconds`) and what it
-                records beside training may be changed.
+            resume: continue the run in that folder from its newest checkpoint, to the bit; only its end
+                (`num_steps`, the steps in total, `max_seconds`) and what it records may be changed.
             overwrite: replace the run in that folder.
             optimizers: the upper and lower optimizer(s), if not the method's own.
             notes: plain values to keep in the run's `config.json`, such as where the data came from.
@@ -179,10 +168,7 @@ class EBLVM(Problem):
     def energy(self, v: Any) -> Tensor:
         """Free energy of visibles up to a constant, or the bound on it, shape (n,); low where mass is.
 
-        Each row's depends on that row alone, so batch norm always uses running statistics here.
-
-        Raises:
-            NotImplementedError: if the model has none.
+        Each row's depends on that row alone: batch norm always uses running statistics here.
         """
         v = self.check(v)
         with self.evaluating("running"):
@@ -199,20 +185,17 @@ class EBLVM(Problem):
     ) -> Tensor:
         """Draw n visibles from the model.
 
-        A Boltzmann machine gives exact draws where they cost little, else ends of Gibbs chains; with a
-        sampler of its own (`AdvIL`) the sampler's draws, unless `start` or `sweeps` are given. A chain
-        forgets where it began only as fast as the machine mixes. From coins it may stay for long where
-        no data are (blank digits); from data, or where training left its chains, it does not, but may
-        miss modes as far from there.
+        A Boltzmann machine gives exact draws where they cost little, else ends of Gibbs chains, which
+        forget where they began only as fast as the machine mixes; one with a sampler beside it (`AdvIL`)
+        the sampler's draws, unless `start` or `sweeps` are given.
 
         Args:
             n: how many.
             generator: on the model's device; torch's own by default.
             start: where Gibbs chains begin: visibles, whose rows are taken in turn; "chains", where the
-                persistent ones of the learner are, which stay there; "coins", hidden layers of fair
-                coins; or "exact" for independent draws without chains, for which the first hidden
-                layer is enumerated. By default "exact" up to 12 units, else "chains" if the learner
-                has any, else "coins".
+                learner's persistent ones are; "coins", hidden layers of fair coins; or "exact" for
+                independent draws, for which the first hidden layer is enumerated. By default "exact" up
+                to 12 units, else "chains" if there are any, else "coins".
             sweeps: block Gibbs sweeps from there, 1,000 by default; none for "exact".
 
         Raises:
@@ -303,9 +286,9 @@ class EBLVM(Problem):
             NotImplementedError: if the method has none.
         """
         if self.latent_model.encoder is None:
+            name = type(self).__name__
             raise NotImplementedError(
-                f"`{type(self).__name__}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, "
-                "`BiSM` and `VaGES` learn one"
+                f"`{name}` has no variational posterior; `AdvIL`, `BiSM` and `VaGES` learn one"
             )
         return self.latent_model.encoder
 
@@ -318,8 +301,7 @@ class EBLVM(Problem):
 
     @visible_shape.setter
     def visible_shape(self, shape: tuple[int, ...] | None) -> None:
-        visibles = replace(self.latent_model.visibles, shape=shape)
-        self.latent_model = replace(self.latent_model, visibles=visibles)
+        self.latent_model = self.latent_model.taking(shape=shape)
 
     @property
     def visible_range(self) -> tuple[float, float] | None:
@@ -328,8 +310,7 @@ class EBLVM(Problem):
 
     @visible_range.setter
     def visible_range(self, limits: tuple[float, float] | None) -> None:
-        visibles = replace(self.latent_model.visibles, range=limits)
-        self.latent_model = replace(self.latent_model, visibles=visibles)
+        self.latent_model = self.latent_model.taking(range=limits)
 
     @final
     def check(self, v: Any) -> Tensor:
@@ -371,7 +352,7 @@ class EBLVM(Problem):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.json` (what the model is) and `weights.safetensors` into `folder`.
 
-        A model that is being trained with `standardise` is saved as one of the data's units.
+        A model in training with `standardise` is saved as one of the data's units.
 
         Raises:
             WriteError: if the disk is full, say; what was there before is whole.
@@ -401,22 +382,7 @@ class EBLVM(Problem):
 
         The model is in evaluation mode, as `fit` leaves it, and in the dtype it was saved in.
         """
-        about = read_about(folder)
-        if about["method"] != cls.__name__:
-            name = about["method"]
-            raise ValueError(f"`{folder}` holds a `{name}`; load it with `{name}.load`")
-        if modules:
-            model = cls(**modules)
-        elif about["recipe"] is not None:
-            model = rebuilt(cls, about["recipe"], Path(folder) / ABOUT)
-        else:
-            raise ValueError(
-                f"the model in `{folder}` was made of your own modules; pass them again: "
-                f"`{cls.__name__}.load(folder, energy=..., ...)`"
-            )
-        read_into(model, folder)
-        model.standardised = bool(about.get("standardised", False))
-        return model.eval()
+        return loaded(cls, folder, modules)
 
     @final
     @classmethod

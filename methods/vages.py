@@ -60,6 +60,15 @@ from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
 from bilevel.refusals import one_of
 
+_OPTIONS = (  # of the constructor, kept by name
+    "num_samples",
+    "covariance",
+    "width",
+    "variance_reduced",
+    "latent_steps",
+    "latent_rate",
+    "latent_noise",
+)
 GROUPS = 3  # independent draws for z, for the derivative of g, for the covariance
 
 
@@ -217,23 +226,10 @@ class VaGES(EBLVM):
         self.upper = nn.ModuleDict({"model": model})
         self.lower = nn.ModuleDict({"posterior": self.encoder})
         if posterior is None:
-            options = {
-                "num_samples": num_samples,
-                "objective": objective,
-                "divergence": divergence,
-                "sigma": sigma,
-                "sigma_range": list(sigma_range),
-                "grid": grid,
-                "width": width,
-                "covariance": covariance,
-                "expectation": expectation,
-                "variance_reduced": variance_reduced,
-                "latent_steps": latent_steps,
-                "latent_rate": latent_rate,
-                "latent_noise": latent_noise,
-                "langevin": list(langevin),
-            }
-            self.recipe = {"model": self.model.recipe, **options}
+            options = {name: getattr(self, name) for name in _OPTIONS}
+            options |= {"objective": objective, "divergence": divergence, "sigma": sigma}
+            options |= {"sigma_range": list(sigma_range), "grid": grid, "expectation": expectation}
+            self.recipe = {"model": self.model.recipe, **options, "langevin": list(langevin)}
 
     for_images: ClassVar[Any] = classmethod(deep_images)
 

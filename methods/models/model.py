@@ -1,7 +1,7 @@
 """`LatentModel`: what a trained energy-based latent-variable model can do, whatever trained it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, final
 
 import torch
@@ -110,6 +110,11 @@ class LatentModel(ABC):
     @abstractmethod
     def rewritings(self) -> list[Change] | None:
         """How the parts next to the visibles are rewritten in other units; `None` if one is unknown."""
+
+    @final
+    def taking(self, **changes: Any) -> Self:
+        """The record with other visibles: see `Visibles`."""
+        return replace(self, visibles=replace(self.visibles, **changes))
 
     @final
     def known_dim(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,16 +14,22 @@ from bilevel.methods.training.weights import fill, read_weights, write_weights
 ABOUT, WEIGHTS = "model.json", "weights.safetensors"
 
 
-class Rebuildable(Protocol):
-    """A class whose objects can be made of plain values."""
+AnyModel = TypeVar("AnyModel", bound="Saved")
+
+
+class Saved(Protocol):
+    """A model that can be made of plain values.
+
+    Attributes:
+        standardised: whether it was trained on standardised rows.
+    """
+
+    standardised: bool
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
         """Build what a recipe describes."""
         ...
-
-
-AnyModel = TypeVar("AnyModel", bound=Rebuildable)
 
 
 def write_model(
@@ -89,3 +95,37 @@ def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyMo
         raise ValueError(
             f"no `{kind.__name__}` can be made of the settings in `{source}`: {error}"
         ) from None
+
+
+def loaded(
+    kind: type[AnyModel], folder: str | os.PathLike[str], modules: Mapping[str, Any]
+) -> AnyModel:
+    """A saved model of a method, in evaluation mode.
+
+    Args:
+        kind: the method.
+        folder: where it was saved.
+        modules: constructor arguments, needed if the model was made of the caller's own modules.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError: if it is another method's, its modules are needed, or the weights are damaged.
+    """
+    about, name = read_about(folder), kind.__name__
+    if about["method"] != name:
+        other = about["method"]
+        raise ValueError(f"`{folder}` holds a `{other}`; load it with `{other}.load`")
+    if modules:
+        model = kind(**modules)
+    elif about["recipe"] is not None:
+        model = rebuilt(kind, about["recipe"], Path(folder) / ABOUT)
+    else:
+        raise ValueError(
+            f"the model in `{folder}` was made of your own modules; pass them again: "
+            f"`{name}.load(folder, energy=..., ...)`"
+        )
+    module = cast(nn.Module, model)
+    read_into(module, folder)
+    model.standardised = bool(about.get("standardised", False))
+    module.eval()
+    return model
