@@ -64,7 +64,7 @@ class EBLVM(Problem):
         raise NotImplementedError(f"`{type(self).__name__}` has a single level")
 
     def optimizers(self, training: Training) -> tuple[Optimizers, Optimizers]:
-        """The usual upper and lower optimizer: Adam in fused kernels with each level's rate and decay."""
+        """The usual upper and lower optimizer: fused Adam with each level's rate and decay."""
         decays = training.upper_weight_decay, training.lower_weight_decay
         upper = adam(trainable(self.upper), training, training.upper_lr, decays[0])
         variables = trainable(self.lower)

@@ -36,14 +36,12 @@ class Directed(LatentModel):
         decoder: h -> logits of bits, or (mean, log-variance) of real visibles.
         bits: whether p(v|h) is of independent bits.
         noisy: whether samples are draws from p(v|h), or its means.
-        at_once: pairs (v, h) evaluated at a time, `PAIRS` or `IMAGE_PAIRS` by default.
     """
 
     encoder: GaussianPosterior = field()
     decoder: nn.Module
     bits: bool
     noisy: bool
-    at_once: int | None = None
 
     def cost(self, v: Tensor, h: Tensor) -> Tensor:
         """-log p(v|h), differentiable, shape (n,)."""
@@ -100,8 +98,7 @@ class Directed(LatentModel):
     ) -> Tensor:
         """Log of the mean of w_k, shape (n,); `noise(count)` has shape (count, n or 1, d)."""
         total = v.new_full((len(v),), -math.inf)
-        usual = PAIRS if v.ndim == 2 else IMAGE_PAIRS
-        size = max(1, (self.at_once or usual) // len(v))
+        size = max(1, (PAIRS if v.ndim == 2 else IMAGE_PAIRS) // len(v))
         for start in range(0, num_samples, size):
             count = min(size, num_samples - start)
             weights = log_weights(self._energies, self.encoder, v, noise(count))
