@@ -98,24 +98,22 @@ class EBLVM(Problem):
         """Train the model in place; with `ema` it has the averaged weights at the end.
 
         Args:
-            data: visibles, or what `check` makes visibles of; images may be bytes, which stay bytes on
-                the model's device until a batch is drawn.
+            data: visibles, or what `check` makes visibles of; bytes stay bytes until a batch is drawn.
             solver: how the hypergradient is computed; `default_solver()` if not given.
-            callbacks: called with every `Step`; one that returns `True` ends the training. With
-                `standardise` they see the model of the standardised rows.
+            callbacks: called with every `Step`; one that returns `True` ends the training.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
             resume: continue the run in that folder from its newest checkpoint, to the bit; only its end
                 (`num_steps`, the steps in total, `max_seconds`) and what it records may be changed.
             overwrite: replace the run in that folder.
             optimizers: the upper and lower optimizer(s), if not the method's own.
-            notes: plain values to keep in the run's `config.json`, such as where the data came from.
+            notes: plain values to keep in `config.json`, such as where the data came from.
             evaluate: called every `evaluate_every` steps with a copy of the model; returns numbers by
-                name. The run is the same to the bit without. The best copy is kept in `run/best`, by the
-                number that the setting `best` names, such as "log_likelihood" or "lowest my_number".
+                name. The best copy is kept in `run/best`, by the number that the setting `best` names,
+                such as "log_likelihood" or "lowest my_number".
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
-            The history: one record per `log_every` steps, and the solver that was used.
+            One record per `log_every` steps, and the solver that was used.
 
         Raises:
             ValueError: for bad data or settings, before the first step.
@@ -312,13 +310,18 @@ class EBLVM(Problem):
     def visible_range(self, limits: tuple[float, float] | None) -> None:
         self.latent_model = self.latent_model.taking(range=limits)
 
+    @property
+    def binary(self) -> bool:
+        """Whether visibles must be exactly 0 or 1."""
+        return self.latent_model.visibles.binary
+
     @final
     def check(self, v: Any) -> Tensor:
         """Refuse visibles this model cannot take; return them in the model's dtype and device.
 
         Arrays, data frames, sparse matrices and nested lists of numbers become tensors. Whole numbers
-        and truth values are taken by a model whose visibles are 0 or 1, if that is what they are.
-        Images may be bytes: they are scaled to [-1, 1], by a model whose visibles lie there.
+        and truth values are taken for 0 and 1 where visibles are; bytes of images where they lie in
+        [-1, 1], to which they are scaled.
 
         Raises:
             TypeError: if they are no such thing, or whole numbers that need a scale.

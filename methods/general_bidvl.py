@@ -268,6 +268,16 @@ class GeneralBiDVL(EBLVM):
         given_data = self.model.latent_gibbs(v, generator, self.sweeps) if deep else None
         return Proposals(visible, latent, log_density, visible.new_empty(0), given_data)
 
+    def shard(self, batch: Batch, rank: int, ranks: int) -> Batch:
+        """The rank's rows, and all proposals, over which the weights sum to one."""
+        rows, proposals = batch._replace(proposals=None), batch.proposals
+        shared: Batch = super().shard(rows, rank, ranks)
+        if proposals is None:
+            return shared
+        given = proposals.given_data
+        own = None if given is None else given.chunk(ranks)[rank]
+        return shared._replace(proposals=proposals._replace(given_data=own))
+
     def upper_loss(self, batch: Batch) -> Loss:
         """Eq. 6."""
         with_data = self.encoder.draws(batch.visible, batch.posterior_noise)

@@ -188,7 +188,7 @@ class Row:
         not_shared: why a batch is refused to be shared out.
         not_there: what the model refuses to do with a `NotImplementedError`, by the method's name.
         moving: answers that are not functions of the row alone, by the method's name.
-        not_fitted: why `fit` refuses its visibles; the model is trained by `bilevel.train` then.
+        table: whether its visibles are numbers of the rows of a table.
         defects: checks that fail for now.
     """
 
@@ -202,7 +202,7 @@ class Row:
     not_shared: str = ""
     not_there: Mapping[str, str] = field(default_factory=dict)
     moving: Mapping[str, str] = field(default_factory=dict)
-    not_fitted: str = ""
+    table: bool = False
     defects: Mapping[str, str] = field(default_factory=dict)
 
     def build(self, device: str = "cpu") -> EBLVM:
@@ -239,9 +239,6 @@ def of_machines(
 def of_images(name: str, kind: Any, options: Mapping[str, Any], **more: Any) -> None:
     """A row of the published networks, as small as they get."""
     ROWS[name] = Row(lambda: kind.for_images(SHAPE, **options), pictures, **more)
-
-
-NOT_ASKED = "an own posterior that cannot take the visibles is torch's error, without a name"
 
 
 def of_modules(
@@ -290,32 +287,24 @@ of_modules(
 
 # ---------------------------------------------------------------------- GeneralBiDVL
 
-WEIGHED = {"ranks": "the weights of the reverse divergence sum to 1 over each process's share"}
 of_machines("general bidvl", GeneralBiDVL.for_model)
 of_machines(
     "general bidvl symmetric",
     lambda model: GeneralBiDVL.for_model(model, divergence="symmetric", prior="bernoulli"),
-    defects=WEIGHED,
 )
 of_machines(
     "general bidvl by importance",
     lambda model: GeneralBiDVL.for_model(model, divergence="symmetric", reverse="importance"),
     ("rbm", "gaussian dbm"),
-    defects=WEIGHED,
 )
 of_modules(
     "general bidvl of own modules",
     GeneralBiDVL,
     undecoupled,
-    defects={
-        "answers": "each row of the bound on the free energy has its own noise",
-        "unknown": NOT_ASKED,
-    },
 )
 ENUMERATED = {
+    "table": True,
     "draws_nothing": "every state is enumerated",
-    "not_fitted": "the visibles are numbers of rows, which `fit` takes for numbers without a scale",
-    "defects": {"refusals": "`fit` passes numbers that are not whole on to torch"},
     "not_there": {"reconstruct": "the mean of states that are numbers is no visible"},
 }
 of_modules("general bidvl of tables", GeneralBiDVL, tables, numbers, **ENUMERATED)
@@ -340,7 +329,6 @@ of_modules(
     "advil of own modules",
     AdvIL,
     lambda: {"model": Joint(), "posterior": posterior(), "joint": joint()},
-    defects={"unknown": NOT_ASKED},
 )
 
 # ---------------------------------------------------------------------- BiSM and VaGES
@@ -385,7 +373,6 @@ of_modules(
     BiSM,
     with_posterior,
     options={"divergence": "fisher", "langevin": QUICK, "sigma": 0.2},
-    defects={"unknown": NOT_ASKED},
     moving=CHAINS,
 )
 
@@ -409,7 +396,6 @@ of_modules(
     VaGES,
     with_posterior,
     options={"divergence": "kl", "langevin": QUICK, "sigma": 0.2, "num_samples": 3},
-    defects={"unknown": NOT_ASKED},
     bumpy=SURROGATE,
     moving=CHAINS,
 )
@@ -460,24 +446,21 @@ of_modules(
     not_there=NO_LATENT,
 )
 
-NO_COUNT = {"samples": "how many are wanted is not looked at"}
-
 
 def of_table(name: str, data: Any, **options: Any) -> None:
     def make() -> EBLVM:
         return VAE.for_table(WIDTH, LATENT, hidden=[4], **options)
 
-    ROWS[name] = Row(make, data, defects=NO_COUNT)
+    ROWS[name] = Row(make, data)
 
 
 of_table("vae", bits)
 of_table("vae of greys", greys, grey=True)
 of_table("vae of reals", reals, visible="gaussian")
-of_images("vae of images", VAE, CONV, defects=NO_COUNT)
+of_images("vae of images", VAE, CONV)
 of_modules(
     "vae of own modules",
     VAE,
     lambda: {"encoder": Moments(), "decoder": decoder(), "latent_dim": LATENT},
     bits,
-    defects=NO_COUNT,
 )

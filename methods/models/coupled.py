@@ -14,7 +14,7 @@ from bilevel.methods.machines import as_machine
 from bilevel.methods.models.chunks import chunked, chunked_distribution
 from bilevel.methods.models.langevin import Langevin
 from bilevel.methods.models.machine import MachineModel
-from bilevel.methods.models.model import Chains, LatentModel, check_pairs
+from bilevel.methods.models.model import Chains, LatentModel, check_pairs, probed_draws
 from bilevel.methods.objectives.posterior import energies_of
 from bilevel.methods.variational import BernoulliPosterior, VariationalPosterior
 
@@ -96,8 +96,7 @@ class Coupled(LatentModel):
         return self.encoder.latent_dim
 
     def probe(self, v: Tensor) -> Self:
-        noise = self.encoder.noise(len(v), torch.Generator(v.device).manual_seed(0), v)
-        draws = self.encoder.draws(v, noise)
+        draws = probed_draws(self.encoder, v)
         check_pairs(self.joint_energy(draws.visible, draws.latent), draws.log_prob)
         return self
 

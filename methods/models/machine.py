@@ -11,7 +11,7 @@ from bilevel.methods.likelihood.ais import exact_samples
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine, as_machine
 from bilevel.methods.machines.base import check_dim, coin_flips
 from bilevel.methods.models.chunks import chunked
-from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs
+from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs, probed_draws
 from bilevel.methods.networks.units import Change
 from bilevel.methods.variational import VariationalJoint, VariationalPosterior
 from bilevel.refusals import one_of
@@ -127,8 +127,7 @@ class MachineModel(LatentModel):
     def probe(self, v: Tensor) -> Self:
         self.machine(v, v.new_zeros(len(v), sum(self.machine.latent_dims)))
         if self.encoder is not None:
-            noise = self.encoder.noise(len(v), torch.Generator(v.device).manual_seed(0), v)
-            draws = self.encoder.draws(v, noise)
+            draws = probed_draws(self.encoder, v)
             check_pairs(self.machine(draws.visible, draws.latent), draws.log_prob)
         return self
 

@@ -1,18 +1,19 @@
 """`LatentModel`: what a trained energy-based latent-variable model can do, whatever trained it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.models.langevin import Langevin
 from bilevel.methods.networks.units import Change
-from bilevel.methods.variational import VariationalJoint, VariationalPosterior
+from bilevel.methods.variational import Draws, VariationalJoint, VariationalPosterior
 
 Start: TypeAlias = Tensor | Literal["exact", "chains", "coins"]
 
@@ -131,7 +132,7 @@ class LatentModel(ABC):
         return self.latent_dim
 
 
-def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
+def attempt(name: str, module: Callable[[Tensor], Any], v: Tensor) -> Any:
     """`module(v)`, whose failure is the caller's mistake.
 
     Raises:
@@ -142,6 +143,17 @@ def attempt(name: str, module: nn.Module, v: Tensor) -> Any:
     except (RuntimeError, ValueError) as error:
         shape = tuple(v.shape)
         raise ValueError(f"the {name} cannot take a tensor of shape {shape}: {error}") from None
+
+
+def probed_draws(encoder: VariationalPosterior, v: Tensor) -> Draws:
+    """Draws of a posterior at visibles.
+
+    Raises:
+        ValueError: if it cannot take them.
+    """
+    noise = encoder.noise(len(v), torch.Generator(v.device).manual_seed(0), v)
+    draws: Draws = attempt("posterior", lambda rows: encoder.draws(rows, noise), v)
+    return draws
 
 
 def check_pairs(energies: Tensor, log_prob: Tensor) -> None:

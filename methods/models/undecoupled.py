@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, Distribution, Independent
 
 from bilevel.methods.likelihood.free_energy import free_energy_bound, one_by_one
 from bilevel.methods.models.chunks import chunked, chunked_distribution
-from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs
+from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs, probed_draws
 from bilevel.methods.networks.units import Change
 from bilevel.methods.variational import VariationalJoint, VariationalPosterior
 
@@ -70,8 +70,7 @@ class Undecoupled(LatentModel):
         return self.decode(self.posterior(v).mean)
 
     def probe(self, v: Tensor) -> Self:
-        generator = torch.Generator(v.device).manual_seed(0)
-        below = self.encoder.draws(v, self.encoder.noise(len(v), generator, v))
+        generator, below = torch.Generator(v.device).manual_seed(0), probed_draws(self.encoder, v)
         above = self.sampler.draws(self.sampler.noise(len(v), generator, v))
         if (
             above.visible.shape[1:] != v.shape[1:]

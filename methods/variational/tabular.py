@@ -19,7 +19,7 @@ class TabularPosterior(VariationalPosterior):
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits)
+        self.logits = nn.Parameter(logits.detach().clone())
 
     def noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         return self.logits.new_zeros(n, 0)
@@ -49,7 +49,7 @@ class TabularJoint(VariationalJoint):
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits)
+        self.logits = nn.Parameter(logits.detach().clone())
 
     def noise(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         return self.logits.new_zeros(n, 0)
@@ -78,7 +78,7 @@ class TabularEnergy(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.table = nn.Parameter(table)
+        self.table = nn.Parameter(table.detach().clone())
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         """E(v, h), shape (n,)."""
