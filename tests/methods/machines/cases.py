@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.machines.enumeration import log_sum_over_states
-from bilevel.methods.models import DBM, RBM, GaussianDBM, GaussianRBM, BoltzmannMachine
+from bilevel.methods.models import DBM, RBM, BoltzmannMachine, GaussianDBM, GaussianRBM
 from tests.devices import generator
 
 MACHINES = {
