@@ -206,7 +206,10 @@ def test_the_page_of_the_rooms_tells_the_truth() -> None:
 
 # ---------------------------------------------------------------- classes: abstract or final
 
-RULED = ("bilevel",)  # packages whose classes obey; `methods` joins when its last chain is gone
+RULED = (
+    "bilevel",
+    "benchmarks",
+)  # packages whose classes obey; `methods` joins when its last chain is gone
 NOT_RULED = ("bilevel.methods", "bilevel.cli")  # rooms of them that do not yet
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
     "Problem": {"draw", "draw_lower", "share", "shard", "best_response", "optimizers"},
@@ -235,7 +238,7 @@ def ruled_files() -> dict[Path, ModuleType]:
     for path in python_files(*{package.split(".")[0] for package in RULED}):
         parts = path.with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        name = ".".join(parts if parts[0] == "bilevel" else ("bilevel", *parts))
+        name = ".".join(("bilevel", *parts) if parts[0] == "methods" else parts)
         if parts[-1] != "__main__" and not any(within(name, room) for room in NOT_RULED):
             found[path] = importlib.import_module(name)
     return found
@@ -245,7 +248,7 @@ def is_ours(kind: object) -> bool:
     """Whether it is a class of the project that somebody could derive from."""
     return (
         inspect.isclass(kind)
-        and within(kind.__module__, "bilevel")
+        and any(within(kind.__module__, package) for package in ("bilevel", "benchmarks"))
         and not getattr(kind, "_is_protocol", False)
         and not issubclass(kind, BaseException | enum.Enum)
     )

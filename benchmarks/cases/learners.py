@@ -16,8 +16,8 @@ from benchmarks.competitors.one_level import (
     Sliced,
 )
 from benchmarks.competitors.plain import Machine, Plain
-from benchmarks.competitors.posteriors import BestResponse, Unrolling, Variational
-from benchmarks.competitors.samplers import Adversarial, Bidirectional
+from benchmarks.competitors.posteriors import DAMPING, bism, bism_implicit, vages
+from benchmarks.competitors.samplers import advil, bidvl
 from bilevel import Alternating, Cholesky, Implicit, Solver, Unrolled
 from bilevel.methods import (
     EBLVM,
@@ -68,52 +68,52 @@ def binary() -> Machine:
     return Machine(64, 15, gaussian=False)
 
 
-IMPLICIT = Implicit(Cholesky(damping=BestResponse.damping))
+IMPLICIT = Implicit(Cholesky(damping=DAMPING))
 ENTRIES = (
-    Entry("DSM", lambda: ScoreMatching(gaussian()), lambda: OneLevel(Denoising(by_hand()))),
+    Entry("DSM", lambda: ScoreMatching(gaussian()), lambda: OneLevel(by_hand(), Denoising())),
     Entry(
         "SSM",
         lambda: ScoreMatching(gaussian(), objective="sliced"),
-        lambda: OneLevel(Sliced(by_hand())),
+        lambda: OneLevel(by_hand(), Sliced()),
     ),
     Entry(
-        "CD-1", lambda: ContrastiveDivergence(gaussian()), lambda: OneLevel(Contrastive(by_hand()))
+        "CD-1",
+        lambda: ContrastiveDivergence(gaussian()),
+        lambda: OneLevel(by_hand(), Contrastive()),
     ),
     Entry(
         "PCD-1",
         lambda: ContrastiveDivergence(gaussian(), persistent=True),
-        lambda: OneLevel(Contrastive(by_hand(), persistent=True)),
+        lambda: OneLevel(by_hand(), Contrastive(persistent=True)),
     ),
     Entry(
-        "exact ML", lambda: MaximumLikelihood(gaussian()), lambda: OneLevel(Likelihood(by_hand()))
+        "exact ML", lambda: MaximumLikelihood(gaussian()), lambda: OneLevel(by_hand(), Likelihood())
     ),
-    Entry("NCE", lambda: NoiseContrastive(gaussian()), lambda: OneLevel(Noise(by_hand()))),
-    Entry("VaGES, K = 5, L = 2", lambda: VaGES(gaussian()), lambda: Variational(by_hand())),
-    Entry("BiSM, K = 5, N = 0", lambda: BiSM(gaussian()), lambda: Unrolling(by_hand())),
-    Entry(
-        "BiSM, K = 5, N = 5", lambda: BiSM(gaussian()), lambda: Unrolling(by_hand(), 5), Unrolled(5)
-    ),
+    Entry("NCE", lambda: NoiseContrastive(gaussian()), lambda: OneLevel(by_hand(), Noise())),
+    Entry("VaGES, K = 5, L = 2", lambda: VaGES(gaussian()), lambda: vages(by_hand())),
+    Entry("BiSM, K = 5, N = 0", lambda: BiSM(gaussian()), lambda: bism(by_hand())),
+    Entry("BiSM, K = 5, N = 5", lambda: BiSM(gaussian()), lambda: bism(by_hand(), 5), Unrolled(5)),
     Entry(
         "BiSM, K = 5, Implicit",
         lambda: BiSM(gaussian(), expectation="exact"),
-        lambda: BestResponse(by_hand()),
+        lambda: bism_implicit(by_hand()),
         IMPLICIT,
     ),
     Entry(
         "BiDVL, KL, K = 5",
         lambda: GeneralBiDVL.for_model(gaussian()),
-        lambda: Bidirectional(by_hand()),
+        lambda: bidvl(by_hand()),
     ),
     Entry(
         "CD-1, RBM(64, 15)",
         lambda: ContrastiveDivergence(RBM(64, 15)),
-        lambda: OneLevel(Contrastive(binary())),
+        lambda: OneLevel(binary(), Contrastive()),
         binary=True,
     ),
     Entry(
         "AdvIL, RBM(64, 15)",
         lambda: AdvIL(RBM(64, 15)),
-        lambda: Adversarial(binary()),
+        lambda: advil(binary()),
         binary=True,
         rate=3e-4,
         lower_steps=100,

@@ -1,6 +1,5 @@
 """Learners with a posterior and a sampler in the lower level as plain PyTorch loops: BiDVL, AdvIL."""
 
-from abc import abstractmethod
 from typing import Any, final
 
 import torch
@@ -56,6 +55,7 @@ class Sampler(nn.Module):
         return v, h, log_v + log_bernoulli(logits, h) + log_z
 
 
+@final
 class WithSampler(Plain):
     """A machine against q(h|v) on the data and a sampler of (v, h).
 
@@ -64,21 +64,27 @@ class WithSampler(Plain):
         machine_name: what it is called in this library's learner.
         rate: learning rate of both levels.
         lower_steps: lower steps of each upper step.
-
-    Attributes:
         upper_first: which level moves first.
+        data_once: whether the posterior moves in the first lower step only.
     """
 
-    upper_first = False
-
-    def __init__(self, machine: Machine, machine_name: str, rate: float, lower_steps: int) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        machine_name: str,
+        *,
+        rate: float,
+        lower_steps: int,
+        upper_first: bool = False,
+        data_once: bool = False,
+    ) -> None:
         self.machine, self.machine_name, self.lower_steps = machine, machine_name, lower_steps
+        self.upper_first, self.data_once = upper_first, data_once
         self.posterior, self.sampler = nn.Linear(*machine.weight.shape), Sampler(machine)
         lower = [*self.posterior.parameters(), *self.sampler.parameters()]
         self.optimizer = torch.optim.Adam(machine.parameters(), rate, (0.5, 0.999))
         self.lower_optimizer = torch.optim.Adam(lower, rate, (0.5, 0.999))
 
-    @final
     def modules(self) -> dict[str, nn.Module]:
         return {
             self.machine_name: self.machine,
@@ -86,23 +92,28 @@ class WithSampler(Plain):
             "lower.joint": self.sampler,
         }
 
-    @final
     def draw(self, v: Tensor) -> Any:
         return v, logistic(len(v), len(self.machine.latent_bias)), self.sampler.noise(len(v))
 
-    @final
+    def draw_lower(self, batch: Any, step: int) -> Any:
+        if step > 0 and self.data_once:
+            return None, None, self.sampler.noise(len(batch[0]))
+        return self.draw(batch[0])
+
     def with_data(self, batch: Any) -> Tensor:
         v, noise = batch[:2]
         logits = self.posterior(v)
         h = torch.sigmoid((logits + noise) / TEMPERATURE)
         return (self.machine.energy(v, h) + log_bernoulli(logits, h)).mean()
 
-    @final
     def generated(self, batch: Any) -> Tensor:
         v, h, log_joint = self.sampler(batch[2])
         return (self.machine.energy(v, h) + log_joint).mean()
 
-    @final
+    def lower_loss(self, batch: Any) -> Tensor:
+        loss = self.generated(batch)
+        return loss if batch[0] is None else loss + self.with_data(batch)
+
     def step(self, batch: Any, lower: list[Any], ahead: list[Any]) -> None:
         if self.upper_first:
             self.upper_step(batch)
@@ -111,41 +122,17 @@ class WithSampler(Plain):
         if not self.upper_first:
             self.upper_step(batch)
 
-    @final
     def upper_step(self, batch: Any) -> None:
         descend(self.optimizer, self.with_data(batch) - self.generated(batch))
 
-    @abstractmethod
-    def lower_loss(self, batch: Any) -> Tensor:
-        """The loss of posterior and sampler."""
+
+def bidvl(machine: Machine) -> WithSampler:
+    """With the KL, five lower steps first."""
+    return WithSampler(machine, "upper.energy", rate=1e-3, lower_steps=5)
 
 
-@final
-class Bidirectional(WithSampler):
-    """BiDVL with the KL."""
-
-    def __init__(self, machine: Machine, lower_steps: int = 5) -> None:
-        super().__init__(machine, "upper.energy", 1e-3, lower_steps)
-
-    def draw_lower(self, batch: Any, step: int) -> Any:
-        return self.draw(batch[0])
-
-    def lower_loss(self, batch: Any) -> Tensor:
-        return self.generated(batch) + self.with_data(batch)
-
-
-@final
-class Adversarial(WithSampler):
-    """AdvIL, 1 : 100 : 1: the posterior moves in the first of the sampler's steps."""
-
-    upper_first = True
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine, "upper.model", 3e-4, 100)
-
-    def draw_lower(self, batch: Any, step: int) -> Any:
-        return self.draw(batch[0]) if step == 0 else (None, None, self.sampler.noise(100))
-
-    def lower_loss(self, batch: Any) -> Tensor:
-        loss = self.generated(batch)
-        return loss if batch[0] is None else loss + self.with_data(batch)
+def advil(machine: Machine) -> WithSampler:
+    """1 : 100 : 1, the upper level first."""
+    return WithSampler(
+        machine, "upper.model", rate=3e-4, lower_steps=100, upper_first=True, data_once=True
+    )
