@@ -131,13 +131,13 @@ class Nothing:
 
 
 def sources_of(data: Any, upper_data: Any, batch_size: Any, seed: int) -> dict[str, Source]:
-    """The sources of both levels, of one if there are no data of the upper level's own.
+    """The sources of both levels; one for both if the upper level has no data of its own.
 
     Args:
-        data: what `train` was given.
-        upper_data: likewise.
-        batch_size: likewise.
-        seed: of the order of the data; their neighbour's for the upper level's.
+        data: the argument of `train`.
+        upper_data: the argument of `train`.
+        batch_size: the argument of `train`.
+        seed: seed of the order of the data; `seed + 1` is that of the upper level's own data.
 
     Raises:
         TypeError: as `as_source`.
@@ -162,7 +162,7 @@ def as_source(name: str, data: Any, batch_size: int | None, seed: int) -> Source
         name: name of the argument.
         data: what was given.
         batch_size: rows per batch, if data are tensors.
-        seed: of their order.
+        seed: seed of their order.
 
     Raises:
         TypeError: if `data` is neither tensors, nor a source, nor an iterable of batches.
@@ -307,7 +307,7 @@ def _check(data: Any, batch_size: int | None) -> int:
 
 
 def _refuse_kind(leaf: Tensor, batch_size: int | None) -> None:
-    """Tensors that are no rows, or whose rows cannot be had."""
+    """Refuse tensors that have no rows, or whose rows cannot be selected."""
     if leaf.is_nested:
         raise TypeError("the data hold a nested tensor, whose rows torch cannot select; pad them")
     if leaf.ndim == 0:
@@ -328,5 +328,5 @@ def _refuse_kind(leaf: Tensor, batch_size: int | None) -> None:
 
 
 def _ordinary(leaf: Tensor) -> Tensor:
-    """The tensor; made under `inference_mode` a copy, for autograd takes no others."""
+    """The tensor; made under `inference_mode` a copy, because autograd takes no others."""
     return leaf.clone() if leaf.is_inference() else leaf

@@ -55,7 +55,7 @@ def read_checkpoint(
 
 
 def glance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The same without reading the tensors, hence without looking at the checksum.
+    """`read_checkpoint` without reading the tensors, and so without verifying the checksum.
 
     Raises:
         CheckpointError: as `read_checkpoint`, as far as can be seen.

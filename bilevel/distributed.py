@@ -1,8 +1,8 @@
-r"""More than one process: averages over ranks, and who speaks for all of them.
+r"""More than one process: means over ranks, and the one process that writes files and messages.
 
 With R ranks, rank r evaluates both losses on its share of every batch. All shares are equally large, so
 $F = \frac{1}{R} \sum_r F_r$ and $G = \frac{1}{R} \sum_r G_r$, and every derivative of a loss is the
-average of the ranks' own. What is not linear in the losses needs care:
+average of the ranks' own. Two things are not linear in the losses and need care:
 
 - a step of an optimizer takes the average of the lower gradients; where it is differentiated
   (`Unrolled`), so is the average, whose transpose is the average of the cotangents;
@@ -63,7 +63,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and speaks to the user."""
+    """Whether this process writes the files and prints."""
     return rank() == 0
 
 
@@ -116,7 +116,7 @@ def _terminated_aloud() -> Iterator[None]:
 
 
 def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The averages over all ranks, differentiable; the tensors themselves if there is one rank.
+    """The means over all ranks, differentiable; the tensors themselves if there is one rank.
 
     One exchange for each dtype among the tensors. All ranks must call this with tensors of the same
     shapes.
@@ -137,7 +137,7 @@ def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @final
 class _MeanOverRanks(torch.autograd.Function):
-    """The average of a vector over the ranks; linear and symmetric, so its own derivative."""
+    """The mean of a vector over the ranks; linear and symmetric, so it is its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

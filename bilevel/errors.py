@@ -40,7 +40,7 @@ class Result(enum.Enum):
 class HypergradientError(RuntimeError):
     """A hypergradient whose computation did not succeed; `hypergradient` holds what it got to.
 
-    When it is pickled (a worker of a process pool sends it home), the tensors of the record come
+    When it is pickled (as a worker of a process pool does), the tensors of the record come
     without their graphs and on the processor.
     """
 
@@ -64,7 +64,7 @@ class DivergenceError(RuntimeError):
         self.term = term
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # an exception is made anew from its message, which is not what `__init__` takes
+        # pickle makes an exception from its message, which is not what `__init__` takes
         return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
@@ -80,7 +80,7 @@ class WriteError(OSError):
 
 
 def _pickled(record: Any) -> bytes:
-    """The record as bytes; of `None` where a solver of the user's keeps what no pickle can hold.
+    """The record as bytes; `None` in its place where a solver keeps what cannot be pickled.
 
     Bytes, because what is sent between processes otherwise takes tensors by a handle, which is void
     once the sender has ended.

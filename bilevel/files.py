@@ -45,7 +45,7 @@ def replacing(path: str | os.PathLike[str], size: int | None = None) -> Iterator
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        # who writes through us may bring a failure of the disk back as an error of its own
+        # a library that writes here may turn a failure of the disk into an error of its own
         cause = error if isinstance(error, OSError) else (writer.failure if writer else None)
         if cause is None:
             raise
@@ -106,7 +106,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The content of a regular text file.
 
     Raises:
-        ValueError: if it is no text; otherwise as `read_bytes`.
+        ValueError: if it is not text; otherwise as `read_bytes`.
     """
     try:
         return read_bytes(path).decode()
@@ -117,7 +117,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def regular(path: str | os.PathLike[str]) -> int:
-    """Refuse what is no regular file: a pipe would wait for ever, a device would never end.
+    """Refuse what is not a regular file: a pipe would wait for ever, a device would never end.
 
     Returns:
         The size in bytes.
@@ -134,7 +134,7 @@ def regular(path: str | os.PathLike[str]) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files that a killed process left in a folder of ours.
+    """Remove temporary files that a killed process left in a folder.
 
     To be called where no other process writes: when a run is started or taken up again.
     """
@@ -174,7 +174,7 @@ class Writer:
 
     @property
     def raw(self) -> BinaryIO:
-        """The file itself, for who must seek in it."""
+        """The file itself, for a caller that must seek in it."""
         return self._file
 
 

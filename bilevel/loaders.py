@@ -1,9 +1,10 @@
-"""`Repeated`: an iterable of batches, a `DataLoader` say, read again and again; its place is known.
+"""`Repeated`: an iterable of batches, such as a `DataLoader`, read again and again from a known place.
 
-A place is kept as what was random at the start of an epoch and how many batches were drawn since: the
-epoch is started again and as many are skipped. Random is what the loader, its samplers and its data
-set hold: `torch.Generator`s, an epoch number (`set_epoch`), a sampler's own `state_dict`. Whatever
-draws from the global generators, or keeps its randomness elsewhere, cannot be resumed and says so.
+A place is kept as what was random at the start of an epoch and how many batches were drawn since: to
+resume, the epoch is started again and as many batches are skipped. What is random is what the loader,
+its samplers and its data set hold: `torch.Generator`s, an epoch number (`set_epoch`), a sampler's own
+`state_dict`. Data that draw from the global generators, or keep their randomness elsewhere, cannot be
+resumed; `state_dict` then refuses.
 """
 
 import random
@@ -24,7 +25,7 @@ _ORDERS = (list, tuple, range, Tensor, np.ndarray)  # what may be given for a sa
 
 @final
 class Repeated:
-    """An iterable (a `DataLoader`, say) started again whenever it ends.
+    """An iterable (for example a `DataLoader`), started again whenever it ends.
 
     Args:
         iterable: yields the batches of one epoch each time it is iterated.
@@ -75,7 +76,7 @@ class Repeated:
         """Batches drawn in this epoch, and what is random in it, at its start and now.
 
         Raises:
-            CheckpointError: if the order or the content of the batches could not be had again.
+            CheckpointError: if the order or the content of the batches could not be restored.
         """
         reason = unresumable(self._iterable)
         if reason is None and self._global is not None:
@@ -164,7 +165,7 @@ class Stateful:
 
 
 def unresumable(iterable: Any) -> str | None:
-    """Why the batches could not be had again in the same order, `None` if they can.
+    """Why the batches could not be read again in the same order, `None` if they can.
 
     Example:
         >>> unresumable(DataLoader([1, 2, 3], shuffle=True))[:56]

@@ -1,4 +1,4 @@
-r"""`MovingAverage`: an exponential moving average of a problem's weights, beside the ones in training.
+r"""`MovingAverage`: an exponential moving average of a problem's weights.
 
 $$ \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta $$
 

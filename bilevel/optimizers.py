@@ -61,7 +61,7 @@ def optimizers_of(name: str, given: Any) -> list[Optimizer]:
         given: what was given.
 
     Raises:
-        TypeError: for anything that is no `torch.optim` optimizer.
+        TypeError: for anything that is not a `torch.optim` optimizer.
     """
     if given is None:
         return []
@@ -83,11 +83,11 @@ def optimizers_of(name: str, given: Any) -> list[Optimizer]:
 
 
 def check_optimizers(problem: "Problem", level: "Level", optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that would not do for a level what they are there for.
+    """Refuse optimizers that cannot update the variables of a level.
 
     Raises:
         TypeError: for one that evaluates the loss by itself.
-        ValueError: for one that holds no variable of the level, or others than these.
+        ValueError: for one that holds no variable of the level, or trained tensors from elsewhere.
     """
     mine = {id(p) for p in problem.variables(level).values()}
     seen: set[int] = set()
@@ -127,7 +127,7 @@ def _check_step(level: str, optimizer: Optimizer) -> None:
 
 
 def _check_others(problem: "Problem", level: "Level", others: Sequence[Tensor]) -> None:
-    """Refuse to hold the other level's variables, or what is no part of the problem (any more)."""
+    """Refuse variables of the other level, and tensors that are not (or no longer) in the problem."""
     names = {id(p): name for name, p in problem.named_parameters()}
     trained = [p for p in others if p.requires_grad]
     if not trained:
@@ -172,7 +172,7 @@ def schedulers_of(name: str, given: Any, optimizers: Sequence[Optimizer]) -> lis
         optimizers: those of the level.
 
     Raises:
-        TypeError: for anything that is no scheduler, or whose step takes an argument.
+        TypeError: for anything that is not a scheduler, or whose step takes an argument.
         ValueError: for the scheduler of another optimizer, or one that is given twice.
     """
     found: list[Any] = [] if given is None else listed(given)
@@ -238,14 +238,14 @@ def settings_of(updates: Mapping["Level", LevelUpdate]) -> dict[str, str]:
 
 
 def _fixed(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a scheduler's state what no step changes; of one that is made of others, theirs too."""
+    """The part of a scheduler's state that no step changes, with that of the schedulers inside it."""
     fixed = {n: v for n, v in state.items() if n[0] != "_" and n not in _COUNTERS}
     parts = state.get("_schedulers", [])
     return fixed | {f"parts.{i}": _fixed(part) for i, part in enumerate(parts)}
 
 
 def _plain(value: Any) -> str:
-    """A setting in words that are the same in every process: without types of numbers, addresses."""
+    """A setting in words that are the same in every process: without number types and addresses."""
     leaves, structure = optree.tree_flatten(value)
     numbers = [v.tolist() if isinstance(v, (Tensor, np.generic, np.ndarray)) else v for v in leaves]
     return re.sub(r" at 0x[0-9a-f]+", "", str(optree.tree_unflatten(structure, numbers)))

@@ -1,6 +1,6 @@
 """`Oracles`: the losses of a problem and their derivatives as pure functions of the variables.
 
-A solver touches nothing else. Whatever must be done alike by every solver is done here, once:
+A solver touches nothing else. What every solver must do in the same way is done here, once:
 
 - variables and buffers are substituted (`bilevel.losses.substitution`), never written: batch-norm
   statistics and power iterations advance on copies, and `train` commits them once a step;
@@ -139,7 +139,7 @@ class Oracles:
             level decides their value; their upper gradient is the partial derivative of F.
 
     Raises:
-        TypeError: if the problem is none, or the lower batches are no list.
+        TypeError: if `problem` is not a problem, or the lower batches are not a list.
         ValueError: if the upper level has no variables, one of either level is complex, or for a
             precision that would go wrong.
         RuntimeError: inside `torch.inference_mode()`.
@@ -199,7 +199,7 @@ class Oracles:
 
     @property
     def lower(self) -> Tree:
-        """The current lower variables, likewise."""
+        """The current lower variables, detached leaves that share memory with the module's."""
         return {name: p.detach().requires_grad_() for name, p in self._lower.items()}
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:

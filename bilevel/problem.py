@@ -27,14 +27,17 @@ class Problem(nn.Module, ABC):
     `draw` (and by `draw_lower` where every lower step has its own). Dropout is the one exception; it
     sees a fixed seed within one hypergradient.
 
+    A subclass may annotate its levels with their own classes (`lower: nn.Linear`), so that a type
+    checker knows them.
+
     Attributes:
         upper: module that holds the upper-level variables $x$.
         lower: module that holds the lower-level variables $y$. Without any, the problem has a single
             level: `Alternating` and `train(lower_steps=0)` still take it.
-        stops_lower_gradient: `None`, or a clause that says where the lower loss stops a gradient
-            ("it is stopped at the posterior; use variant='complete'", to which a refusal adds
-            ", or `Alternating()`"). The lower gradient is then
-            not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
+        stops_lower_gradient: `None`, or why only first-order solvers can be used: a clause that says
+            where the lower loss stops a gradient, and what to do ("it is stopped at the posterior;
+            use variant='complete'"; a refusal adds ", or `Alternating()`"). The lower gradient is
+            then not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
 
     Example:
         >>> class Ridge(Problem):
@@ -96,8 +99,8 @@ class Problem(nn.Module, ABC):
     def draw_lower(self, batch: Any, generator: torch.Generator, step: int) -> Any:
         """The batch of one lower step, made from the turn's; the default is that batch itself.
 
-        A problem whose lower steps see fresh noise, or whose blocks of lower variables move a
-        different number of times, says so here.
+        Override it where the lower steps see fresh noise, or where blocks of lower variables move a
+        different number of times.
 
         Args:
             batch: what `draw` returned.
@@ -197,7 +200,7 @@ class Problem(nn.Module, ABC):
             upper_loss: the upper loss F.
             lower_loss: the lower loss G.
             upper: initial upper variables, possibly nested dicts of tensors.
-            lower: initial lower variables, likewise.
+            lower: initial lower variables, given in the same way.
 
         Returns:
             The problem; its variables are named by their path, as in `encoder.weight`.
@@ -292,7 +295,7 @@ class FunctionProblem(Problem):
 
 
 def refuse_no_problem(problem: Any) -> None:
-    """Refuse what is no problem, a class or a plain module say.
+    """Refuse what is not a problem, for example a class or a plain module.
 
     Raises:
         TypeError: with what to give instead; if the problem lacks a level.

@@ -14,10 +14,10 @@ SEEDS = -(2**63), 2**63 - 1  # what torch's generators take
 
 
 def positive(name: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse a setting that is no finite positive number (with `zero`, one of zero or more).
+    """Refuse a setting that is not a finite positive number (with `zero`, one of zero or more).
 
     Raises:
-        TypeError: if it is no number.
+        TypeError: if it is not a number.
         ValueError: if it is out of range.
     """
     wanted = "zero or more" if zero else "positive"
@@ -42,7 +42,7 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
         most: the most that is allowed.
 
     Raises:
-        TypeError: if it is no whole number.
+        TypeError: if it is not a whole number.
         ValueError: if it is out of range.
 
     Example:
@@ -66,7 +66,7 @@ def flag(name: str, value: Any) -> bool:
     """The setting as `True` or `False`, if it is one of them.
 
     Raises:
-        TypeError: if it is something else, a string or a number say, whose truth would mislead.
+        TypeError: if it is something else: the truth value of a string or a number would mislead.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"`{name}` must be `True` or `False`, got {shown(value)}")

@@ -96,7 +96,7 @@ class State:
         """Continue from a saved state, in place.
 
         Raises:
-            CheckpointError: if it belongs to another configuration; nothing is changed then.
+            CheckpointError: if it belongs to another configuration; the run is left as it was.
         """
         self._refuse_other_configuration(state["configuration"])
         if state["sources"].keys() != self.sources.keys():
@@ -176,7 +176,7 @@ class State:
     def _refuse_other_configuration(self, saved: dict[str, str]) -> None:
         mine = self.configuration
         everything = mine.keys() | saved.keys()
-        # a setting of an optimizer or a scheduler is told of only where both have that one
+        # settings of optimizers and schedulers are compared only where both have them
         compared = (k for k in everything if "." not in k or (k in mine and k in saved))
         differing = [key for key in compared if mine.get(key) != saved.get(key)]
         if differing:

@@ -42,7 +42,7 @@ class Step:
         number: upper steps taken so far, from 1.
         upper_loss: the upper loss at which the hypergradient was taken.
         lower_loss: the lower loss before the last lower step, `None` without lower steps.
-        lower_residual: the norm of its gradient dG/dy, before clipping; likewise.
+        lower_residual: the norm of its gradient dG/dy, before clipping; `None` without lower steps.
         logs: what the losses logged.
         hypergradient: the solver's whole record.
         seconds: time spent in the loop so far, without the time the caller took between steps.
@@ -94,7 +94,7 @@ def train(
         data: a pytree of tensors, a `DataLoader` or another iterable of batches, a source with
             `state_dict`, or `None` if the problem needs none. Passed through `problem.draw`.
         upper_optimizer: `torch.optim` optimizer(s) of the upper variables, used as given.
-        lower_optimizer: likewise of the lower variables; may be left out if `lower_steps` is 0.
+        lower_optimizer: those of the lower variables; may be left out if `lower_steps` is 0.
         num_steps: upper steps in total, those before a resume included.
         solver: how the hypergradient is computed; `Alternating()` by default.
         lower_steps: lower steps per upper step.
@@ -102,7 +102,7 @@ def train(
         batch_size: rows per batch where data are tensors; all rows by default.
         order: whether a turn begins with the lower or with the upper step.
         upper_scheduler: learning-rate scheduler(s), stepped once per upper step.
-        lower_scheduler: likewise, also once per upper step.
+        lower_scheduler: those of the lower level, also stepped once per upper step.
         clip_upper: largest norm of the hypergradient.
         clip_lower: largest norm of the lower gradient.
         seed: seed of batch order, noise and dropout.
@@ -113,22 +113,23 @@ def train(
         compile: trace the lower and the upper step, optimizers included, and run them as compiled
             graphs: several times faster where Python and not arithmetic takes the time (small
             models). The first step takes some seconds to a minute. Needs a C++ compiler and Adam,
-            AdamW or SGD; whatever cannot be compiled runs as ever, with a warning. A linear solve is
-            then not watched: `ConjugateGradient` takes all its `max_steps`.
+            AdamW or SGD; whatever cannot be compiled runs uncompiled, with a warning. A linear solve
+            is then not watched: `ConjugateGradient` takes all its `max_steps`.
         precision: compute the losses in this dtype where that is safe (`torch.bfloat16`, by
             `torch.autocast`); variables, gradients and optimizers keep theirs.
         ema: keep an exponential moving average of the weights with this decay, `step.state.average`.
 
     With several processes (`torch.distributed` is initialised) every rank calls `train` with the same
-    arguments and sees the same batches, of which it evaluates its own rows; see `Problem.shard`.
+    arguments, sees the same batches and evaluates its own rows of them; see `Problem.shard`.
 
     Yields:
         A `Step` after every upper step. The clock stands still while the caller has control.
 
     Raises:
         ValueError: at the call, for a setting out of range or an optimizer of other variables.
-        DivergenceError: when a loss becomes NaN or infinite, with step and term. (One that stays finite
-            but becomes 1e8 times what it was at first, or variables that do, are warned of, once.)
+        DivergenceError: when a loss becomes NaN or infinite, with step and term. (One
+            warning is given if a loss or the variables stay finite but become 1e8 times as large
+            as at first.)
         CheckpointError: at the call, if `resume` cannot be used.
 
     Example:
@@ -185,7 +186,7 @@ def train(
 def _owned(
     problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
 ) -> dict[Level, list[torch.optim.Optimizer]]:
-    """The optimizers of both levels, if solver and problem can do with them."""
+    """The optimizers of both levels, if they suit the solver and the problem."""
     refuse_no_problem(problem)
     optimizers: dict[Level, list[torch.optim.Optimizer]] = {
         "upper": optimizers_of("upper_optimizer", upper),
@@ -254,7 +255,7 @@ def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[S
     watch = Watch(state.problem.parameters())
     seconds = 0.0
     for optimizer in (o for group in state.optimizers.values() for o in group):
-        optimizer.zero_grad()  # or one that a frozen parameter kept would move it in every step
+        optimizer.zero_grad()  # a gradient that a frozen parameter kept would move it in every step
     while state.step < num_steps:
         outside_inference_mode()
         start = time.perf_counter()

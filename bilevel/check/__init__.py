@@ -71,7 +71,7 @@ def check_hypergradient(
         tolerance: largest relative error that passes.
         seed: seed of the directions and of dropout.
         step: the step to take in every variable, for a procedure that is smooth at a scale you
-            know; differences at `step` and at half of it.
+            know; differences at `step` and at an eighth of it.
 
     Returns:
         Cosine, relative error and a verdict that names the variable which fails.

@@ -77,7 +77,7 @@ class HypergradientCheck:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two vectors; 1 if both are 0, 0 if one is."""
+    """Cosine of the angle between two vectors; 1 if both are 0, 0 if one is."""
     sizes = float(a.norm()) * float(b.norm())
     if sizes == 0:
         return 1.0 if float(a.norm()) == float(b.norm()) else 0.0

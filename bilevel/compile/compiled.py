@@ -1,14 +1,13 @@
 """`Compiled`: a training step traced once and run as one compiled graph.
 
-A step of a small model is a hundred kernels of microseconds, each behind tens of microseconds of
-Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second derivatives included,
-down to the kernels) and compiled, the step is a handful of fused loops. On a GPU it is captured as a
-CUDA graph besides.
+A step of a small model runs about a hundred kernels. Each takes microseconds, and costs tens of
+microseconds of Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second
+derivatives included, down to the kernels) and compiled, the step is a handful of fused loops. On a GPU
+it is also captured as a CUDA graph.
 
 The graph reads and writes in place what the step reads and writes: variables, buffers, the
-optimizers' state and their moving numbers (`settings`). What is decided in Python while tracing is
-decided for good, so it is looked at before every run (`guards`) and decides which graph is the right
-one, if there is one yet.
+optimizers' state and their moving numbers (`settings`). What Python decides while tracing holds for the
+whole graph, so it is compared before every run (`guards`): this tells which graph fits, if one does.
 """
 
 import dataclasses
@@ -33,8 +32,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MOST = 8  # graphs of one step; each takes some seconds to compile
-_FEW = 4  # of them for the same tensors: what changes in every step needs another way
-_TWO = 2  # of them for the same but for a float in the batch, which seldom has few values
+_FEW = 4  # graphs for the same tensors; beyond that, something changes in every step
+_TWO = 2  # graphs that differ by a float in the batch, which seldom has few values
 
 
 @final
@@ -71,7 +70,7 @@ class _Graph:
 
 @final
 class Compiled(Generic[P, R]):
-    """`step` as compiled graphs, one for everything that Python decides in it.
+    """`step` as compiled graphs, one for each set of decisions that Python takes in it.
 
     What cannot be compiled runs as it is, after one warning.
 
@@ -82,7 +81,7 @@ class Compiled(Generic[P, R]):
         optimizers: those whose state it reads and writes.
         cuda_graph: whether to capture it as a CUDA graph, on a GPU; a graph holds no exchange
             between processes.
-        said: the warnings given so far, none of which is given twice.
+        said: the warnings given so far; none is given twice.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Compiled(Generic[P, R]):
             try:
                 leaves, structure = _flatten((args, kwargs))
                 graph = self._graph(leaves, structure)
-            except Exception as error:  # whatever the tracer or the compiler did not like
+            except Exception as error:  # any failure of the tracer or the compiler
                 self._refused = True
                 self._warn(error)
         if graph is None:
@@ -175,7 +174,7 @@ class Compiled(Generic[P, R]):
         return [*map(id, chain.from_iterable([s.values() for s in states]))]
 
     def _live(self) -> list[Tensor]:
-        """The tensors that a step reads and writes beside its arguments."""
+        """The tensors that a step reads and writes besides its arguments."""
         live = self._named()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -238,7 +237,7 @@ _whole: set[type] = {Tensor, torch.nn.Parameter, float, int, bool, str}
 
 
 def _take_apart(kind: type) -> bool:
-    """Teach `optree` a class of records; whether that was news."""
+    """Register a class of records with `optree`; returns whether it was new."""
     if kind in _whole:
         return False
     _whole.add(kind)
@@ -257,7 +256,9 @@ def _take_apart(kind: type) -> bool:
         return list(held.values()), tuple(held)
 
     def whole(held: tuple[str, ...], values: Any) -> Any:
-        record = object.__new__(kind)  # `__init__` has been, and frozen ones are whole, too
+        record = object.__new__(
+            kind
+        )  # `__init__` has run before, and frozen records allow no other way
         for name, value in zip(held, values, strict=True):
             object.__setattr__(record, name, value)
         return record
@@ -291,7 +292,7 @@ def _constant(leaf: Any) -> Any:
 
 
 def _modes(device: str) -> tuple[Any, ...]:
-    """What of torch's global state decides how a step is computed."""
+    """The parts of torch's global state that decide how a step is computed."""
     return (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
@@ -305,7 +306,7 @@ def _memory(lowered: Lowered) -> frozenset[int]:
 
 
 def _refuse_hooks(optimizer: Optimizer) -> None:
-    """A graph does what `optimizer.step` does, and nothing of what was hung to it."""
+    """Refuse step hooks: a graph does what `optimizer.step` does, but calls no hooks."""
     before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if before or after or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
         raise ValueError(

@@ -2,11 +2,11 @@
 
 A graph holds numbers and decisions, not the Python that made them: `self.beta`, `module.training`, a
 global, what a loss closes over. While a step is traced, every attribute that is read of any module is
-noted, and so is what the functions found there close over. Before each run all of it is looked at
-again, a few microseconds per module; where something has changed the step is traced anew.
+noted, and so is what the functions found there close over. Before each run all of it is compared
+again, a few microseconds per module; if something has changed, the step is traced again.
 
-Not noted is what the step itself writes (a counter, a cache), and containers of more than `_LARGE`
-entries, of which only the identity and the length are.
+What the step itself writes (a counter, a cache) is not noted. Of containers with more than `_LARGE`
+entries, only identity and length are.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def _root(thing: Any) -> str:
 
 
 def _equal_by_value(value: Any, depth: int = _DEEP) -> bool:
-    """Whether `==` with a copy tells all that can change of it."""
+    """Whether `==` with a copy shows every change."""
     if isinstance(value, (*_PLAIN, FunctionType, type)):
         return True
     if type(value) in (list, tuple) or isinstance(value, dict):
@@ -98,7 +98,7 @@ class Reads:
         self.surroundings: dict[tuple[int, str], tuple[Callable[[], Any], str, Any]] = {}
         self._written: set[tuple[int, str]] = set()
         self._walked: set[int] = set()
-        self._kept: list[Any] = []  # so that no address is used twice
+        self._kept: list[Any] = []  # kept alive, so that no address is used again
 
     def note(self, module: nn.Module, name: str, value: Any) -> None:
         """A module's attribute was read."""
@@ -127,7 +127,7 @@ class Reads:
     def lasting(
         self,
     ) -> tuple[list[tuple[nn.Module, str]], list[tuple[Callable[[], Any], str, Any]]]:
-        """What was read and is still as it was then: what the step changes is its own affair."""
+        """What was read and has not changed since: what the step changes itself is not guarded."""
         attributes = [
             (module, name)
             for key, (module, name, was) in self.attributes.items()
@@ -268,7 +268,7 @@ class Guard:
         self._values = [tuple(map(_copied, get(module))) for module, get, _ in self._plain]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed."""
         try:
             return (
                 [get(module) for module, get, _ in self._plain] == self._values
@@ -280,7 +280,7 @@ class Guard:
             return False
 
     def changed(self) -> str:
-        """The name of something that is not as it was."""
+        """The name of something that has changed."""
         for (module, _, names), values in zip(self._plain, self._values, strict=True):
             for name, was in zip(names, values, strict=True):
                 if frozen(getattr(module, name, _MISSING)) != frozen(was):

@@ -1,8 +1,8 @@
 """`lower`: a function of tensors, traced and compiled together with all that it reads and writes.
 
-`make_fx` follows the function down to the kernels. Tensors that it reads and that nobody named (a plain
-tensor that a module keeps, a teacher's weights) are found in the graph and read live, as are the
-named ones; those that lie on another device, or whose values Python has taken, are constants, and
+`make_fx` follows the function down to the kernels. Tensors that it reads without being given them (a
+plain tensor that a module keeps, a teacher's weights) are found in the graph and read live, like the
+given ones. Those that lie on another device, or whose values Python has taken, are constants;
 `Lowered.stale` says when one was changed.
 """
 
@@ -58,7 +58,7 @@ class _Looks(TorchFunctionMode):
 @final
 @dataclass
 class Lowered:
-    """A compiled function and the tensors it reads and writes beside its arguments.
+    """A compiled function and the tensors it reads and writes besides its arguments.
 
     Attributes:
         cuda_graph: whether it is captured as a CUDA graph, on a GPU.
@@ -124,7 +124,7 @@ def lower(
     Args:
         function: what is compiled; traced once.
         arguments: tensors as it will be called with.
-        live: the tensors that it reads and writes beside.
+        live: the tensors that it reads and writes besides.
         device: where the graph runs.
         cuda_graph: whether to capture it as a CUDA graph, on a GPU.
 
@@ -153,7 +153,7 @@ def lower(
         run=graph,
     )
     with unchanged(lowered.aliases), torch.no_grad():
-        # the shapes are looked at before each call
+        # the shapes are compared before each call
         options = {"size_asserts": False}
         inputs: list[Any] = [*arguments, *lowered.aliases]
         lowered.compiled = torch._inductor.compile(graph, inputs, options)
@@ -180,7 +180,7 @@ def _constants(graph: "GraphModule", device: torch.device) -> tuple[list[Tensor]
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     for node in list(graph.graph.nodes):
         held = getattr(graph, node.target) if node.op == "get_attr" else None
-        # those made while tracing, `torch.tensor(2.0)`, are nobody else's
+        # those made while tracing (`torch.tensor(2.0)`) belong to the graph alone
         if not isinstance(held, Tensor) or all("lift_fresh" in str(u.target) for u in node.users):
             continue
         if held.device != device:

@@ -1,9 +1,9 @@
 """`Settings`: the optimizers' numbers, as a graph reads them.
 
 Learning rates, momenta and weight decays move while a run goes on (`OneCycleLR` moves three of them),
-so a graph reads them as tensors, which are filled anew where a number has changed. That one of them
-is 0 or not decides which operations a step has, as do the optimizers' other settings: those are part
-of what a graph is for.
+so a graph reads them as tensors, which are filled again when a number changes. Whether one of them
+is 0 decides which operations a step has, and so do the optimizers' other settings: a graph is made
+for one choice of these.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 _MOVING = ("lr", "momentum", "weight_decay", "betas")
-_OPTIONAL = _MOVING[1:]  # at 0 a step does without them; a rate may pass through 0
+_OPTIONAL = _MOVING[1:]  # at 0 a step leaves them out; a rate may pass through 0
 _FIXED = ("eps", "dampening", "nesterov", "amsgrad", "maximize", "decoupled_weight_decay")
 
 
@@ -25,7 +25,7 @@ class Settings:
     """The settings of optimizers: numbers that may move, and the rest.
 
     Args:
-        optimizers: the optimizers of both levels; their groups are looked up anew each time, as
+        optimizers: the optimizers of both levels; their groups are looked up each time, because
             `load_state_dict` replaces them.
         device: where the numbers are kept; a CUDA graph would freeze a number that lies elsewhere.
     """
@@ -65,14 +65,14 @@ class Settings:
             self._current = [None] * len(numbers)
         for i, number in enumerate(numbers):
             if isinstance(number, Tensor) and number.device.type != "cpu":
-                self.tensors[i].copy_(number)  # to look whether it has changed would wait
+                self.tensors[i].copy_(number)  # comparing would wait for the device
             elif (value := float(number)) != self._current[i]:
                 self.tensors[i].fill_(value)
                 self._current[i] = value
 
     @contextlib.contextmanager
     def as_tensors(self) -> Iterator[None]:
-        """Let the optimizers' groups hold the tensors, but for options that are 0."""
+        """Let the optimizers' groups hold the tensors, except for options that are 0."""
         groups = [group for o in self._optimizers for group in o.param_groups]
         before = [{name: g[name] for name in _MOVING if name in g} for g in groups]
         tensors = iter(self.tensors)

@@ -13,7 +13,7 @@ def is_tracing() -> bool:
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
-    """Trace inside."""
+    """Mark what runs inside as traced."""
     global _active
     _active = True
     try:

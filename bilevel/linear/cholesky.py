@@ -33,13 +33,13 @@ class Cholesky(LinearSolver):
       Negative eigenvalues are reported as negative curvature. Zero ones make it singular: the
       solution of least norm is then right where there is a solution at all, and the result says
       where there is none.
-    - A matrix that is not symmetric (the lower "gradient" is no gradient) is solved by LU; a
+    - A matrix that is not symmetric (the lower "gradient" is not a gradient) is solved by LU; a
       singular one by its pseudo-inverse.
 
     Args:
         damping: added to the diagonal of A.
         max_size: largest n accepted.
-        rtol: relative residual above which the solution is no success; "auto" is the square root of
+        rtol: relative residual above which the solve is not a success; "auto" is the square root of
             the dtype's machine epsilon. Rounding alone leaves up to epsilon times the condition
             number, so a badly conditioned system needs float64, `damping` or a larger `rtol`.
 

@@ -18,8 +18,8 @@ class Identity(LinearSolver):
 
     Also known as T1-T2, and, with `scale` the lower step size, as one differentiated step of
     gradient descent. An approximation on purpose: no residual is computed, and every finite answer
-    is a success. (On an accelerator finite or not, looking would wait for it; `train` looks every
-    `check_every` steps.)
+    is a success. (On an accelerator that is not checked here, because it would wait; `train` looks
+    every `check_every` steps.)
 
     Args:
         scale: the factor.

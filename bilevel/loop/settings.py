@@ -11,7 +11,7 @@ from bilevel.oracles import usable_precision
 @final
 @dataclass(frozen=True)
 class TurnSettings:
-    """How the turns of a run go; what the arguments of `train` of the same names say.
+    """How the turns of a run go; named as the arguments of `train`.
 
     Attributes:
         lower_steps: lower steps in a turn.

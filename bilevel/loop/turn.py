@@ -114,7 +114,7 @@ class Turn:
         return hypergradient
 
     def terms(self, hypergradient: Hypergradient) -> list[tuple[Term, Tensor]]:
-        """The numbers whose finiteness says that training is well, in the order of computation."""
+        """The numbers that must stay finite, in the order of computation."""
         stats = hypergradient.stats
         lower = [(Term(name, logged=True), value) for name, value in self.logs.items()]
         if self.lower_loss is not None:

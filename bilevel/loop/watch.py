@@ -13,15 +13,16 @@ from bilevel.loop.turn import Term
 
 _ADVICE = "Lower the learning rates or clip the gradients (`clip_upper`, `clip_lower`)"
 _GROWTH = 1e8
-"""How many times what it was at first, and 1, a loss may become before it is remarked."""
+"""A loss above this many times its first value (or 1, if that is larger) is remarked."""
 
 
 @final
 class Watch:
     """Looks at many steps at once, and still names the first step and term.
 
-    A logged number stops the training where it is infinite, not where it is NaN: so are metrics that
-    are undefined on a batch (an AUC without positives). A NaN that a loss then shares is named first.
+    A logged number stops the training if it is infinite, but not if it is NaN: metrics that are
+    undefined on a batch are NaN (an AUC without positives). If the loss is NaN in the same step, the
+    logged number is named first.
 
     Args:
         variables: of both levels, as they are before the first step.
@@ -31,12 +32,12 @@ class Watch:
         self._variables = list(variables)
         self._size = _largest(self._variables)  # nothing waits for it before the end
         self._pending: list[tuple[int, Term, Tensor]] = []
-        self._undefined: set[str] = set()  # logged as NaN in a step that was well
+        self._undefined: set[str] = set()  # logged as NaN in a step whose losses were finite
         self._scales: dict[str, float] = {}
         self._remarked = False
 
     def add(self, step: int, terms: list[tuple[Term, Tensor]]) -> None:
-        """Remember the terms of a step; those that are no scalars are left out."""
+        """Remember the terms of a step; those that are not scalars are left out."""
         self._pending += [(step, term, t) for term, t in terms if t.numel() == 1]
 
     def look(self) -> None:
@@ -74,14 +75,14 @@ class Watch:
             )
 
     def end(self) -> None:
-        """Look at the variables after the last step, of which no loss tells any more.
+        """Look at the variables after the last step, which no loss shows.
 
         Warns if they have become many times what they were, unless a loss was remarked.
         """
         if not self._variables or self._remarked:
             return
         before, after = max(1.0, float(self._size)), float(_largest(self._variables))
-        if after > _GROWTH * before:  # NaN is told of elsewhere
+        if after > _GROWTH * before:  # NaN is reported elsewhere
             self._remark(
                 f"the largest variable is {after:.3g} after the last step, {before:.3g} before"
             )

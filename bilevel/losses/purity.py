@@ -1,9 +1,9 @@
 """Whether a loss is what a hypergradient takes it for: a function of its variables and its batch.
 
-Looked at once for each problem, before its first hypergradient or training step: every loss is
+This is examined once for each problem, before its first hypergradient or training step. Every loss is
 evaluated twice, at copies of its variables and at the module's own parameters, and the two values and
-gradients must be the same. While the first gradient is taken, the module holds other numbers: code that
-runs again then and looks there is found out, too.
+gradients must be the same. While the first gradient is taken, the module holds other numbers: this
+shows code that runs again then and reads the module.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _examined: MutableMapping[Problem, dict[Level, frozenset[str]]] = weakref.WeakKe
 
 @torch.enable_grad()
 def examine(oracles: Oracles, levels: Sequence[Level], *, whole: bool) -> list[Level]:
-    """Refuse, once for each problem, variables that share memory and losses that are no functions.
+    """Refuse, once for each problem, variables that share memory and losses that are not functions.
 
     Args:
         oracles: the problem and its first batches.
@@ -273,7 +273,7 @@ class _Examination:
 
 @final
 class _Outside:
-    """What a loss may use beside its arguments, as it was."""
+    """What a loss may use besides its arguments, as it was before the loss ran."""
 
     def __init__(self, problem: Problem, own: Tree) -> None:
         self._problem = problem
@@ -286,7 +286,7 @@ class _Outside:
         self._numpy, self._python = _numpy(), random.getstate()
 
     def written(self) -> str:
-        """The first parameter that was written into and is no variable."""
+        """The first parameter that was written into although it is not a variable."""
         return next((name for name, p, version in self._frozen if p._version != version), "")
 
     def moved(self) -> str:

@@ -15,7 +15,7 @@ class Slots:
     """The places in which a problem's modules hold their tensors.
 
     Walking the modules costs as much as a small network's forward pass, so `train` walks once. Which
-    variables require grad is read anew each time; modules and parameters must stay the same objects.
+    variables require grad is read each time; modules and parameters must stay the same objects.
     """
 
     def __init__(self, problem: Problem) -> None:

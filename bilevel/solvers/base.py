@@ -46,7 +46,7 @@ class Stats:
         negative_curvature: whether the linear solver met negative curvature.
         num_products: number of Hessian-vector products, or of differentiated lower steps.
         unreached: names of the upper variables that no loss uses (with `Alternating`, that the upper
-            loss does not use), so that their exact 0 is no derivative.
+            loss does not use), so that their exact 0 is not a derivative.
     """
 
     direct_norm: Tensor
@@ -83,7 +83,7 @@ class Hypergradient:
 
 
 def _as_tree(record: type[Any]) -> None:
-    """Let `optree` look into a record: a compiled step returns its tensors anew each time."""
+    """Let `optree` look into a record: a compiled step returns new tensors each time."""
     names = [f.name for f in fields(record)]
     optree.register_pytree_node(
         record,

@@ -22,8 +22,8 @@ NOT_LEARNED = (
 class Twin(ABC):
     """An optimizer step `(points, gradients, state) -> (points, state)` that writes nothing.
 
-    The variables travel as `points`, a list of tensors of the twin's own making (one vector per
-    parameter group, say); `pack` and `unpack` are permutations, each the transpose of the other.
+    The variables travel as `points`, a list of tensors of the twin's own making (for example one
+    vector per parameter group); `pack` and `unpack` are permutations, each the transpose of the other.
     """
 
     @abstractmethod
@@ -51,7 +51,7 @@ def safe_sqrt(v: Tensor) -> Tensor:
     With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
     dm / eps: the root's own derivative multiplies m = 0 and drops out.
     """
-    looks = v.device.type == "cpu" and not is_tracing()  # looking costs nothing where nobody waits
+    looks = v.device.type == "cpu" and not is_tracing()  # no device to wait for
     if looks and bool(v.all()):
         return v.sqrt()
     zero = v == 0

@@ -186,10 +186,10 @@ def refuse_learned(transformation: Transformation) -> None:
     with torch.enable_grad():
         try:
             state = transformation.init(dict(probe))
-            # `moment_requires_grad` makes leaves of the moments, which are no settings
+            # `moment_requires_grad` makes leaves of the moments, which are not settings
             state = optree.tree_map(lambda s: s.detach() if isinstance(s, Tensor) else s, state)
             updates, _ = transformation.update(probe, state, params=probe, inplace=False)
-        except Exception:  # it wants particular variables; the steps themselves will tell
+        except Exception:  # it wants particular variables; the steps themselves will refuse
             updates = {}
     named = _learned(transformation.update)
     if named or any(isinstance(u, Tensor) and u.requires_grad for u in updates.values()):
