@@ -20,6 +20,7 @@ from bilevel.methods.networks.units import Change
 from bilevel.methods.training.fit import Evaluate, History, fit
 from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import begun_with
+from bilevel.methods.training.run import Destination
 from bilevel.methods.training.saved import loaded, write_model
 from bilevel.methods.training.settings import Training, refuse_idle, validated
 from bilevel.methods.training.standardising import Units, standardised
@@ -122,7 +123,8 @@ class EBLVM(Problem):
             DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         """
         levels = 2 if self.variables("lower") else 1
-        kept = begun_with(run, evaluated=evaluate is not None) if resume else {}
+        destination = Destination(run, resume, overwrite, notes)
+        kept = begun_with(destination, evaluated=evaluate is not None)
         values = {**self.training_defaults, **kept, **settings}
         training = validated(Training, values, levels=levels)
         usual = validated(Training, self.training_defaults)
@@ -133,13 +135,10 @@ class EBLVM(Problem):
                 self,
                 rows,
                 training,
+                destination=destination,
                 solver=solver,
-                callbacks=callbacks,
-                run=run,
-                resume=resume,
-                overwrite=overwrite,
                 optimizers=optimizers,
-                notes=notes,
+                callbacks=callbacks,
                 evaluate=evaluate,
             )
 

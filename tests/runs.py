@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods import EBLVM, BiDVL, History, Training
-from bilevel.methods.training.fit import fit
-from bilevel.methods.training.settings import validated
+from bilevel.methods import EBLVM, BiDVL, History
 
 SHAPE = (1, 8, 8)
 SHORT = {"num_steps": 6, "batch_size": 10, "log_every": 1, "checkpoint_every": 2}
@@ -54,17 +52,13 @@ def trained(
     callbacks: Any = (),
     **settings: Any,
 ) -> History:
-    return fit(
-        model,
+    return model.fit(
         data(),
-        validated(Training, {**SHORT, **settings}),
-        solver=None,
         callbacks=callbacks,
         run=run,
         resume=resume,
-        overwrite=False,
-        optimizers=None,
         evaluate=evaluate,
+        **{**SHORT, **settings},
     )
 
 

@@ -7,7 +7,6 @@ $$ \bar\theta_t = \beta\,\bar\theta_{t-1} + (1 - \beta)\,\theta_t, \qquad \bar\t
 Checkpoints hold both, so that a resumed run goes on from $\theta_t$.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from bilevel.methods.training.history import History as History
 from bilevel.methods.training.history import record as record
 from bilevel.methods.training.journal import Journal
 from bilevel.methods.training.preconditions import check_start, refuse_changes
-from bilevel.methods.training.run import Run
+from bilevel.methods.training.run import Destination
 from bilevel.methods.training.settings import Training
 from bilevel.methods.training.steps import training_steps
 from bilevel.methods.training.trainable import Evaluate as Evaluate
@@ -34,13 +33,10 @@ def fit(
     data: Tensor,
     training: Training,
     *,
-    solver: Solver | None,
-    callbacks: Iterable[Callable[[Step], object]],
-    run: str | os.PathLike[str] | None,
-    resume: bool,
-    overwrite: bool,
-    optimizers: tuple[Optimizers, Optimizers] | None,
-    notes: dict[str, Any] | None = None,
+    destination: Destination,
+    solver: Solver | None = None,
+    optimizers: tuple[Optimizers, Optimizers] | None = None,
+    callbacks: Iterable[Callable[[Step], object]] = (),
     evaluate: Evaluate | None = None,
 ) -> History:
     """Train `model` on checked data; see `EBLVM.fit`.
@@ -59,10 +55,10 @@ def fit(
         MemoryError: if memory runs out, with the batch size that would fit.
     """
     solver = model.default_solver() if solver is None else solver
-    check_start(data, training, resume=resume, run=run, evaluated=evaluate is not None)
-    folder = Run(run) if run is not None else None
+    check_start(data, training, destination, evaluated=evaluate is not None)
+    folder, resume = destination.folder, destination.resume
     if folder is not None and is_main():
-        folder.claim(resume=resume, overwrite=overwrite)
+        folder.claim(resume=resume, overwrite=destination.overwrite)
         if resume:
             refuse_changes(folder, training)
     model.probe(model.as_visibles(data[:2]))
@@ -77,7 +73,8 @@ def fit(
         check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
     )
     if folder is not None and not resume and is_main():
-        folder.begin({**_configuration(model, training, solver, data), "notes": notes or {}})
+        notes = destination.notes or {}
+        folder.begin({**_configuration(model, training, solver, data), "notes": notes})
     journal, called = Journal(model, training, folder, evaluate), list(callbacks)
     ended = False
     try:

@@ -1,6 +1,5 @@
 """What must hold before a training starts, and what a resumed one may change."""
 
-import os
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from bilevel.distributed import from_main, is_main, world_size
 from bilevel.errors import CheckpointError
 from bilevel.methods.training import best
-from bilevel.methods.training.run import Run
+from bilevel.methods.training.run import Destination, Run
 from bilevel.methods.training.settings import Training
 
 # what a run does beside training, and when it ends
@@ -26,9 +25,8 @@ _FREE = (
 def check_start(
     data: Tensor,
     training: Training,
+    destination: Destination,
     *,
-    resume: bool,
-    run: str | os.PathLike[str] | None,
     evaluated: bool,
 ) -> None:
     """Refuse settings that do not fit each other, the data or the number of processes.
@@ -42,9 +40,9 @@ def check_start(
             f"`batch_size` is that of all processes together, and {training.batch_size} cannot be "
             f"shared out equally among {ranks}; use {max(1, training.batch_size // ranks) * ranks}"
         )
-    if resume and run is None:
+    if destination.resume and destination.run is None:
         raise ValueError("`resume=True` needs the folder of the run: `run=...`")
-    best.check_evaluation(training, evaluated=evaluated, kept=run is not None)
+    best.check_evaluation(training, evaluated=evaluated, kept=destination.run is not None)
 
 
 def refuse_small(data: Tensor, training: Training) -> None:
@@ -59,16 +57,19 @@ def refuse_small(data: Tensor, training: Training) -> None:
         )
 
 
-def begun_with(run: str | os.PathLike[str] | None, *, evaluated: bool) -> dict[str, Any]:
+def begun_with(destination: Destination, *, evaluated: bool) -> dict[str, Any]:
     """The settings that a run was begun with: a resumed one keeps those it is not given.
 
     Args:
-        run: its folder.
+        destination: says whether it is resumed; a new run has none.
         evaluated: whether it is evaluated on the way now, too.
     """
+    if not destination.resume:
+        return {}
     settings: dict[str, Any] = {}
-    if run is not None and is_main() and Run(run).config_path.exists():
-        settings = dict(Run(run).config()["training"])
+    folder = destination.folder
+    if folder is not None and is_main() and folder.config_path.exists():
+        settings = dict(folder.config()["training"])
     known: dict[str, Any] = from_main(settings)
     idle = () if evaluated else ("evaluate_every", "best")
     return {n: v for n, v in known.items() if n in Training.model_fields and n not in idle}

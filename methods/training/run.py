@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -275,6 +276,29 @@ class Run:
             os.replace(old, self.best_path)
         for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@final
+@dataclass(frozen=True)
+class Destination:
+    """Where a training is written, and whether it begins or goes on there.
+
+    Attributes:
+        run: the folder; nothing is written without.
+        resume: go on from the newest checkpoint in it.
+        overwrite: replace the run in it.
+        notes: plain values to keep in the configuration.
+    """
+
+    run: str | os.PathLike[str] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    notes: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> Run | None:
+        """The folder of the run, if there is to be one."""
+        return None if self.run is None else Run(self.run)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
