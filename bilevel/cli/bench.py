@@ -34,18 +34,18 @@ def command(arguments: list[str]) -> int:
     args = parser.read(arguments)
     if args.suite not in _SUITES:
         raise UsageError(f"there is no suite `{args.suite}`; {nearest(args.suite, _SUITES)}")
-    if hasattr(args, "preset") and hasattr(args, "config"):
+    if "preset" in args and "config" in args:
         raise UsageError("`--preset` and `--config` both name a configuration; choose one")
     source = getattr(args, "config", None) or SUITES[getattr(args, "preset", "small")]
     config = load_config(source)
-    if hasattr(args, "seeds"):
+    if "seeds" in args:
         config = config.with_seeds(args.seeds)
-    if hasattr(args, "show"):
+    if "show" in args:
         print(json.dumps(config.model_dump(mode="json"), indent=2))
         return 0
     home = SuiteFolder(getattr(args, "out", Path("runs") / f"eblvm-{config.name}"))
     only = getattr(args, "only", [])
-    if hasattr(args, "list"):
+    if "list" in args:
         return _list(config, only, home)
     device = device_of(getattr(args, "device", "cpu"))
     print(f"configuration {source}\nwriting to {home.folder}", flush=True)

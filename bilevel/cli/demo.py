@@ -36,15 +36,15 @@ def command(arguments: list[str]) -> int:
     )
     args = parser.read(arguments)
     names = ("seed", "num_steps", "max_seconds")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in names if name in args}
     settings = {**DIGITS.training, **given}
     check_training(settings)
     images = load_images(DIGITS.data)
     print(_ABOUT.format(n=len(images.train), held=len(images.test)))
     device = device_of("cpu")  # so small a model is no faster anywhere else
     model = BiDVL.for_images(images.shape, seed=settings.get("seed", 0), **DIGITS.model)
-    folder = args.run if hasattr(args, "run") else fresh("demo")
-    overwrite = hasattr(args, "overwrite")
+    folder = args.run if "run" in args else fresh("demo")
+    overwrite = "overwrite" in args
     plan = Plan(
         model, images, Run(folder), settings, Alternating(), device=device, overwrite=overwrite
     )

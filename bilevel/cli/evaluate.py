@@ -58,13 +58,13 @@ def command(arguments: list[str]) -> int:
     if getattr(args, "samples", 2) < 2:
         raise UsageError(f"`--samples` must be at least 2, got {args.samples}")
     run = existing(args.run)
-    features = feature_network(args.features) if hasattr(args, "features") else None
+    features = feature_network(args.features) if "features" in args else None
     images = images_of(run, getattr(args, "data", None))
     model = load_model(run)
     model.statistics = getattr(args, "statistics", model.statistics)
     strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS))
     seen = default_features(images) if features is None else features
-    more = {"samples": args.samples} if hasattr(args, "samples") else {}
+    more = {"samples": args.samples} if "samples" in args else {}
     results = measured(model, images, args.seed, features=seen, outside=strangers, **more)
     show(results, seen.label)
     own = run.config().get("notes", {}).get("data")

@@ -49,13 +49,13 @@ def command(arguments: list[str]) -> int:
         help="(default: cuda if there is one)",
     )
     args = parser.read(arguments)
-    if not hasattr(args, "out"):
+    if "out" not in args:
         raise UsageError("--out FILE is missing: `bilevel features DATA --out FILE`")
     for name in ("steps", "width"):
         if getattr(args, name, 1) < 1:
             raise UsageError(f"`--{name}` must be positive, got {getattr(args, name)}")
     device = device_of(getattr(args, "device", None))
-    given = {name: getattr(args, name) for name in ("side", "channels") if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in ("side", "channels") if name in args}
     images = load_images(args.data, **given)
     print(f"{images.name}: {len(images.train):,} training images, {images.note}")
     began, steps = time.monotonic(), getattr(args, "steps", _STEPS)

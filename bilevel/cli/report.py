@@ -54,7 +54,7 @@ def command(arguments: list[str]) -> int:
 
 def _show(page: Path, args: argparse.Namespace) -> int:
     """Copy the page to `--out`, if that was given, and print its path."""
-    if hasattr(args, "out"):
+    if "out" in args:
         target = Path(args.out)
         with replacing(target, page.stat().st_size) as file:
             file.write(page.read_bytes())

@@ -32,7 +32,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=integer, metavar="N", default=0, help="(default: 0)")
     args = parser.read(arguments)
     run = existing(args.run)
-    target = Path(args.out) if hasattr(args, "out") else run.folder / "drawn.png"
+    target = Path(args.out) if "out" in args else run.folder / "drawn.png"
     if target.suffix.lower() not in (".png", ".npz"):
         raise UsageError(f"`--out` takes a file that ends in .png or .npz, got `{target}`")
     if args.n < 1:

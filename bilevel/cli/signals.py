@@ -14,7 +14,7 @@ from bilevel import Step
 _ENDING = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
-    if hasattr(signal, name)  # SIGHUP is unknown to Windows
+    if name in vars(signal)  # SIGHUP is unknown to Windows
 ]
 _ONE_REQUEST = 1.0  # seconds: `timeout` and shells send SIGTERM or SIGHUP twice at once
 

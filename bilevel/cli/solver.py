@@ -58,7 +58,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: if one belongs to another solver.
     """
-    options = {name: getattr(args, name) for name in ("solver", *_OWNERS) if hasattr(args, name)}
+    options = {name: getattr(args, name) for name in ("solver", *_OWNERS) if name in args}
     for name, owner in _OWNERS.items():
         if name in options and options.get("solver", "alternating") != owner:
             flag = "--" + name.replace("_", "-")

@@ -51,19 +51,19 @@ _EXAMPLES = """  bilevel train --preset digits
 def command(arguments: list[str]) -> int:
     """Read the arguments and train."""
     args = _parser(_named(arguments)).read(arguments)
-    if hasattr(args, "method") and args.method.lower() not in IMAGE_METHODS:
+    if "method" in args and args.method.lower() not in IMAGE_METHODS:
         raise UsageError(
             f"there is no method `{args.method}`; {nearest(args.method.lower(), IMAGE_METHODS)}"
         )
     with processes(_device(args)) as device, _main_speaks():
         if device is not None:
             args.device = device
-        return _resume(args) if hasattr(args, "resume") else _start(args)
+        return _resume(args) if "resume" in args else _start(args)
 
 
 def _device(args: argparse.Namespace) -> str | None:
     """The device that was asked for, now or when the run was started."""
-    if hasattr(args, "device") or not (hasattr(args, "resume") and hasattr(args, "run")):
+    if "device" in args or not ("resume" in args and "run" in args):
         return getattr(args, "device", None)
     device: str | None = existing(args.run).config().get("notes", {}).get("device")
     return device
@@ -167,7 +167,7 @@ def _add_data(parser: Parser) -> None:
 
 
 def _start(args: argparse.Namespace) -> int:
-    preset = PRESETS[args.preset] if hasattr(args, "preset") else None
+    preset = PRESETS[args.preset] if "preset" in args else None
     method = IMAGE_METHODS[_method(args, preset)]
     source = getattr(args, "data", None if preset is None else preset.data)
     if source is None:
@@ -180,8 +180,8 @@ def _start(args: argparse.Namespace) -> int:
     settings = {**(preset.training if preset else {}), **_given(args, training_names)}
     check_training({**method.kind.training_defaults, **settings})
     device = device_of(getattr(args, "device", None))
-    overwrite = hasattr(args, "overwrite")
-    if hasattr(args, "run") and Run(args.run).exists and not overwrite:
+    overwrite = "overwrite" in args
+    if "run" in args and Run(args.run).exists and not overwrite:
         raise UsageError(
             f"`{args.run}` already holds a run; continue it with `--resume`, replace it with "
             "`--overwrite`, or name another folder"
@@ -194,7 +194,7 @@ def _start(args: argparse.Namespace) -> int:
     stem = (
         f"{method.kind.__name__.lower()}-{images.name}" if plain or preset is None else preset.name
     )
-    folder = Path(args.run) if hasattr(args, "run") else from_main(fresh(stem))
+    folder = Path(args.run) if "run" in args else from_main(fresh(stem))
     assert method.for_images is not None  # it is one of `IMAGE_METHODS`
     model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)
     if preset is not None:
@@ -210,17 +210,17 @@ def _start(args: argparse.Namespace) -> int:
         device,
         overwrite=overwrite,
     )
-    if hasattr(args, "dry_run"):
+    if "dry_run" in args:
         from bilevel.cli.dry_run import dry_run  # imported here: only `--dry-run` needs it
 
         return dry_run(plan)
-    return carry_out(plan, report=not hasattr(args, "no_report"))
+    return carry_out(plan, report="no_report" not in args)
 
 
 def _method(args: argparse.Namespace, preset: Preset | None) -> str:
     """The method's name, from the command line or the preset."""
     if preset is None:
-        if not hasattr(args, "method"):
+        if "method" not in args:
             raise UsageError(
                 f"METHOD ({', '.join(IMAGE_METHODS)}) is missing: `bilevel train METHOD --data "
                 "NAME|PATH`, or `bilevel train --preset NAME`"
@@ -243,7 +243,7 @@ def _refuse_other_images(preset: Preset, images: Images, args: argparse.Namespac
         ("side", side, wanted_side),
         ("channels", channels, wanted_channels),
     ):
-        if got != wanted and not hasattr(args, name):
+        if got != wanted and name not in args:
             change.append(f"--{name} {wanted}")
             keep.append(f"--{name} {got}")
     if change:
@@ -261,18 +261,18 @@ def _described(shape: tuple[int, int, int]) -> str:
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """What the command line says of these."""
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: getattr(args, name) for name in names if name in args}
 
 
 # ---------------------------------------------------------------------- taking up a run again
 
 
 def _resume(args: argparse.Namespace) -> int:
-    if not hasattr(args, "run"):
+    if "run" not in args:
         raise UsageError(
             "`--resume` needs the folder of the run: `bilevel train --run FOLDER --resume`"
         )
-    if hasattr(args, "overwrite"):
+    if "overwrite" in args:
         raise UsageError("`--resume` continues a run and `--overwrite` replaces it; choose one")
     run = existing(args.run)
     config = run.config()
@@ -299,7 +299,7 @@ def _resume(args: argparse.Namespace) -> int:
     longer, kept = _given(args, _LENGTH), config["training"]
     _refuse_other_rates(args, {**kept, **longer})
     plan = Plan(model, images, run, longer, solver, {}, device, resume=True, kept=kept)
-    return carry_out(plan, report=not hasattr(args, "no_report"))
+    return carry_out(plan, report="no_report" not in args)
 
 
 def _refuse_other_rates(args: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -319,7 +319,7 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
     method = IMAGE_METHODS.get(str(config["method"]).lower())
     if method is None:
         raise UsageError(f"`{args.run}` holds a `{config['method']}`, which cannot be resumed here")
-    if hasattr(args, "preset"):
+    if "preset" in args:
         raise UsageError("a resumed run has its own settings: leave `--preset` out")
     model = {s.name: s.default for s in model_settings(method.kind)} | (config["model"] or {})
     solver = {"solver": "alternating", **notes.get("solver", {})}
@@ -343,5 +343,5 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
                 f"`{flag}` is {value!r}, but the run in `{args.run}` was started with "
                 f"{own.get(name)!r}; leave it out to resume, or start a new run"
             )
-    if hasattr(args, "data") and "data" not in own:
+    if "data" in args and "data" not in own:
         print("this run does not say what it was trained on: taking your word", file=sys.stderr)

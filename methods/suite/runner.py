@@ -122,9 +122,11 @@ def run_cell(
         outcome = {"test": asdict(test)}
         if not isfinite(test.value):
             outcome["reason"] = f"the test log-likelihood is {test.value}"
-    except (DivergenceError, HypergradientError, CheckpointError) as error:
-        if isinstance(error, CheckpointError) and not trace.started:
+    except CheckpointError as error:
+        if not trace.started:
             raise  # one that cannot be resumed from says nothing about the method
+        outcome = {"reason": str(error)}
+    except (DivergenceError, HypergradientError) as error:
         outcome = {"reason": str(error)}
     status = "failed" if "reason" in outcome else "finished"
     record: dict[str, Any] = finite(
