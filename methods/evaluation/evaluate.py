@@ -111,7 +111,7 @@ def evaluate(
     if samples is not None and samples < 2:
         raise ValueError(f"`samples` must be at least 2, got {samples}")
     seen = (default_features(images) if features is None else features).to(model.device)
-    usual = _MOST_CHAINS if hasattr(model, "langevin") else _MOST
+    usual = _MOST_CHAINS if model.latent_model.draws_by_chains else _MOST
     most = samples if samples is not None else usual
     train, test = at_most(images.train, most), at_most(images.test, most)
     count = samples if samples is not None else len(train)
@@ -141,7 +141,7 @@ def evaluate(
             results[f"frechet_{other}"] = frechet(other)
         with suppress(NotImplementedError):
             results[f"rmse_{other}"] = rmse(other)
-    latents = getattr(model, "latent_dim", None)
+    latents = model.latent_model.latent_dim
     if latents is not None and samples is None and "rmse" in results:
         results["rmse_pca"] = pca_rmse(train, test, latents)
     if seen.head is not None:

@@ -14,7 +14,6 @@ from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.suite.judge import log_density
 from bilevel.methods.suite.learners import Job
 from bilevel.methods.suite.tables import CellRecord, Group
-from bilevel.methods.vae import VAE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,11 +164,9 @@ def draw_filters(jobs: Mapping[str, Job], title: str, path: Path) -> bool:
     """
     rows = {}
     for name, job in jobs.items():
-        if isinstance(job.learner, VAE):
+        if job.learner.latent_model.machine is None:
             continue
-        weight = getattr(job.machine, "weight", None)
-        weight = job.machine.get_parameter("weight1") if weight is None else weight
-        filters = weight.detach().cpu().mT
+        filters = job.machine.first_weight.detach().cpu().mT
         order = filters.square().sum(1).argsort(descending=True)
         rows[name] = filters[order[:_TILES]].double().numpy()
     if rows:

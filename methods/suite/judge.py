@@ -12,7 +12,7 @@ is judged by its importance-weighted bound.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, Protocol, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.models.chunks import chunked
 from bilevel.methods.suite.config import EvaluationConfig
 from bilevel.methods.suite.learners import Job
-from bilevel.methods.vae import VAE
 
 Known: TypeAlias = Literal[
     "exact", "annealed estimate", "variational lower bound", "importance-weighted lower bound"
@@ -66,7 +65,7 @@ def heldout_likelihood(job: Job, evaluation: EvaluationConfig, *, final: bool) -
     learner, machine = job.learner, job.machine
     v = learner.check(job.table.test)
     with learner.evaluating():
-        if isinstance(learner, VAE):
+        if learner.latent_model.machine is None:
             return _weighted(learner, v, evaluation, final)
         tractable = len(machine.latent_dims) == 1 or machine.latent_dims[0] <= _FREE_ENERGY_UNITS
         known: Known = "exact" if tractable else "variational lower bound"
@@ -112,10 +111,16 @@ def _annealed(
     )
 
 
-def _weighted(learner: VAE, v: Tensor, evaluation: EvaluationConfig, final: bool) -> Judgement:
+class _Bounded(Protocol):
+    """A method without a machine, which bounds its own likelihood."""
+
+    def log_likelihood(self, v: Tensor, *, generator: torch.Generator) -> Tensor: ...
+
+
+def _weighted(learner: EBLVM, v: Tensor, evaluation: EvaluationConfig, final: bool) -> Judgement:
     if final:
         generator = torch.Generator(v.device).manual_seed(evaluation.seed)
-        values = learner.log_likelihood(v, generator=generator)
+        values = cast(_Bounded, learner).log_likelihood(v, generator=generator)
     else:
         values = -learner.energy(v)
     return Judgement("importance-weighted lower bound", float(values.double().mean()))
@@ -157,6 +162,6 @@ def log_density(job: Job, points: Tensor) -> Tensor:
     learner: EBLVM = job.learner
     v = learner.check(points)
     with learner.evaluating():
-        if isinstance(learner, VAE):
+        if learner.latent_model.machine is None:
             return -learner.energy(v).cpu()
         return chunked(job.machine.log_likelihood, v, 20_000).cpu()
