@@ -33,7 +33,7 @@ _SHRINK = 16  # times that the first step is shortened where the function is not
 
 @final
 @dataclass(frozen=True)
-class Estimate:
+class Derivative:
     """A derivative along one direction.
 
     Attributes:
@@ -112,13 +112,13 @@ class Ladder:
             return True
         return self._blur(step) >= self.best().noise
 
-    def best(self) -> Estimate:
+    def best(self) -> Derivative:
         """The plateau."""
         if len(self.steps) < 2:
-            return Estimate(math.nan, math.inf, math.nan, 0.0)
+            return Derivative(math.nan, math.inf, math.nan, 0.0)
         return min(self._candidates(), key=lambda e: e.noise)
 
-    def _candidates(self) -> list[Estimate]:
+    def _candidates(self) -> list[Derivative]:
         central, bend = zip(*(self._difference(step) for step in self.steps), strict=True)
         square = self._ratio**2
         pairs = list(pairwise(central))
@@ -132,7 +132,7 @@ class Ladder:
             jump = abs(self._ratio * bend[k + 1] - bend[k]) / (self._ratio - 1)
             at_kink = jump > max(0.1 * abs(bend[k + 1]), 3 * blur)
             noise = apart + blur + (jump if at_kink else 0.0)
-            found.append(Estimate(value, noise, self.steps[k], abs(bend[k])))
+            found.append(Derivative(value, noise, self.steps[k], abs(bend[k])))
         return found
 
     def _look(self, step: float) -> bool:
@@ -157,7 +157,7 @@ class Ladder:
         return self._blur(step / self._ratio) > goal * abs(self._difference(step)[0])
 
 
-def climb_down(ladders: Sequence[Ladder], tolerance: float, least: float) -> list[Estimate]:
+def climb_down(ladders: Sequence[Ladder], tolerance: float, least: float) -> list[Derivative]:
     """Derivatives along the directions of one variable, each from as few steps as will do.
 
     Args:
@@ -182,7 +182,7 @@ def climb_down(ladders: Sequence[Ladder], tolerance: float, least: float) -> lis
                 open_ = [other for other in open_ if other is not ladder]
 
 
-def at_step(ladders: Sequence[Ladder], step: float) -> list[Estimate]:
+def at_step(ladders: Sequence[Ladder], step: float) -> list[Derivative]:
     """Derivatives from two differences each, at `step` and at the next smaller one."""
     for ladder in ladders:
         if ladder._look(step):

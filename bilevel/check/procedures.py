@@ -72,7 +72,7 @@ class Site:
         """
         own = {n: d for n, d in offsets.items() if n not in self.oracles.shared}
         write(self._own_upper(), self.points)
-        add(self.upper, own)
+        shift(self.upper, own)
         if own or self._answer is None:
             write(self.lower, self._start)
             try:
@@ -83,7 +83,7 @@ class Site:
             write(self.lower, self._answer)
         if not own and self._answer is None:
             self._answer = {n: y.detach().clone() for n, y in self.lower.items()}
-        add(self.upper, {n: d for n, d in offsets.items() if n not in own})
+        shift(self.upper, {n: d for n, d in offsets.items() if n not in own})
         return self._now()
 
     def _now(self) -> float:
@@ -99,7 +99,7 @@ class Site:
     def unsolved(self, error: Tree) -> float:
         """How much F changes if the lower variables are off by `error`."""
         self.value({})
-        add(self.lower, error)
+        shift(self.lower, error)
         return abs(self._now() - self.center)
 
 
@@ -110,7 +110,7 @@ def write(variables: Tree, values: Tree) -> None:
             parameter.copy_(values[name])
 
 
-def add(variables: Tree, offsets: Tree) -> None:
+def shift(variables: Tree, offsets: Tree) -> None:
     """Move parameters."""
     with torch.no_grad():
         for name, offset in offsets.items():

@@ -7,7 +7,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from bilevel.check.differences import Estimate
+from bilevel.check.differences import Derivative
 from bilevel.solvers import Solver
 
 Outcome = Literal["agrees", "disagrees", "inconclusive"]
@@ -87,7 +87,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def judge(
     name: str,
     answer: Tensor,
-    estimates: list[Estimate],
+    estimates: list[Derivative],
     direct: Tensor,
     *,
     resolution: float,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
-from bilevel.refusals import positive as positive
+from bilevel.refusals import positive
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 

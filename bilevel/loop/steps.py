@@ -1,4 +1,4 @@
-"""`Steps`: the lower step, the upper step, and both at once, eager or compiled."""
+"""`TurnSteps`: the lower step, the upper step, and both at once, eager or compiled."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +35,7 @@ class LowerOutcome(NamedTuple):
 
 
 @final
-class Steps:
+class TurnSteps:
     """The steps of a run: each reads its arguments and the run's state, and writes the state.
 
     Args:

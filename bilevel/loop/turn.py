@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel.distributed import rank, world_size
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
-from bilevel.loop.steps import LowerOutcome, Steps
+from bilevel.loop.steps import LowerOutcome, TurnSteps
 from bilevel.losses.purity import examine, refuse_shared_upper
 from bilevel.losses.references import refuse_graphs
 from bilevel.oracles import Oracles
@@ -47,7 +47,7 @@ class Turn:
         self.logs: dict[str, Tensor] = {}
         self._solver = solver
         self._settings = settings
-        self._steps = Steps(state, solver, settings)
+        self._steps = TurnSteps(state, solver, settings)
         self._one_source = "upper_data" not in state.sources
         self._remarked = False
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, final
 
 import torch
 
-from bilevel.linear.base import positive
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
+from bilevel.refusals import positive
 from bilevel.solvers.base import Response, Solver, UnrolledSteps
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.twins import (

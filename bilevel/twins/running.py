@@ -24,8 +24,8 @@ from bilevel.optimizers import Optimizers, listed
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
 
-State: TypeAlias = dict[str, Any]
-Rule: TypeAlias = Callable[[Tensor, Tensor, State, dict[str, Any]], tuple[Tensor, State]]
+Moments: TypeAlias = dict[str, Any]
+Rule: TypeAlias = Callable[[Tensor, Tensor, Moments, dict[str, Any]], tuple[Tensor, Moments]]
 
 
 @final
@@ -39,7 +39,7 @@ class _Cell:
     layout: Layout
     settings: dict[str, Any]
     rule: Rule
-    state: State
+    state: Moments
 
 
 @final
@@ -84,10 +84,10 @@ class RunningTwin(Twin):
             tree.update(zip(cell.names, cell.layout.unravel(vector), strict=True))
         return tree
 
-    def start(self, points: list[Tensor]) -> list[State]:
+    def start(self, points: list[Tensor]) -> list[Moments]:
         return [dict(cell.state) for cell in self._cells]
 
-    def write(self, points: list[Tensor], state: list[State]) -> None:
+    def write(self, points: list[Tensor], state: list[Moments]) -> None:
         """Put variables and state where the optimizers keep them (a traced step does that)."""
         for cell, vector, new in zip(self._cells, points, state, strict=True):
             for parameter, value in zip(cell.members, cell.layout.unravel(vector), strict=True):
@@ -99,8 +99,8 @@ class RunningTwin(Twin):
                     tensor.copy_(part)
 
     def step(
-        self, points: list[Tensor], gradients: Gradients, state: list[State]
-    ) -> tuple[list[Tensor], list[State]]:
+        self, points: list[Tensor], gradients: Gradients, state: list[Moments]
+    ) -> tuple[list[Tensor], list[Moments]]:
         vectors = [
             cell.layout.ravel(moved(gradients, cell.names, "Unrolled")) for cell in self._cells
         ]
@@ -168,7 +168,7 @@ def _cell(
 ) -> _Cell:
     layout = Layout(members)
     stored = [optimizer.state.get(p, {}) for p in members]
-    state: State = {}
+    state: Moments = {}
     for key, value in stored[0].items():
         if key == "step":
             state[key] = value.double() if is_tracing() else float(value)
@@ -186,7 +186,7 @@ def _on(setting: Any) -> bool:
     return isinstance(setting, Tensor) or bool(setting)
 
 
-def _sgd(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Tensor, State]:
+def _sgd(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[Tensor, Moments]:
     """torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize."""
     g = -g if group["maximize"] else g
     if _on(group["weight_decay"]):
@@ -200,7 +200,7 @@ def _sgd(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Ten
     return y - group["lr"] * g, state
 
 
-def _adam(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Tensor, State]:
+def _adam(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[Tensor, Moments]:
     """torch.optim.Adam and AdamW: coupled or decoupled weight decay, AMSGrad, maximize."""
     beta1, beta2 = group["betas"]
     lr, decay = group["lr"], group["weight_decay"]
@@ -214,7 +214,7 @@ def _adam(y: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> tuple[Te
     fresh = fresh.to(y.dtype) if isinstance(fresh, Tensor) else fresh
     m = torch.lerp(state.get("exp_avg", torch.zeros_like(y)), g, fresh)
     v = beta2 * state.get("exp_avg_sq", torch.zeros_like(y)) + (1 - beta2) * g * g
-    new: State = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    new: Moments = {"step": step, "exp_avg": m, "exp_avg_sq": v}
     if group["amsgrad"]:
         v = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(v)), v)
         new["max_exp_avg_sq"] = v
