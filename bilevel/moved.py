@@ -57,6 +57,7 @@ NEW_NAMES = {
     "bilevel.methods.schemas": "bilevel.methods.training.schemas",
     "bilevel.methods.score_objectives": "bilevel.methods.objectives.score",
     "bilevel.methods.standardising": "bilevel.methods.training.standardising",
+    "bilevel.methods.suite.learners": "bilevel.methods.suite.job",
     "bilevel.methods.tables": "bilevel.methods.data.tables",
     "bilevel.methods.vae_networks": "bilevel.methods.networks.perceptron",
     "bilevel.methods.visibles": "bilevel.methods.data.visibles",

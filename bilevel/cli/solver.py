@@ -68,7 +68,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def build(options: dict[str, Any]) -> Solver:
+def solver_of(options: dict[str, Any]) -> Solver:
     """The solver of these options.
 
     Raises:

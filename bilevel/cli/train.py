@@ -173,7 +173,7 @@ def _start(args: argparse.Namespace) -> int:
     if source is None:
         raise UsageError("--data NAME|PATH is missing: `bilevel train METHOD --data NAME|PATH`")
     options = solvers.given(args)
-    solver = solvers.build(options)
+    solver = solvers.solver_of(options)
     model_names = [setting.name for setting in model_settings(method.kind)]
     recipe = {**(preset.model if preset else {}), **_given(args, model_names)}
     training_names = [setting.name for setting in training_settings()]
@@ -284,7 +284,7 @@ def _resume(args: argparse.Namespace) -> int:
     notes = config.get("notes", {})
     images = images_of(run, getattr(args, "data", None))
     try:
-        solver = solvers.build(notes.get("solver", {}))
+        solver = solvers.solver_of(notes.get("solver", {}))
     except (TypeError, ValueError) as error:
         raise UsageError(f"`{run.config_path}` has a bad `notes.solver`: {error}") from None
     if repr(solver) != config["solver"]:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from bilevel.methods.data.folders import read_files
 from bilevel.methods.data.limits import GIGABYTES, refuse_array, told
 from bilevel.methods.data.pixels import Array, Frame, Raw, of_arrays, squared
 
-NAMES = ("digits", *published.NAMES)
+NAMES = ("digits", *published.PUBLISHED_SETS)
 _TEST_SHARE = 0.2
 _SPLIT_SEED = 0
 _ARRAYS = (("train_images", "test_images"), ("tra_images", "tes_images"), ("images", None))
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Images:
     """A set of images, split.

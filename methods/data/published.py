@@ -30,7 +30,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ _SPLIT_SEED = 0
 _INSTALL = "`pip install 'bilevel[images]'`"
 
 
+@final
 @dataclass(frozen=True)
 class _Set:
     """A class of torchvision.datasets, its arguments for the two parts, and the files it takes."""
@@ -76,7 +77,7 @@ _SETS = {
     ),
 }
 _FACES = {f"celeba{side}": side for side in (32, 64, 128)}
-NAMES = (*_SETS, *_FACES)
+PUBLISHED_SETS = (*_SETS, *_FACES)
 
 
 def cache_folder() -> Path:
@@ -88,7 +89,7 @@ def read(name: str, frame: Frame, limit: int | None, *, faces: tuple[int, int] =
     """A published set, downloaded if it is not in the cache folder.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `PUBLISHED_SETS`.
         frame: what each image is brought to; faces are cut to 160x160 if it does not say otherwise.
         limit: most images of a part.
         faces: how many training and test images are drawn from CelebA.

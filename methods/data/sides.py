@@ -1,10 +1,11 @@
 """Sides of square images that networks halve down to a few pixels."""
 
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 _LARGEST_BASE = 8
 
 
+@final
 class Scale(NamedTuple):
     """How an image side is halved: `halvings` times, down to `base` pixels."""
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from bilevel.methods.data.densities import DENSITIES, Density2D, density
 from bilevel.methods.data.images import open_npz, read_array, unknown_source
 from bilevel.methods.data.pixels import Array
 
-NAMES = ("digits", *DENSITIES)
+TABLES = ("digits", *DENSITIES)
 _ROWS = 50_000
 _HELD_ROWS = 10_000
 _SPLITS = ("train", "valid", "test")
 _FACES = (1400, 300, 265)  # the 1,965 Frey faces as BiSM splits them
 
 
+@final
 @dataclass(frozen=True, eq=False)
 class Table:
     """Rows, split.
@@ -122,7 +124,7 @@ def load_table(
     path = Path(head if is_named else text).expanduser()
     shape = "of an `.npz` file, as `PATH.npz:NAME` for a binary table in it"
     if not path.exists():
-        raise unknown_source(str(path), path, NAMES, shape)
+        raise unknown_source(str(path), path, TABLES, shape)
     if path.is_dir() or path.suffix.lower() != ".npz":
         raise ValueError(f"`{path}` is no `.npz` file; give the path {shape}")
     path, name = path.resolve(), name if is_named else ""

@@ -23,7 +23,7 @@ from bilevel.methods.evaluation.fidelity import refuse_undefined
 from bilevel.methods.models.model import attempt
 from bilevel.methods.training.json_lines import check_fields
 from bilevel.methods.training.schemas import Classifier
-from bilevel.methods.training.weights import fill, read_metadata, read_weights, write_weights
+from bilevel.methods.training.weights import fill_module, read_metadata, read_weights, write_weights
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_AT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -272,7 +272,7 @@ def load_classifier(path: str | os.PathLike[str]) -> FeatureNetwork:
         tensors = read_weights(path, about)  # before anything is built of what may be damaged
         shape, classes, width = about["sizes"]
         trunk, head = _networks(shape, classes, width)
-        fill(nn.ModuleDict({"trunk": trunk, "head": head}), tensors, path)
+        fill_module(nn.ModuleDict({"trunk": trunk, "head": head}), tensors, path)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"`{path}` is no feature network that `bilevel features` wrote: {error}"

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from bilevel.files import replacing
 from bilevel.methods.eblvm import EBLVM
+from bilevel.methods.suite.job import Job
 from bilevel.methods.suite.judge import log_density
-from bilevel.methods.suite.learners import Job
 from bilevel.methods.suite.tables import CellRecord, Group
 
 if TYPE_CHECKING:

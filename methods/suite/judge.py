@@ -22,7 +22,7 @@ from bilevel.methods.likelihood import annealed_importance_sampling, bracket, li
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.models.chunks import chunked
 from bilevel.methods.suite.config import EvaluationConfig
-from bilevel.methods.suite.learners import Job
+from bilevel.methods.suite.job import Job
 
 Known: TypeAlias = Literal[
     "exact", "annealed estimate", "variational lower bound", "importance-weighted lower bound"

@@ -12,7 +12,7 @@ from bilevel.methods.report.page import page
 from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
-from bilevel.methods.suite.learners import Job, make_table
+from bilevel.methods.suite.job import Job, make_table
 from bilevel.methods.suite.runner import trained
 from bilevel.methods.suite.tables import Group, as_html, groups, markdown, meanings
 

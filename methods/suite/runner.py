@@ -20,8 +20,8 @@ from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
 from bilevel.methods.data.tables import Table
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
+from bilevel.methods.suite.job import Job, make_job, make_table
 from bilevel.methods.suite.judge import heldout_likelihood, independent
-from bilevel.methods.suite.learners import Job, make_job, make_table
 from bilevel.methods.suite.trace import Trace
 from bilevel.methods.training.run import Run, versions
 from bilevel.methods.training.saved import read_into

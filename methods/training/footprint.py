@@ -39,7 +39,7 @@ from bilevel.methods.training.steps import training_steps
 from bilevel.methods.training.trainable import Trainable
 from bilevel.optimizers import listed
 
-AnyModel = TypeVar("AnyModel", bound=Trainable)
+_Model = TypeVar("_Model", bound=Trainable)
 
 
 @final
@@ -351,7 +351,7 @@ class _Same:
         pass
 
 
-def _weightless(model: AnyModel, mode: FakeTensorMode) -> AnyModel:
+def _weightless(model: _Model, mode: FakeTensorMode) -> _Model:
     """A copy whose tensors have shapes and no numbers, on the devices they are on."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(t): mode.from_tensor(t) for t in tensors})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bilevel.methods.training.json_lines import read_document, write_document
 from bilevel.methods.training.schemas import Model
-from bilevel.methods.training.weights import fill, read_weights, write_weights
+from bilevel.methods.training.weights import fill_module, read_weights, write_weights
 
 ABOUT, WEIGHTS = "model.json", "weights.safetensors"
 
@@ -75,7 +75,7 @@ def read_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         saved = weights.get(name)
         if saved is not None and own.is_floating_point() and own.dtype != saved.dtype:
             own.data = own.data.to(saved.dtype)
-    fill(model, weights, path)
+    fill_module(model, weights, path)
 
 
 def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyModel:

@@ -80,7 +80,7 @@ def read_weights(path: str | os.PathLike[str], about: Mapping[str, Any]) -> dict
     return tensors
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load weights into a module.
 
     Raises:

@@ -18,7 +18,7 @@ from bilevel import (
     Solver,
     Unrolled,
 )
-from bilevel.cli.solver import build
+from bilevel.cli.solver import solver_of
 from bilevel.methods import EBLVM, RBM, VAE, GaussianRBM
 from bilevel.methods.catalogue import LINEAR_SOLVERS, METHODS, make_for_machine, make_solver
 from bilevel.methods.machines import MACHINES, BoltzmannMachine
@@ -77,7 +77,7 @@ OF_SCORES = ("BiSM", "VaGES", "ScoreMatching")  # these need real visibles
 def test_both_spellings_of_a_solver_are_read(
     flags: dict[str, Any], settings: dict[str, Any], solver: Solver
 ) -> None:
-    assert build(flags) == make_solver(settings) == solver
+    assert solver_of(flags) == make_solver(settings) == solver
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_both_spellings_of_a_solver_are_read(
 )
 def test_a_solver_that_cannot_be_is_refused(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build(flags)
+        solver_of(flags)
 
 
 def test_every_public_method_machine_and_linear_solver_has_a_name() -> None:

@@ -11,8 +11,8 @@ import torch
 from bilevel.methods.likelihood import log_likelihood
 from bilevel.methods.machines import RBM
 from bilevel.methods.suite.config import EvaluationConfig
+from bilevel.methods.suite.job import Job, make_job, make_table
 from bilevel.methods.suite.judge import heldout_likelihood
-from bilevel.methods.suite.learners import Job, make_job, make_table
 from tests.methods.suite.small_suite import suite
 
 

@@ -10,7 +10,7 @@ import pytest
 from bilevel import CheckpointError, Step
 from bilevel.methods.likelihood import log_likelihood
 from bilevel.methods.suite import SuiteFolder, run_suite
-from bilevel.methods.suite.learners import make_table
+from bilevel.methods.suite.job import make_table
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import trained
 from bilevel.methods.suite.trace import log_spaced

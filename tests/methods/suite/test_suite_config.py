@@ -16,7 +16,7 @@ from bilevel.methods.suite.config import (
     ModelConfig,
     parse_config,
 )
-from bilevel.methods.suite.learners import make_job, make_table
+from bilevel.methods.suite.job import make_job, make_table
 from bilevel.methods.suite.presets import METHOD_PRESETS, SUITES
 from tests.methods.suite.small_suite import no_steps, suite
 

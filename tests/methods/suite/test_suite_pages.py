@@ -10,7 +10,7 @@ import torch
 
 from bilevel.methods.suite import SuiteFolder, run_suite
 from bilevel.methods.suite.config import DataConfig, parse_config
-from bilevel.methods.suite.learners import make_table
+from bilevel.methods.suite.job import make_table
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.tables import groups, markdown
 from tests.methods.suite.small_suite import BLOCK, suite
