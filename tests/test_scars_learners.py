@@ -225,8 +225,8 @@ def test_one_lower_step_of_bidvl_takes_the_numbers_it_always_took(
     torch.testing.assert_close(new.state_dict(), old.state_dict(), rtol=0, atol=0)
     other = small_bidvl()
     other.fit(images(), num_steps=3, batch_size=6, lower_steps=2)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(new.state_dict(), other.state_dict(), rtol=0, atol=0)
+    theirs = other.state_dict()
+    assert not any(torch.equal(p, theirs[n]) for n, p in new.state_dict().items() if "weight" in n)
 
 
 def test_bidvl_still_computes_its_samples_once_for_both_levels() -> None:
