@@ -128,6 +128,19 @@ def test_dependencies_point_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_compiling_knows_torch_alone() -> None:
+    """Trees and linear solvers ask whether they are traced, so this is the lowest floor."""
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path in python_files("bilevel")
+        for line, name in imported(path)
+        if path.parts[1] == "compile"
+        and within(name, "bilevel")
+        and not within(name, "bilevel.compile")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_imports_are_absolute() -> None:
     relative = [
         f"{path}:{line} imports {name}"
