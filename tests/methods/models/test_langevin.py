@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.bism import BiSM
-from bilevel.methods.models.langevin import annealed_langevin, refined, temperatures, visible_chains
+from bilevel.methods.models.langevin import annealed_langevin, refined, temperatures
 from bilevel.methods.vages import VaGES
 from tests.devices import generator
 from tests.methods.deep_cases import SHAPE, TIGHT, images, normal, small
@@ -62,7 +62,8 @@ def test_range_of_the_visibles_is_only_a_unit(given: bool) -> None:
         return made.joint_energy(v, h)
 
     made.visible_range = (-3.0, 5.0)
-    one = visible_chains(made, energy, h, SHAPE, generator(), given=given)
+    model = made.latent_model
+    one = model.langevin.visibles(energy, h, model.visibles, generator(), given=given)
     start = torch.randn(3, *SHAPE, generator=(g := generator()), dtype=torch.float64) + 0.5
     free = [] if given else [torch.randn(3, 3, generator=g, dtype=torch.float64) + 0.5]
 
