@@ -52,6 +52,8 @@ from bilevel.problem import Loss
 from bilevel.refusals import one_of
 
 
+@final
+@final
 class Batch(NamedTuple):
     """Visibles and the noise of one step; without visibles, a step of the sampler alone."""
 

@@ -51,6 +51,7 @@ DAMPING = 1e-4
 _DENSE = 500  # lower variables up to which a factorization costs less than the products it saves
 
 
+@final
 class Batch(NamedTuple):
     """Visibles and the noise of one upper step.
 

@@ -35,6 +35,7 @@ from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
 
 
+@final
 class Batch(NamedTuple):
     """Visibles and what the chains drew; the latents only of a machine with two hidden layers."""
 

@@ -67,6 +67,7 @@ BOUND_DRAWS = 16
 """Draws of the bound that `energy` is where there is no free energy."""
 
 
+@final
 class Proposals(NamedTuple):
     """What the reverse divergences of a machine are estimated from.
 
@@ -85,6 +86,7 @@ class Proposals(NamedTuple):
     given_data: Tensor | None
 
 
+@final
 class Batch(NamedTuple):
     """Visibles and the noise of one step."""
 

@@ -29,6 +29,7 @@ from bilevel.methods.variational.bernoulli import bernoulli_log_prob
 from bilevel.problem import Loss
 
 
+@final
 class Batch(NamedTuple):
     """Visibles, noise, and log(ratio p_n) at both."""
 

@@ -41,6 +41,7 @@ from bilevel.refusals import one_of
 Visible = Literal["bernoulli", "gaussian"]
 
 
+@final
 class Batch(NamedTuple):
     """Visibles and the noise of the posterior."""
 

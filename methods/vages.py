@@ -72,6 +72,7 @@ _OPTIONS = (  # of the constructor, kept by name
 GROUPS = 3  # independent draws for z, for the derivative of g, for the covariance
 
 
+@final
 class Pairs(NamedTuple):
     """Two visibles per row that the kernel compares, each of shape (n, ...)."""
 
@@ -79,6 +80,7 @@ class Pairs(NamedTuple):
     other: Tensor
 
 
+@final
 class Batch(NamedTuple):
     """Visibles and the noise of one upper step.
 
@@ -95,6 +97,7 @@ class Batch(NamedTuple):
     langevin: Tensor
 
 
+@final
 class Samples(NamedTuple):
     """S latents for each of n visibles, drawn from q(h|v) and perhaps refined.
 

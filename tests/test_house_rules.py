@@ -15,6 +15,10 @@ from types import ModuleType
 
 import pytest
 
+import bilevel.methods
+from bilevel import Problem
+from bilevel.methods import EBLVM
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("bilevel", "methods")
 SCRIPTS = ("examples", "benchmarks")
@@ -219,11 +223,12 @@ def test_the_page_of_the_rooms_tells_the_truth() -> None:
 
 # ---------------------------------------------------------------- classes: abstract or final
 
-# Packages whose classes obey; `methods` joins when its last chain is gone.
-RULED = ("bilevel", "benchmarks")
-NOT_RULED = ("bilevel.methods",)  # rooms of them that do not yet
+RULED = ("bilevel", "methods", "benchmarks")  # packages whose classes obey
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
-    "Problem": {"draw", "draw_lower", "share", "shard", "best_response", "optimizers"},
+    "Problem": {"draw", "draw_lower", "share", "shard", "best_response"},
+    "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
+    "VariationalPosterior": {"mean", "exact", "known_score", "rewriting"},
+    "VariationalJoint": {"exact_draws", "visible_mean", "rewriting", "code_noise", "bound"},
     "Solver": {"context", "check", "num_lower_batches", "unrolled_steps", "approximates"},
 }
 ASKED_FOR_ITS_CLASS = {  # "file: class", why nobody could be asked instead; this list only shrinks
@@ -236,6 +241,8 @@ ASKED_FOR_ITS_CLASS = {  # "file: class", why nobody could be asked instead; thi
     "bilevel/second_order.py: SyncBatchNorm": "a user's layers are looked at, torch's among them",
     "bilevel/sync_batch_norm.py: SyncBatchNorm": "a user's layers are replaced, torch's among them",
     "bilevel/batches.py: hasattr": "data of the user's",
+    "methods/data/containers.py: hasattr": "data of the user's",
+    "methods/machines/base.py: BoltzmannMachine": "`as_machine`, which tells one from a user's energy",
     "bilevel/loaders.py: hasattr": "samplers of the user's",
     "bilevel/optimizers.py: hasattr": "an argument, of torch or torchopt",
     "bilevel/twins/functional.py: hasattr": "torchopt has no class for a chain",
@@ -246,11 +253,11 @@ ASKED_FOR_ITS_CLASS = {  # "file: class", why nobody could be asked instead; thi
 def ruled_files() -> dict[Path, ModuleType]:
     """The modules under the rules about classes, by their files."""
     found = {}
-    for path in python_files(*{package.split(".")[0] for package in RULED}):
+    for path in python_files(*RULED):
         parts = path.with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         name = ".".join(("bilevel", *parts) if parts[0] == "methods" else parts)
-        if parts[-1] != "__main__" and not any(within(name, room) for room in NOT_RULED):
+        if parts[-1] != "__main__":
             found[path] = importlib.import_module(name)
     return found
 
@@ -291,7 +298,7 @@ def test_no_method_overrides_a_concrete_one() -> None:
             for name in vars(kind).keys() & vars(base).keys():
                 theirs, mine = vars(base)[name], vars(kind)[name]
                 code = inspect.isroutine(mine) or isinstance(mine, property | classmethod)
-                made_for_it = name in HOOKS.get(base.__name__, set())
+                made_for_it = name in HOOKS.get(base.__name__, set()) or name.startswith("__")
                 abstract = getattr(theirs, "__isabstractmethod__", False)
                 if code and not abstract and not made_for_it and theirs is not mine:
                     where = f"{kind.__module__}.{kind.__qualname__}.{name}"
@@ -359,6 +366,94 @@ def test_objects_are_asked_not_their_class() -> None:
     assert not wrong, "ask the object, not for its class:\n" + "\n".join(wrong)
     stale = ASKED_FOR_ITS_CLASS.keys() - {where for where, _ in found}
     assert not stale, f"take these from `ASKED_FOR_ITS_CLASS`: {sorted(stale)}"
+
+
+# ---------------------------------------------------------------- a paper is a paper
+
+PAPERS = tuple(
+    path
+    for path in python_files("methods")
+    if len(path.parts) == 2 and path.stem not in ("__init__", "eblvm", "catalogue")
+)
+PAPER_HELPERS = {
+    "draw",
+    "draw_lower",
+    "share",
+    "shard",
+    "upper_loss",
+    "lower_loss",
+    "best_response",
+}
+A_PAPERS_SHARE = 0.4
+
+
+def paper_class(path: Path) -> type:
+    module = importlib.import_module("bilevel." + ".".join(path.with_suffix("").parts))
+    public = [
+        member
+        for name, member in vars(module).items()
+        if inspect.isclass(member)
+        and issubclass(member, EBLVM)
+        and member.__module__ == module.__name__
+    ]
+    assert len(public) == 1, f"{path} holds {len(public)} methods; a paper has a file of its own"
+    return public[0]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_module_of_the_methods_is_a_paper(path: Path) -> None:
+    """One final class, right above `EBLVM`, that says where it is from and where it differs."""
+    kind = paper_class(path)
+    assert getattr(kind, "__final__", False)
+    assert kind.__bases__ == (EBLVM,)
+    assert kind.__name__ in bilevel.methods.__all__
+    assert "References:" in (kind.__doc__ or "")
+    above = [base for base in kind.__mro__[1:] if within(base.__module__, "bilevel")]
+    assert above == [EBLVM, Problem]
+
+
+def code(node: ast.AST) -> set[int]:
+    """Lines of code of a node: no docstrings, no comments, no blanks."""
+    lines = {
+        line
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.expr | ast.stmt | ast.arg | ast.keyword)
+        for line in (inner.lineno, inner.end_lineno or inner.lineno)
+    }
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant):
+            lines -= set(range(inner.lineno, (inner.end_lineno or inner.lineno) + 1))
+    return lines
+
+
+def share_of_the_paper(path: Path) -> float:
+    """Code of draws, losses and what they call, over all code but that of imports and constructors."""
+    tree = syntax(path)
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    waiting, paper = [name for name in functions if name in PAPER_HELPERS], set()
+    while waiting:
+        name = waiting.pop()
+        if name in functions and name not in paper:
+            paper.add(name)
+            waiting += [n.attr for n in ast.walk(functions[name]) if isinstance(n, ast.Attribute)]
+            waiting += [n.id for n in ast.walk(functions[name]) if isinstance(n, ast.Name)]
+    batches = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(b) == "NamedTuple" for b in node.bases)
+    ]
+    lines = set().union(*(code(functions[name]) for name in paper), *map(code, batches))
+    making: list[ast.AST] = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    making += [f for name, f in functions.items() if name == "__init__" or name.startswith("for_")]
+    rest = code(tree) - set().union(*map(code, making))
+    return len(lines) / len(rest | lines)
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_papers_file_is_mostly_the_paper(path: Path) -> None:
+    """What it does not need for its draws and losses belongs to a room."""
+    assert share_of_the_paper(path) >= A_PAPERS_SHARE
 
 
 def public_modules() -> Iterator[str]:

@@ -1,10 +1,11 @@
 """What the first hidden layer of a machine touches, as plain tensors: all that annealing it needs."""
 
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from torch import Tensor
 
 
+@final
 class Neighbours(NamedTuple):
     r"""The units next to the first hidden layer $h_1$, with $n_1$ units, and how they touch it.
 

@@ -18,6 +18,7 @@ from bilevel.methods.variational import Draws, VariationalJoint, VariationalPost
 Start: TypeAlias = Tensor | Literal["exact", "chains", "coins"]
 
 
+@final
 class Chains(NamedTuple):
     """What was asked of the Gibbs chains of a machine.
 

@@ -7,7 +7,7 @@ code; the paper itself prints none.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from bilevel.methods.networks.spectral_norm import full_precision, normed, rows,
 from bilevel.refusals import positive, whole
 
 
+@final
 class Networks(NamedTuple):
     """What a model of images is made of."""
 
@@ -37,6 +38,7 @@ def _normed(layer: nn.Module) -> nn.Module:
     return normed(layer)
 
 
+@final
 class _WholeConv2d(nn.Conv2d):
     """A convolution whose kernel covers its whole input: one matrix product, several times faster."""
 
@@ -44,6 +46,7 @@ class _WholeConv2d(nn.Conv2d):
         return linear(rows(x), rows(self.weight), self.bias)[:, :, None, None]
 
 
+@final
 class _WholeConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution of a single pixel: one matrix product."""
 
@@ -53,6 +56,7 @@ class _WholeConvTranspose2d(nn.ConvTranspose2d):
         return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
+@final
 class Energy(nn.Module):
     """E(v): spectrally normalised convolutions without batch norm, softplus head: (n,) >= 0.
 
@@ -87,6 +91,7 @@ class Energy(nn.Module):
         return energies
 
 
+@final
 class JointEnergy(nn.Module):
     """E(v, h) of an undecoupled model: the trunk of `Energy` beside dense layers of the latent: (n,).
 
@@ -154,6 +159,7 @@ def _energy_trunk(shape: tuple[int, int, int], width: int) -> nn.Sequential:
     return nn.Sequential(*layers, _normed(_WholeConv2d(wide, wide, base)))
 
 
+@final
 class Posterior(nn.Module):
     """q1(h|v): convolutions with batch norm, two heads: mean and log-variance, each (n, d).
 
@@ -184,6 +190,7 @@ class Posterior(nn.Module):
             return self.mean(features).flatten(1), self.log_variance(features).flatten(1)
 
 
+@final
 class Generator(nn.Module):
     """G(h): transposed convolutions with batch norm and a tanh, images in [-1, 1].
 

@@ -219,6 +219,7 @@ def unit(v: Tensor) -> Tensor:
     return (v + 1) / 2
 
 
+@final
 class _Block(nn.Module):
     """A residual block with ELUs; one that halves takes means over 2x2 pixels."""
 
@@ -236,6 +237,7 @@ class _Block(nn.Module):
         return cast(Tensor, y + beside)
 
 
+@final
 class _ConvMean2d(nn.Conv2d):
     """A 3x3 convolution and then the mean over 2x2 pixels, in 4/9 of the multiplications.
 

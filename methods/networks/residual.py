@@ -27,7 +27,7 @@ where it costs a quarter.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, softplus
@@ -37,6 +37,7 @@ from bilevel.methods.networks.convolutional import Networks, channels_of
 from bilevel.methods.networks.spectral_norm import full_precision, normed, widened
 
 
+@final
 class Table(NamedTuple):
     """The blocks of one size, by their channels.
 
@@ -89,6 +90,7 @@ def table_of(shape: tuple[int, int, int], width: float = 1.0) -> Table:
     return Table(halving, keeping, doubling, head_bias)
 
 
+@final
 class ResidualEnergy(nn.Module):
     """E(v): residual blocks under spectral norm, summed features, a linear head: (n,).
 
@@ -122,6 +124,7 @@ class ResidualEnergy(nn.Module):
         return energies
 
 
+@final
 class ResidualPosterior(nn.Module):
     """q1(h|v): the trunk of `ResidualEnergy` with two heads: mean and log-variance, each (n, d).
 
@@ -154,6 +157,7 @@ class ResidualPosterior(nn.Module):
             return self.mean(features), -softplus(self.log_variance(features))
 
 
+@final
 class ResidualGenerator(nn.Module):
     """G(h): residual blocks with batch norm, no spectral norm, and a tanh: images in [-1, 1].
 
@@ -191,6 +195,7 @@ class ResidualGenerator(nn.Module):
         return widened(self.last(self.blocks(pixels))).tanh()
 
 
+@final
 class _Trunk(nn.Module):
     """Features of images, summed over the pixels in at least float32: shape (n, features)."""
 
@@ -209,6 +214,7 @@ class _Trunk(nn.Module):
         return widened(self.blocks(v)).sum(dim=(2, 3))
 
 
+@final
 class _DownBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, halves: bool, first: bool) -> None:
         super().__init__()
@@ -232,6 +238,7 @@ class _DownBlock(nn.Module):
         return out
 
 
+@final
 class _UpBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ Divergence: TypeAlias = Literal["kl", "fisher"]
 Expectation: TypeAlias = Literal["sampled", "exact"]
 
 
+@final
 class LowerBatch(NamedTuple):
     """What one lower step sees.
 

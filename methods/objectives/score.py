@@ -36,6 +36,7 @@ BLURRED = ("denoising", "multiscale")
 """Objectives that fit the density of the data plus noise."""
 
 
+@final
 class Probed(NamedTuple):
     """Clean visibles, and directions of random signs (all zero where none are needed)."""
 
@@ -48,6 +49,7 @@ class Probed(NamedTuple):
         return None
 
 
+@final
 class Noised(NamedTuple):
     """Noised visibles, and what the score there is regressed on.
 

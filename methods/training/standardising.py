@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Standardised(Protocol):
         ...
 
 
+@final
 @dataclass(frozen=True)
 class Units:
     """Mean and deviation of every column, float64, shape (d,)."""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from bilevel.methods.networks.units import Change
 
 
+@final
 class Draws(NamedTuple):
     """States with log-probabilities and weights that sum to one.
 
@@ -31,6 +32,7 @@ class Draws(NamedTuple):
         return (self.weight * values).sum()
 
 
+@final
 class Exact(NamedTuple):
     """Several latents for each of n visibles, drawn without relaxation and without gradient.
 

@@ -51,6 +51,7 @@ MAX_BITS = 15
 Family = Literal["gaussian", "bernoulli"]
 
 
+@final
 class Ancestral(NamedTuple):
     """Exact draws from q(z) q(h|z) q(v|h), top-down.
 
