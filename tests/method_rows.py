@@ -26,6 +26,7 @@ from bilevel.methods import (
     ScoreMatching,
     VaGES,
 )
+from bilevel.methods.machines import MAX_UNITS
 from bilevel.methods.variational import (
     DecoupledEnergy,
     GaussianJoint,
@@ -188,6 +189,7 @@ class Row:
         not_shared: why a batch is refused to be shared out.
         not_there: what the model refuses to do with a `NotImplementedError`, by the method's name.
         moving: answers that are not functions of the row alone, by the method's name.
+        chains: whether `sample` takes arguments of Gibbs chains.
         table: whether its visibles are numbers of the rows of a table.
         defects: checks that fail for now.
     """
@@ -202,6 +204,7 @@ class Row:
     not_shared: str = ""
     not_there: Mapping[str, str] = field(default_factory=dict)
     moving: Mapping[str, str] = field(default_factory=dict)
+    chains: bool = False
     table: bool = False
     defects: Mapping[str, str] = field(default_factory=dict)
 
@@ -224,6 +227,11 @@ MACHINES: dict[str, tuple[Callable[[], Any], Callable[[int], Tensor]]] = {
     "dbm": (lambda: machine(DBM), bits),
     "gaussian dbm": (lambda: machine(GaussianDBM), reals),
 }
+# So many hidden units that samples are the ends of chains, or that the free energy has too many terms.
+LARGE = {
+    "large rbm": (lambda: machine(RBM, 13), bits),
+    "large dbm": (lambda: machine(DBM, MAX_UNITS + 1), bits),
+}
 REAL = ("gaussian rbm", "gaussian dbm")
 
 
@@ -232,8 +240,10 @@ def of_machines(
 ) -> None:
     """A row for each machine."""
     for each in which:
-        build, data = MACHINES[each]
-        ROWS[f"{name}, {each}"] = Row(lambda build=build: make(build()), data, **more)
+        build, data = {**MACHINES, **LARGE}[each]
+        ROWS[f"{name}, {each}"] = Row(
+            lambda build=build: make(build()), data, **{"chains": True, **more}
+        )
 
 
 def of_images(name: str, kind: Any, options: Mapping[str, Any], **more: Any) -> None:
@@ -263,6 +273,10 @@ def of_modules(
 
 CONV = {"latent_dim": LATENT, "width": 2}
 STOPPED = {"lower": "variant='offset' stops the gradient at the posterior of samples (Eq. 13)"}
+OF_BATCH = {"statistics": "batch"}
+BY_COMPANY = dict.fromkeys(
+    ("posterior", "reconstruct"), "statistics='batch' makes them depend on company"
+)
 BATCH_RATIO = "ratio_bias='sigmoid' compares energies with their mean over the batch (Eq. 15)"
 
 of_images("bidvl", BiDVL, CONV, bumpy=STOPPED)
@@ -275,10 +289,8 @@ of_images(
 of_images(
     "bidvl without, statistics of the batch",
     BiDVL,
-    CONV | {"variant": "without", "fresh_latent": True, "statistics": "batch"},
-    moving=dict.fromkeys(
-        ("posterior", "reconstruct", "sample"), "statistics='batch' makes them depend on company"
-    ),
+    CONV | OF_BATCH | {"variant": "without", "fresh_latent": True},
+    moving=BY_COMPANY,
 )
 of_images("bidvl resnet", BiDVL, CONV | {"family": "resnet"}, bumpy=STOPPED)
 of_modules(
@@ -287,15 +299,19 @@ of_modules(
 
 # ---------------------------------------------------------------------- GeneralBiDVL
 
-of_machines("general bidvl", GeneralBiDVL.for_model)
+of_machines(
+    "general bidvl", GeneralBiDVL.for_model, (*MACHINES, "large dbm"), chains=False
+)  # it is sampled by its joint
 of_machines(
     "general bidvl symmetric",
     lambda model: GeneralBiDVL.for_model(model, divergence="symmetric", prior="bernoulli"),
+    chains=False,
 )
 of_machines(
     "general bidvl by importance",
     lambda model: GeneralBiDVL.for_model(model, divergence="symmetric", reverse="importance"),
     ("rbm", "gaussian dbm"),
+    chains=False,
 )
 of_modules(
     "general bidvl of own modules",
@@ -403,7 +419,11 @@ of_modules(
 # ---------------------------------------------------------------------- a single level
 
 of_machines("cd", ContrastiveDivergence)
-of_machines("pcd", lambda model: ContrastiveDivergence(model, 2, persistent=True))
+of_machines(
+    "pcd",
+    lambda model: ContrastiveDivergence(model, 2, persistent=True),
+    (*MACHINES, "large rbm"),
+)
 of_machines(
     "pcd of three chains",
     lambda model: ContrastiveDivergence(model, persistent=True, num_chains=3),
@@ -458,6 +478,7 @@ of_table("vae", bits)
 of_table("vae of greys", greys, grey=True)
 of_table("vae of reals", reals, visible="gaussian")
 of_images("vae of images", VAE, CONV)
+of_images("vae of images, statistics of the batch", VAE, CONV | OF_BATCH, moving=BY_COMPANY)
 of_modules(
     "vae of own modules",
     VAE,
