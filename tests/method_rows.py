@@ -305,6 +305,7 @@ of_machines(
 of_machines(
     "general bidvl symmetric",
     lambda model: GeneralBiDVL.for_model(model, divergence="symmetric", prior="bernoulli"),
+    ("rbm", "gaussian rbm", "dbm"),
     chains=False,
 )
 of_machines(
