@@ -53,7 +53,6 @@ from bilevel.refusals import one_of
 
 
 @final
-@final
 class Batch(NamedTuple):
     """Visibles and the noise of one step; without visibles, a step of the sampler alone."""
 

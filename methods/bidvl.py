@@ -49,7 +49,6 @@ Family = Literal["conv", "resnet"]
 
 
 @final
-@final
 class Batch(NamedTuple):
     """Images and the noise of one turn, the same in the upper level and in the first lower step."""
 
