@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.variational.base import normal_like
 
 Steps: TypeAlias = tuple[int, int, int]
 
@@ -69,7 +70,7 @@ def annealed_langevin(
     for temperature in temperatures(steps, hottest):
         noise = math.sqrt(temperature) * size
         state = [
-            x - 0.5 * size**2 * slope + noise * _normal(x, generator)
+            x - 0.5 * size**2 * slope + noise * normal_like(x, generator)
             for x, slope in zip(state, slopes(energy, state), strict=True)
         ]
     return [x - denoise**2 * g for x, g in zip(state, slopes(energy, state), strict=True)]
@@ -129,9 +130,9 @@ class Langevin:
         denoise = self.denoise / (high - low)
 
         def chains(h: Tensor) -> Tensor:
-            start = [_normal(h.new_empty(len(h), *shape), generator) + 0.5]
+            start = [normal_like(h.new_empty(len(h), *shape), generator) + 0.5]
             if not given:
-                start.append(_normal(h, generator) + 0.5)
+                start.append(normal_like(h, generator) + 0.5)
 
             def scaled(x: Tensor, *free: Tensor) -> Tensor:
                 return energy(low + (high - low) * x, *(free or (h,)))
@@ -219,7 +220,3 @@ def slopes(energy: Callable[..., Tensor], state: Sequence[Tensor]) -> tuple[Tens
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in state]
         return torch.autograd.grad(energy(*leaves).sum(), leaves)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel.methods.variational.base import normal_like
 from bilevel.refusals import one_of
 
 ObjectiveName: TypeAlias = Literal["denoising", "sliced", "multiscale", "exact"]
@@ -171,7 +172,7 @@ class Denoising(Regression):
     sigma: float = 0.05
 
     def draw(self, v: Tensor, generator: torch.Generator) -> Noised:
-        noise = _normal(v, generator)
+        noise = normal_like(v, generator)
         return Noised(v + self.sigma * noise, noise / -self.sigma, None)
 
 
@@ -195,7 +196,7 @@ class MultiScale(Regression):
     grid: Grid = "geometric"
 
     def draw(self, v: Tensor, generator: torch.Generator) -> Noised:
-        noise, levels = _normal(v, generator), self.levels(v)
+        noise, levels = normal_like(v, generator), self.levels(v)
         return Noised(v + levels * noise, noise / -(self.sigma**2), 1 / levels)
 
     def levels(self, v: Tensor) -> Tensor:
@@ -253,7 +254,3 @@ def score_objective(
         "exact": Exact(),
     }
     return objectives[name]
-
-
-def _normal(v: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)

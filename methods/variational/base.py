@@ -175,6 +175,11 @@ def normal_noise(n: int, d: int, generator: torch.Generator, like: Tensor) -> Te
     return torch.randn(n, d, generator=generator, dtype=_float(like), device=like.device)
 
 
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, shaped and placed like `x`; torch's own generator by default."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
 def logistic_noise(n: int, d: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Standard logistic noise, shape (n, d), finite; dtype and device as `normal_noise`.
 
