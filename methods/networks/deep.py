@@ -101,6 +101,9 @@ class DeepCoupledEnergy(CoupledEnergy):
         return elu(self.head(torch.cat([features + h, h], dim=-1))).square().sum(-1)
 
 
+DeepEBLVM = DeepCoupledEnergy  # its earlier name
+
+
 @final
 class DeepEnergy(nn.Module):
     r"""$E(v) = \sum_k \mathrm{ELU}(A g(v) + b)_k^2$: the same network without a latent.
