@@ -204,10 +204,11 @@ class EBLVM(Problem):
         check_dim("n", n)
         if start is not None and not isinstance(start, str):
             start = self.check(start)
-        chains = self._buffers.get("chains")
-        left = None if chains is None or len(chains) == 0 else chains
+        left = self._buffers.get("chains")
+        left = None if left is None or len(left) == 0 else left
+        chains = Chains(start, sweeps, left, type(self).__name__)
         with self.evaluating():
-            return self.latent_model.sample(n, generator, Chains(start, sweeps, left))
+            return self.latent_model.sample(n, generator, chains)
 
     @final
     def posterior(self, v: Any) -> Distribution:
@@ -285,7 +286,7 @@ class EBLVM(Problem):
         if self.latent_model.encoder is None:
             name = type(self).__name__
             raise NotImplementedError(
-                f"`{name}` has no variational posterior; `AdvIL`, `BiSM` and `VaGES` learn one"
+                f"`{name}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, `BiSM`, `VaGES` do"
             )
         return self.latent_model.encoder
 

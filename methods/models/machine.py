@@ -82,7 +82,7 @@ class MachineModel(LatentModel):
             first = exact_samples(self.machine, n, generator)
             return self.machine.gibbs(first, generator)[0]
         steps = SWEEPS if sweeps is None else check_dim("sweeps", sweeps)
-        first = self._first(start, n, generator, chains.persistent)
+        first = self._first(start, n, generator, chains)
         return self.machine.gibbs(first, generator, steps)[0]
 
     def _start(self, chains: Chains) -> Tensor | str:
@@ -95,15 +95,16 @@ class MachineModel(LatentModel):
         return start
 
     def _first(
-        self, start: Tensor | str, n: int, generator: torch.Generator, persistent: Tensor | None
+        self, start: Tensor | str, n: int, generator: torch.Generator, chains: Chains
     ) -> Tensor:
         """N first hidden layers for chains to begin at."""
         if isinstance(start, str) and start == "coins":
             return self.machine.initial(n, generator)
         if isinstance(start, str):
+            persistent = chains.persistent
             if persistent is None:
                 raise ValueError(
-                    "this learner has no chains of its own; train a "
+                    f"this `{chains.learner}` has no chains of its own; train a "
                     "`ContrastiveDivergence(..., persistent=True)`, or give visibles as `start`"
                 )
             return persistent[torch.arange(n, device=persistent.device) % len(persistent)]

@@ -26,11 +26,13 @@ class Chains(NamedTuple):
         start: where they begin: visibles, "exact", "chains" or "coins"; `None` for the default.
         sweeps: block Gibbs sweeps from there; `None` for the default.
         persistent: first hidden layers where training left its own chains, if it had any.
+        learner: who trained it, for refusals.
     """
 
     start: Start | None = None
     sweeps: int | None = None
     persistent: Tensor | None = None
+    learner: str = "learner"
 
     def refuse(self) -> None:
         """Refuse them where a model is sampled otherwise.
