@@ -45,7 +45,7 @@ from bilevel.sync_batch_norm import BatchNorm
 Variant = Literal["offset", "complete", "without"]
 RatioBias = Literal["none", "sigmoid"]
 UpperLoss = Literal["difference", "hinge"]
-Family = Literal["conv", "resnet"]
+NetworkFamily = Literal["conv", "resnet"]
 
 
 @final
@@ -178,7 +178,7 @@ class BiDVL(EBLVM):
         cls,
         shape: tuple[int, int, int],
         *,
-        family: Family = "conv",
+        family: NetworkFamily = "conv",
         latent_dim: int | None = None,
         width: float = 64,
         seed: int = 0,
@@ -203,7 +203,7 @@ class BiDVL(EBLVM):
         Raises:
             ValueError: for an unknown family, or a shape it has no networks for.
         """
-        one_of("family", family, get_args(Family))
+        one_of("family", family, get_args(NetworkFamily))
         conv = family == "conv"
         latent_dim = latent_dim if latent_dim is not None else 100 if conv else 128
         channels_of(width, latent_dim)

@@ -60,9 +60,6 @@ from bilevel.methods.variational import (
 from bilevel.problem import Loss
 from bilevel.refusals import one_of, positive
 
-Divergence = Literal["kl", "symmetric"]
-Reverse = Literal["gibbs", "importance"]
-
 BOUND_DRAWS = 16
 """Draws of the bound that `energy` is where there is no free energy."""
 
@@ -169,8 +166,8 @@ class GeneralBiDVL(EBLVM):
         posterior: VariationalPosterior | None = None,
         joint: VariationalJoint | None = None,
         *,
-        divergence: Divergence = "kl",
-        reverse: Reverse = "gibbs",
+        divergence: Literal["kl", "symmetric"] = "kl",
+        reverse: Literal["gibbs", "importance"] = "gibbs",
         sweeps: int = 5,
         prior: Literal["gaussian", "bernoulli"] = "gaussian",
     ) -> None:

@@ -479,6 +479,19 @@ def public_members(module: ModuleType) -> Iterator[tuple[str, object]]:
                     yield f"{module.__name__}.{name}.{method_name}", method
 
 
+TOLD_APART = {"Batch", "command"}  # each paper's own, each command's own
+
+
+def test_a_public_name_means_one_thing() -> None:
+    homes: dict[str, set[str]] = {}
+    for module in public_modules():
+        for name, member in public_members(importlib.import_module(module)):
+            if name.rpartition(".")[0] == module:  # a class or a function, and no alias of one
+                homes.setdefault(getattr(member, "__name__", ""), set()).add(module)
+    double = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
+    assert double.keys() <= TOLD_APART, double
+
+
 def test_public_names_are_documented() -> None:
     """An overridden method may stay bare: it inherits the docstring of the abstract one."""
     members = (

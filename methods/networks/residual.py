@@ -38,7 +38,7 @@ from bilevel.methods.networks.spectral_norm import full_precision, normed, widen
 
 
 @final
-class Table(NamedTuple):
+class Blocks(NamedTuple):
     """The blocks of one size, by their channels.
 
     Attributes:
@@ -56,16 +56,16 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    1: Table((128,), (128, 128), (256, 256), True),
-    2: Table((128, 128), (128, 128), (256, 256, 256), True),
-    3: Table((128, 128), (128, 128), (256, 256, 256, 256), True),
-    4: Table((64, 128, 256, 512, 1024), (), (1024, 512, 256, 128, 64), False),
-    5: Table((64, 128, 256, 512, 1024), (1024,), (1024, 1024, 512, 256, 128, 64), False),
+    1: Blocks((128,), (128, 128), (256, 256), True),
+    2: Blocks((128, 128), (128, 128), (256, 256, 256), True),
+    3: Blocks((128, 128), (128, 128), (256, 256, 256, 256), True),
+    4: Blocks((64, 128, 256, 512, 1024), (), (1024, 512, 256, 128, 64), False),
+    5: Blocks((64, 128, 256, 512, 1024), (1024,), (1024, 1024, 512, 256, 128, 64), False),
 }
 """By how often the side can be halved: 8; 16 and 28; 32; 64; 128 pixels."""
 
 
-def table_of(shape: tuple[int, int, int], width: float = 1.0) -> Table:
+def table_of(shape: tuple[int, int, int], width: float = 1.0) -> Blocks:
     """The table of a square image, its channels times `width`.
 
     Raises:
@@ -73,7 +73,7 @@ def table_of(shape: tuple[int, int, int], width: float = 1.0) -> Table:
 
     Example:
         >>> table_of((3, 32, 32), width=0.5)
-        Table(halving=(64, 64), keeping=(64, 64), doubling=(128, 128, 128, 128), head_bias=True)
+        Blocks(halving=(64, 64), keeping=(64, 64), doubling=(128, 128, 128, 128), head_bias=True)
     """
     halvings, _ = scale_of(shape)
     if halvings not in TABLES:
@@ -87,7 +87,7 @@ def table_of(shape: tuple[int, int, int], width: float = 1.0) -> Table:
     halving, keeping, doubling = (
         tuple(max(1, round(width * n)) for n in part) for part in channels
     )
-    return Table(halving, keeping, doubling, head_bias)
+    return Blocks(halving, keeping, doubling, head_bias)
 
 
 @final

@@ -33,7 +33,7 @@ class Draws(NamedTuple):
 
 
 @final
-class Exact(NamedTuple):
+class ExactDraws(NamedTuple):
     """Several latents for each of n visibles, drawn without relaxation and without gradient.
 
     Attributes:
@@ -82,7 +82,7 @@ class VariationalPosterior(nn.Module, ABC):
         return mean
 
     @torch.no_grad()
-    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+    def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
         """Several latents for each visible, exact: bits are 0 or 1.
 
         Args:
@@ -100,7 +100,7 @@ class VariationalPosterior(nn.Module, ABC):
             apart: Tensor = values.unflatten(0, (copies, n, -1))
             return apart.movedim(2, 1).flatten(0, 1)
 
-        return Exact(
+        return ExactDraws(
             by_copies(draws.latent), by_copies(draws.log_prob), n * by_copies(draws.weight)
         )
 

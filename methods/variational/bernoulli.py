@@ -24,7 +24,7 @@ from bilevel.methods.networks.perceptron import xavier
 from bilevel.methods.networks.units import Change, input_change
 from bilevel.methods.variational.base import (
     Draws,
-    Exact,
+    ExactDraws,
     VariationalPosterior,
     equal_weights,
     logistic_noise,
@@ -150,7 +150,7 @@ class BernoulliPosterior(VariationalPosterior):
         return self.logits(v).sigmoid()
 
     @torch.no_grad()
-    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+    def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
         below, logits, layers = v[None], [], []
         for network, part in zip(self.networks, noise.split(self.latent_dims, dim=2), strict=True):
             logits.append(network(below))
@@ -158,7 +158,7 @@ class BernoulliPosterior(VariationalPosterior):
             layers.append(below)
         h, shape = torch.cat(layers, dim=2), (len(noise), len(v), -1)
         log_prob = bernoulli_log_prob(torch.cat([a.expand(shape) for a in logits], dim=2), h)
-        return Exact(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
+        return ExactDraws(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
 
     def rewriting(self) -> Change | None:
         return input_change(self.networks[0])

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from bilevel.methods.variational.base import (
     Draws,
-    Exact,
+    ExactDraws,
     VariationalJoint,
     VariationalPosterior,
     equal_weights,
@@ -62,11 +62,11 @@ class GaussianPosterior(VariationalPosterior):
         return self.moments(v)[0]
 
     @torch.no_grad()
-    def exact(self, v: Tensor, noise: Tensor) -> Exact:
+    def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
         mean, log_variance = self.moments(v)
         h = reparameterised(mean, log_variance, noise)
         log_prob = normal_log_prob(noise).sum(2) - 0.5 * log_variance.sum(1)
-        return Exact(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
+        return ExactDraws(h, log_prob, log_prob.new_full(log_prob.shape, 1 / len(noise)))
 
     def known_score(self, v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.moments(v)
