@@ -49,8 +49,8 @@ class Marginal(LatentModel):
 
     def _no_latent(self) -> NotImplementedError:
         return NotImplementedError(
-            f"this needs a latent, which `ScoreMatching` of a `{type(self.network).__name__}` does not "
-            "have; use `BiSM` or `VaGES`"
+            f"this needs a latent, and `{type(self.network).__name__}` is an energy of visibles alone; "
+            "use `BiSM` or `VaGES`, whose energies have one"
         )
 
     def probe(self, v: Tensor) -> Self:
