@@ -289,7 +289,7 @@ def test_a11_opposite_terms_cancel():
 def test_a12_the_ratio_the_loss_uses(bias):
     model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=4, ratio=0.05, ratio_bias=bias)
     images = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    energies = model.free_energy(images)
+    energies = model.latent_model.free_energy(images)
     expected = 0.05 * torch.sigmoid(energies.mean() - energies) if bias == "sigmoid" else 0.05
     ratio = model.eval().importance_ratio(images)
     torch.testing.assert_close(ratio, torch.as_tensor(expected), rtol=1e-3, atol=0)
