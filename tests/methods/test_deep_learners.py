@@ -316,7 +316,9 @@ def test_energy_of_the_baseline_has_no_latent() -> None:
         lambda: made.upper_loss(batch), parameters, dict(zip(parameters, grads, strict=True))
     )
     for refused in (made.posterior, made.reconstruct):
-        with pytest.raises(NotImplementedError, match="`DeepEnergy` is an energy of visibles alone"):
+        with pytest.raises(
+            NotImplementedError, match="`DeepEnergy` is an energy of visibles alone"
+        ):
             refused(v)
 
 
