@@ -38,7 +38,7 @@ from bilevel.methods.objectives.posterior import (
     PosteriorFit,
     check_real_visibles,
 )
-from bilevel.methods.objectives.score import BLURRED, Grid, Noised, Probed, score_objective
+from bilevel.methods.objectives.score import Grid, Noised, Probed, score_objective
 from bilevel.methods.training.settings import SCORE_DEFAULTS
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
@@ -125,8 +125,8 @@ class BiSM(EBLVM):
         check_real_visibles(model, "BiSM")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
         self.posterior_fit = PosteriorFit(divergence, expectation)
-        denoise = sigma if objective in BLURRED else 0.0
-        self.latent_model = with_posterior(model, posterior, Langevin(langevin, denoise))
+        dynamics = Langevin(langevin, self.objective.blur)
+        self.latent_model = with_posterior(model, posterior, dynamics)
         self.posterior_fit.check(model, self.encoder)
         self.upper = nn.ModuleDict({"model": model})
         self.lower = nn.ModuleDict({"posterior": self.encoder})

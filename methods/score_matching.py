@@ -6,7 +6,6 @@ with $\ell$ one of the losses of `objectives.score`. It is what `BiSM` and `VaGE
 are measured against: with a machine's exact F, or with a network for F, which then has no latent.
 """
 
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, final
 
 import torch
@@ -22,7 +21,6 @@ from bilevel.methods.networks.build import build
 from bilevel.methods.networks.deep import VISIBLE_RANGE, DeepEnergy
 from bilevel.methods.objectives.posterior import check_real_visibles
 from bilevel.methods.objectives.score import (
-    BLURRED,
     Grid,
     Noised,
     ObjectiveName,
@@ -83,8 +81,7 @@ class ScoreMatching(EBLVM):
         check_real_visibles(model, "ScoreMatching")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
         self.upper, self.lower = nn.ModuleDict({"model": model}), nn.ModuleDict()
-        denoise = sigma if objective in BLURRED else 0.0
-        dynamics = Langevin(langevin, denoise)
+        dynamics = Langevin(langevin, self.objective.blur)
         if as_machine(model) is None:
             self.latent_model = Marginal(Visibles(), network=model, langevin=dynamics)
             return
@@ -131,8 +128,7 @@ class ScoreMatching(EBLVM):
         energy = build(lambda: DeepEnergy(shape, width, blocks), seed)
         options |= {"objective": objective, "sigma": sigma, "sigma_range": sigma_range}
         learner = cls(energy, grid=grid, **options)
-        visibles = Visibles(tuple(shape), VISIBLE_RANGE)
-        learner.latent_model = replace(learner.latent_model, visibles=visibles)
+        learner.latent_model = learner.latent_model.taking(shape=tuple(shape), range=VISIBLE_RANGE)
         sizes = {"width": width, "blocks": blocks, "seed": seed}
         learner.recipe = {"shape": shape, **sizes, "grid": grid, **options}
         return learner

@@ -46,7 +46,6 @@ from bilevel.methods.objectives.posterior import (
     energies_of,
 )
 from bilevel.methods.objectives.score import (
-    BLURRED,
     Grid,
     Noised,
     Regression,
@@ -221,8 +220,8 @@ class VaGES(EBLVM):
         self.regression = cast("Regression | None", regression)
         check_real_visibles(model, "VaGES")
         self.posterior_fit = PosteriorFit(divergence, expectation)
-        denoise = sigma if objective in BLURRED else 0.0
-        self.latent_model = with_posterior(model, posterior, Langevin(langevin, denoise))
+        dynamics = Langevin(langevin, 0.0 if self.regression is None else self.regression.blur)
+        self.latent_model = with_posterior(model, posterior, dynamics)
         self.posterior_fit.check(model, self.encoder)
         if latent_steps:
             check_real_latents("latent_steps", model, self.encoder)

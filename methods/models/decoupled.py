@@ -9,13 +9,13 @@ from typing import Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 from torch.func import functional_call
 
-from bilevel.methods.models.chunks import chunked
+from bilevel.methods.models.chunks import chunked, chunked_distribution
 from bilevel.methods.models.model import Chains, LatentModel, attempt
 from bilevel.methods.networks.spectral_norm import widened
-from bilevel.methods.variational.base import normal_log_prob
+from bilevel.methods.variational.base import gaussian, gaussian_log_prob, normal_noise
 
 
 @final
@@ -54,25 +54,18 @@ class Decoupled(LatentModel):
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         r"""$E(v) - \log q_1(h|v)$ (Eq. 8 of the BiDVL paper)."""
-        mean, log_variance = self.encode(v)
-        z = (h - mean) / (log_variance / 2).exp()
-        log_posterior = normal_log_prob(z).sum(1) - 0.5 * log_variance.sum(1)
-        return self.free_energy(v) - log_posterior
+        return self.free_energy(v) - gaussian_log_prob(h, *self.encode(v))
 
     def energy(self, v: Tensor) -> Tensor:
         return chunked(self.free_energy, v)
 
     def sample(self, n: int, generator: torch.Generator | None, chains: Chains) -> Tensor:
         chains.refuse()
-        p = next(self.generator.parameters())
-        size = (n, self.known_dim())
-        h = torch.randn(size, generator=generator, dtype=p.dtype, device=p.device)
-        return chunked(self.generate, h)
+        like = next(self.generator.parameters())
+        return chunked(self.generate, normal_noise(n, self.known_dim(), generator, like))
 
     def posterior(self, v: Tensor) -> Distribution:
-        both = chunked(lambda part: torch.stack(self.encode(part), 1), v)
-        mean, log_variance = both.unbind(1)
-        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+        return chunked_distribution(lambda part: gaussian(*self.encode(part)), v)
 
     def decode(self, h: Tensor) -> Tensor:
         """G(h), as `sample` draws them."""

@@ -1,11 +1,9 @@
 """`for_images` of the score-based learners: the published deep energy and its Gaussian posterior."""
 
-from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from torch import nn
 
-from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.models.model import LatentModel
 from bilevel.methods.networks.deep import VISIBLE_RANGE, image_networks
 from bilevel.methods.objectives.posterior import Divergence
@@ -75,7 +73,7 @@ def deep_images(
     options |= {"sigma_range": sigma_range, "grid": grid}
     learner = cls(energy, GaussianPosterior(moments, latent_dim), **options)
     model: LatentModel = learner.latent_model
-    learner.latent_model = replace(model, visibles=Visibles(tuple(shape), VISIBLE_RANGE))
+    learner.latent_model = model.taking(shape=tuple(shape), range=VISIBLE_RANGE)
     sizes = {"latent_dim": latent_dim, "width": width, "blocks": blocks, "seed": seed}
     learner.recipe = {"shape": shape, **sizes, **options}
     return learner

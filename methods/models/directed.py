@@ -10,10 +10,10 @@ from typing import Self, cast, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from bilevel.methods.likelihood.free_energy import log_weights
-from bilevel.methods.models.chunks import chunked
+from bilevel.methods.models.chunks import chunked, chunked_distribution
 from bilevel.methods.models.model import Chains, LatentModel, all_known, attempt
 from bilevel.methods.networks.units import Change, Rewritable
 from bilevel.methods.variational import GaussianPosterior
@@ -112,9 +112,7 @@ class Directed(LatentModel):
 
     def sample(self, n: int, generator: torch.Generator | None, chains: Chains) -> Tensor:
         chains.refuse()
-        like = next(self.encoder.parameters())
-        size = (n, self.encoder.latent_dim)
-        h = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+        h = normal_noise(n, self.encoder.latent_dim, generator, next(self.encoder.parameters()))
 
         def visibles(h: Tensor) -> Tensor:
             if not self.noisy:
@@ -129,9 +127,7 @@ class Directed(LatentModel):
         return chunked(visibles, h)
 
     def posterior(self, v: Tensor) -> Distribution:
-        both = chunked(lambda part: torch.stack(self.encoder.moments(part), 1), v)
-        mean, log_variance = both.unbind(1)
-        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+        return chunked_distribution(self.encoder.distribution, v)
 
     def decode(self, h: Tensor) -> Tensor:
         """The means of p(v|h)."""

@@ -6,10 +6,11 @@ from typing import Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent
+from torch.distributions import Distribution
 
 from bilevel.methods.likelihood.free_energy import free_energy_bound, one_by_one
 from bilevel.methods.models.chunks import chunked, chunked_distribution
+from bilevel.methods.models.machine import MachineModel
 from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs, probed_draws
 from bilevel.methods.networks.units import Change
 from bilevel.methods.variational import VariationalJoint, VariationalPosterior
@@ -59,7 +60,7 @@ class Undecoupled(LatentModel):
 
     def posterior(self, v: Tensor) -> Distribution:
         if self.machine is not None and len(self.machine.latent_dims) > 1:
-            return Independent(Bernoulli(probs=chunked(self.machine.mean_field, v)), 1)
+            return MachineModel.of(self.machine).posterior(v)
         return chunked_distribution(self.encoder.distribution, v)
 
     def decode(self, h: Tensor) -> Tensor:

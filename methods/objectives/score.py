@@ -33,10 +33,6 @@ Grid: TypeAlias = Literal["geometric", "linear"]
 LogDensity: TypeAlias = Callable[[Tensor], Tensor]
 
 
-BLURRED = ("denoising", "multiscale")
-"""Objectives that fit the density of the data plus noise."""
-
-
 @final
 class Probed(NamedTuple):
     """Clean visibles, and directions of random signs (all zero where none are needed)."""
@@ -85,6 +81,11 @@ def square_norm(x: Tensor) -> Tensor:
 class ScoreObjective(ABC):
     """A score-matching loss: a frozen record of its settings."""
 
+    @property
+    @abstractmethod
+    def blur(self) -> float:
+        """Deviation of the noise whose density with the data's is fitted; 0 for that of the data."""
+
     @abstractmethod
     def draw(self, v: Tensor, generator: torch.Generator) -> Probed | Noised:
         """Where the score is taken and the noise it is compared with."""
@@ -109,6 +110,10 @@ class Exact(ScoreObjective):
         https://jmlr.org/papers/v6/hyvarinen05a.html
     """
 
+    @property
+    def blur(self) -> float:
+        return 0.0
+
     def draw(self, v: Tensor, generator: torch.Generator) -> Probed:
         return Probed(v, torch.zeros_like(v))
 
@@ -132,6 +137,10 @@ class Sliced(ScoreObjective):
         Ermon, 2019), https://arxiv.org/abs/1905.07088
     """
 
+    @property
+    def blur(self) -> float:
+        return 0.0
+
     def draw(self, v: Tensor, generator: torch.Generator) -> Probed:
         coins = torch.rand(v.shape, generator=generator, dtype=v.dtype, device=v.device)
         return Probed(v, 1 - 2 * coins.round())
@@ -146,6 +155,13 @@ class Sliced(ScoreObjective):
 
 class Regression(ScoreObjective):
     """An objective that regresses the score of noised visibles on a target."""
+
+    sigma: float
+
+    @final
+    @property
+    def blur(self) -> float:
+        return self.sigma
 
     @abstractmethod
     def draw(self, v: Tensor, generator: torch.Generator) -> Noised: ...

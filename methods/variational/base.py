@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 
 from bilevel.methods.networks.units import Change
 
@@ -170,7 +170,7 @@ class VariationalJoint(nn.Module, ABC):
         return self.log_prob(v, h)
 
 
-def normal_noise(n: int, d: int, generator: torch.Generator, like: Tensor) -> Tensor:
+def normal_noise(n: int, d: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     """Standard normal noise, shape (n, d); device and floating dtype are those of `like`."""
     return torch.randn(n, d, generator=generator, dtype=_float(like), device=like.device)
 
@@ -198,6 +198,17 @@ def normal_log_prob(z: Tensor) -> Tensor:
 def reparameterised(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     r"""$\mu + \sigma \epsilon$, a draw from $N(\mu, \sigma^2)$."""
     return mean + (log_variance / 2).exp() * noise
+
+
+def gaussian(mean: Tensor, log_variance: Tensor) -> Distribution:
+    r"""$N(\mu, \mathrm{diag}(\sigma^2))$ for every row."""
+    return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+
+
+def gaussian_log_prob(h: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Its log-density, shape (n,)."""
+    z = (h - mean) / (log_variance / 2).exp()
+    return normal_log_prob(z).sum(1) - 0.5 * log_variance.sum(1)
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from bilevel.methods.variational.base import (
     Draws,
@@ -13,6 +13,8 @@ from bilevel.methods.variational.base import (
     VariationalJoint,
     VariationalPosterior,
     equal_weights,
+    gaussian,
+    gaussian_log_prob,
     normal_log_prob,
     normal_noise,
     reparameterised,
@@ -50,13 +52,10 @@ class GaussianPosterior(VariationalPosterior):
         return Draws(v, h, log_prob, equal_weights(log_prob))
 
     def log_prob(self, v: Tensor, h: Tensor) -> Tensor:
-        mean, log_variance = self.moments(v)
-        z = (h - mean) / (log_variance / 2).exp()
-        return normal_log_prob(z).sum(1) - 0.5 * log_variance.sum(1)
+        return gaussian_log_prob(h, *self.moments(v))
 
     def distribution(self, v: Tensor) -> Distribution:
-        mean, log_variance = self.moments(v)
-        return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+        return gaussian(*self.moments(v))
 
     def mean(self, v: Tensor) -> Tensor:
         return self.moments(v)[0]
@@ -118,7 +117,6 @@ class GaussianJoint(VariationalJoint):
 
     def sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         like = next(self.generator.parameters())
-        size = (n, self.latent_dim)
-        h = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+        h = normal_noise(n, self.latent_dim, generator, like)
         visibles: Tensor = self.generator(h)
         return visibles

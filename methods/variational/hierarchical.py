@@ -227,7 +227,7 @@ class HierarchicalJoint(VariationalJoint):
         like = next(self.parameters())
         size = (n, self.latent_dim)
         if self.prior == "gaussian":
-            z = torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+            z = normal_noise(*size, generator, like)
         else:
             z = torch.bernoulli(like.new_full(size, 0.5), generator=generator)
         layers = [z]

@@ -9,6 +9,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
+from benchmarks.cases.mistakes import Spoiled
 from bilevel import (
     Alternating,
     Cholesky,
@@ -20,7 +21,7 @@ from bilevel import (
     Unrolled,
     check_hypergradient,
 )
-from bilevel.solvers import Response, ResponseProduct, UnrolledSteps
+from bilevel.solvers import Response, UnrolledSteps
 from tests.core.check.cases import DOUBLE, number
 from tests.problems import Quadratic
 
@@ -132,24 +133,6 @@ def test_momentum_and_state_are_left_as_they_were() -> None:
             assert torch.equal(optimizer.state[p][key], value)
 
 
-@dataclass(frozen=True)
-class Mistaken(Solver):
-    """A right solver whose response is spoiled."""
-
-    right: Solver
-    spoil: Callable[[Tensor], Tensor]
-
-    def respond(self, oracles: Any, state: Any, lower_optimizer: Any) -> Response:
-        response = self.right.respond(oracles, state, lower_optimizer)
-
-        def vjp(v: Any) -> ResponseProduct:
-            assert response.vjp is not None
-            product = response.vjp(v)
-            return product._replace(product={n: self.spoil(g) for n, g in product.product.items()})
-
-        return response._replace(vjp=vjp)
-
-
 MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
     "wrong sign": lambda g: -g,
     "a factor of two": lambda g: 2 * g,
@@ -162,7 +145,7 @@ MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake: str) -> None:
-    check = check_hypergradient(Quadratic(), Mistaken(Implicit(Cholesky()), MISTAKES[mistake]))
+    check = check_hypergradient(Quadratic(), Spoiled(Implicit(Cholesky()), MISTAKES[mistake]))
     assert not check.passed
     assert str(check).startswith("disagrees: ")
     assert "`x`" in str(check)
@@ -176,9 +159,9 @@ def test_causes_are_not_guessed() -> None:
     approximations += [Unrolled(4, torchopt.sgd(0.1), truncate=2)]
     for solver in approximations:
         assert "drops or approximates the response term" in words(solver)
-    halved = Mistaken(Implicit(Cholesky()), lambda g: g / 2)
+    halved = Spoiled(Implicit(Cholesky()), lambda g: g / 2)
     assert "drops" not in words(halved)
-    assert "direct term alone" in words(Mistaken(Implicit(Cholesky()), torch.zeros_like))
+    assert "direct term alone" in words(Spoiled(Implicit(Cholesky()), torch.zeros_like))
     early = Problem.from_functions(
         lambda x, y, _: (y["y"] - 3).square().sum(),
         lambda x, y, _: (y["y"] - x["x"].sin()).cosh().sum(),
