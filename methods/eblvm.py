@@ -1,10 +1,9 @@
 """`EBLVM`: what every energy-based latent-variable model can do, whatever trains it."""
 
-import copy
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Self, cast, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -12,18 +11,18 @@ from torch.distributions import Distribution
 
 from bilevel import Alternating, Problem, Solver, Step
 from bilevel.methods.data.visibles import latents
-from bilevel.methods.machines import BoltzmannMachine, from_recipe
+from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim
 from bilevel.methods.models.evaluating import Statistics, evaluating
 from bilevel.methods.models.model import Chains, LatentModel, Start
 from bilevel.methods.networks.units import Change
 from bilevel.methods.training.fit import Evaluate, History, fit
 from bilevel.methods.training.optimizers import adam, trainable
-from bilevel.methods.training.preconditions import begun_with
+from bilevel.methods.training.preconditions import settled
 from bilevel.methods.training.run import Destination
-from bilevel.methods.training.saved import loaded, write_model
-from bilevel.methods.training.settings import Training, refuse_idle, validated
-from bilevel.methods.training.standardising import Units, standardised
+from bilevel.methods.training.saved import built, loaded, write_model
+from bilevel.methods.training.settings import Training
+from bilevel.methods.training.standardising import Units, in_units_of_data, standardised
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
@@ -122,14 +121,15 @@ class EBLVM(Problem):
             CheckpointError: if a run is resumed with settings other than its own.
             DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         """
-        levels = 2 if self.variables("lower") else 1
         destination = Destination(run, resume, overwrite, notes)
-        kept = begun_with(destination, evaluated=evaluate is not None)
-        values = {**self.training_defaults, **kept, **settings}
-        training = validated(Training, values, levels=levels)
-        usual = validated(Training, self.training_defaults)
-        own = optimizers is not None
-        refuse_idle(training, settings, usual, levels=levels, own_optimizers=own)
+        training = settled(
+            settings,
+            self.training_defaults,
+            destination,
+            levels=2 if self.variables("lower") else 1,
+            evaluated=evaluate is not None,
+            own_optimizers=optimizers is not None,
+        )
         with standardised(self, self.admit(data), training.standardise) as rows:
             return fit(
                 self,
@@ -257,13 +257,7 @@ class EBLVM(Problem):
         Raises:
             NotImplementedError: if the energy is no machine.
         """
-        if self.latent_model.machine is None:
-            energy = type(next(self.upper.children())).__name__
-            raise NotImplementedError(
-                f"`{energy}` is no Boltzmann machine of `bilevel.methods.models`; use "
-                "`joint_energy(v, h)` and `posterior(v)`"
-            )
-        return self.latent_model.machine
+        return self.latent_model.known_machine(type(next(self.upper.children())).__name__)
 
     @final
     @property
@@ -283,12 +277,7 @@ class EBLVM(Problem):
         Raises:
             NotImplementedError: if the method has none.
         """
-        if self.latent_model.encoder is None:
-            name = type(self).__name__
-            raise NotImplementedError(
-                f"`{name}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, `BiSM`, `VaGES` do"
-            )
-        return self.latent_model.encoder
+        return self.latent_model.known_encoder(type(self).__name__)
 
     # ------------------------------------------------------------------ visibles
 
@@ -329,11 +318,7 @@ class EBLVM(Problem):
             RuntimeError: while the model is trained on standardised rows.
         """
         if self.units is not None:
-            raise RuntimeError(
-                "the model is being trained on standardised rows; look at a copy in the data's units, "
-                "`other = copy.deepcopy(model); other.in_data_units()`, or give `fit` the function "
-                "`evaluate`, which gets one"
-            )
+            self.units.refuse_visibles()
         return self.as_visibles(self.admit(v))
 
     @final
@@ -360,15 +345,7 @@ class EBLVM(Problem):
         Raises:
             WriteError: if the disk is full, say; what was there before is whole.
         """
-        if self.units is not None:
-            model = copy.deepcopy(self)
-            model.in_data_units()
-            model.save(folder)
-            return
-        about: dict[str, Any] = {"method": type(self).__name__, "recipe": self.recipe}
-        if self.standardised:
-            about["standardised"] = True
-        write_model(folder, self.state_dict(), about)
+        write_model(in_units_of_data(self), folder)
 
     @final
     @classmethod
@@ -391,10 +368,4 @@ class EBLVM(Problem):
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
         """Build the model a recipe describes, by the constructor whose arguments it holds."""
-        options, make = dict(recipe), cast(Any, cls)
-        if "shape" in options:
-            options["shape"] = tuple(options["shape"])
-            return cast(Self, make.for_images(**options))
-        if "model" in options:
-            return cast(Self, make(from_recipe(options.pop("model")), **options))
-        return cast(Self, make.for_table(**options))
+        return built(cls, recipe)

@@ -134,6 +134,39 @@ class LatentModel(ABC):
             )
         return self.latent_dim
 
+    @final
+    def known_machine(self, energy: str) -> BoltzmannMachine:
+        """The Boltzmann machine.
+
+        Args:
+            energy: what to call the energy in the refusal.
+
+        Raises:
+            NotImplementedError: if the energy is no machine.
+        """
+        if self.machine is None:
+            raise NotImplementedError(
+                f"`{energy}` is no Boltzmann machine of `bilevel.methods.models`; use "
+                "`joint_energy(v, h)` and `posterior(v)`"
+            )
+        return self.machine
+
+    @final
+    def known_encoder(self, learner: str) -> VariationalPosterior:
+        """The variational posterior.
+
+        Args:
+            learner: what to call the learner in the refusal.
+
+        Raises:
+            NotImplementedError: if there is none.
+        """
+        if self.encoder is None:
+            raise NotImplementedError(
+                f"`{learner}` has no variational posterior; `AdvIL`, `GeneralBiDVL`, `BiSM`, `VaGES` do"
+            )
+        return self.encoder
+
 
 def attempt(name: str, module: Callable[[Tensor], Any], v: Tensor) -> Any:
     """`module(v)`, whose failure is the caller's mistake.

@@ -1,5 +1,6 @@
 """What must hold before a training starts, and what a resumed one may change."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from bilevel.distributed import from_main, is_main, world_size
 from bilevel.errors import CheckpointError
 from bilevel.methods.training import best
 from bilevel.methods.training.run import Destination, Run
-from bilevel.methods.training.settings import Training
+from bilevel.methods.training.settings import Training, refuse_idle, validated
 
 # what a run does beside training, and when it ends
 _FREE = (
@@ -20,6 +21,35 @@ _FREE = (
     "checkpoint_every",
     "keep_checkpoints",
 )
+
+
+def settled(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    destination: Destination,
+    *,
+    levels: int,
+    evaluated: bool,
+    own_optimizers: bool,
+) -> Training:
+    """All settings of a training.
+
+    Args:
+        given: by the caller, by name.
+        defaults: of the method, where they differ from those of `Training`.
+        destination: says whether a run is resumed, which keeps the settings it was begun with.
+        levels: how many the model has.
+        evaluated: whether the model is evaluated on the way.
+        own_optimizers: whether the caller brought optimizers.
+
+    Raises:
+        ValueError: naming each bad setting, or the first that would change nothing.
+    """
+    kept = begun_with(destination, evaluated=evaluated)
+    training = validated(Training, {**defaults, **kept, **given}, levels=levels)
+    usual = validated(Training, dict(defaults))
+    refuse_idle(training, given, usual, levels=levels, own_optimizers=own_optimizers)
+    return training
 
 
 def check_start(

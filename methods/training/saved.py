@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from bilevel.methods.machines import from_recipe
 from bilevel.methods.training.json_lines import read_document, write_document
 from bilevel.methods.training.schemas import Model
 from bilevel.methods.training.weights import fill_module, read_weights, write_weights
@@ -21,9 +22,11 @@ class Saved(Protocol):
     """A model that can be made of plain values.
 
     Attributes:
+        recipe: these values; `None` if it was made of the caller's own modules.
         standardised: whether it was trained on standardised rows.
     """
 
+    recipe: dict[str, Any] | None
     standardised: bool
 
     @classmethod
@@ -32,20 +35,16 @@ class Saved(Protocol):
         ...
 
 
-def write_model(
-    folder: str | os.PathLike[str], weights: Mapping[str, Tensor], about: dict[str, Any]
-) -> None:
+def write_model(model: Saved, folder: str | os.PathLike[str]) -> None:
     """Write both files.
-
-    Args:
-        folder: where.
-        weights: by name.
-        about: what the model is, as plain values.
 
     Raises:
         WriteError: if the disk is full, say; what was there before is whole.
     """
-    write_weights(Path(folder) / WEIGHTS, weights, about)
+    about: dict[str, Any] = {"method": type(model).__name__, "recipe": model.recipe}
+    if model.standardised:
+        about["standardised"] = True
+    write_weights(Path(folder) / WEIGHTS, cast(nn.Module, model).state_dict(), about)
     write_document(Path(folder) / ABOUT, about)
 
 
@@ -76,6 +75,17 @@ def read_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if saved is not None and own.is_floating_point() and own.dtype != saved.dtype:
             own.data = own.data.to(saved.dtype)
     fill_module(model, weights, path)
+
+
+def built(kind: type[AnyModel], recipe: dict[str, Any]) -> AnyModel:
+    """A model by the constructor whose arguments its recipe holds."""
+    options, make = dict(recipe), cast(Any, kind)
+    if "shape" in options:
+        options["shape"] = tuple(options["shape"])
+        return cast(AnyModel, make.for_images(**options))
+    if "model" in options:
+        return cast(AnyModel, make(from_recipe(options.pop("model")), **options))
+    return cast(AnyModel, make.for_table(**options))
 
 
 def rebuilt(kind: type[AnyModel], recipe: dict[str, Any], source: Path) -> AnyModel:

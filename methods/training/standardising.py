@@ -11,11 +11,12 @@ the data as they came. The layers of posteriors, samplers and autoencoders next 
 rewritten alike.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import NoReturn, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from torch import Tensor
 from bilevel.methods.networks.units import Change
 
 _FAR, _NARROW = 5.0, 0.01  # means and deviations beyond these are remarked
+
+AnyModel = TypeVar("AnyModel", bound="Standardised")
 
 
 class Standardised(Protocol):
@@ -69,6 +72,27 @@ class Units:
     def enter(self, model: Standardised) -> None:
         """The inverse."""
         _rewrite(model, -self.mean / self.deviation, 1 / self.deviation)
+
+    def refuse_visibles(self) -> NoReturn:
+        """Refuse to look at rows of the data with a model of standardised ones.
+
+        Raises:
+            RuntimeError: always, with what to do instead.
+        """
+        raise RuntimeError(
+            "the model is being trained on standardised rows; look at a copy in the data's units, "
+            "`other = copy.deepcopy(model); other.in_data_units()`, or give `fit` the function "
+            "`evaluate`, which gets one"
+        )
+
+
+def in_units_of_data(model: AnyModel) -> AnyModel:
+    """The model, or, if it is being trained on standardised rows, a copy in the units of the data."""
+    if model.units is None:
+        return model
+    copied = copy.deepcopy(model)
+    copied.in_data_units()
+    return copied
 
 
 @contextmanager
