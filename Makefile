@@ -8,11 +8,13 @@
 # VENV=path           where the environment lives
 # PIPFLAGS=...        passed on to pip, e.g. --no-compile (faster set-up)
 # WORKERS=2           test processes
+# TORCH=2.11.0        version of torch for `make wheel`; the newest without
 
 PYTHON   ?= python3
 VENV     ?= .venv
 PIPFLAGS ?=
 WORKERS  ?= 2
+TORCH    ?=
 
 BIN  := $(VENV)/bin
 OK   := $(VENV)/.ok
@@ -22,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 CODE := bilevel methods tests $(wildcard examples benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format lint types unit doctest examples docs faults constraints clean
+.PHONY: help setup demo test format lint types unit doctest examples docs faults wheel constraints clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -73,6 +75,13 @@ docs: $(OK)  ## build the site, every warning an error
 
 faults: $(OK)  ## before a release: hundreds of damaged files and signals, some minutes
 	@$(PYTEST) -m faults --capture no tests/test_faults.py
+
+wheel: $(OK)  ## before a release: use the built wheel in a clean environment of PYTHON and TORCH
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+	$(BIN)/python -m build --wheel --outdir "$$dir" . > "$$dir/log" 2>&1 || { cat "$$dir/log"; exit 1; } && \
+	$(PYTHON) -m venv "$$dir/venv" && \
+	"$$dir/venv/bin/python" $(PIP) "$$dir"/bilevel-*.whl $(if $(TORCH),'torch==$(TORCH)') && \
+	"$$dir/venv/bin/python" -W error::DeprecationWarning:bilevel tests/installed.py README.md
 
 constraints:  ## renew constraints.txt: the newest versions that install together
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \

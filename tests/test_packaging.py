@@ -7,12 +7,14 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import bilevel
 from tests.test_house_rules import ROOT, project_files, python_files
 
 # One test process for all of them: they share the built archives.
@@ -117,6 +119,14 @@ def test_installed_wheel_imports_away_from_the_checkout(
         assert Path(origin).is_relative_to(packages), origin
     script = python.with_name("bilevel" + python.suffix)
     assert script.is_file()
+
+
+def test_one_version_everywhere() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert bilevel.__version__ == version
+    assert f"\nversion: {version}\n" in citation
 
 
 def test_checkout_without_links_imports(tmp_path: Path) -> None:
