@@ -58,6 +58,23 @@ class Step:
     seconds: float
     state: State
 
+    def numbers(self) -> dict[str, float]:
+        """Losses, what they logged, norms and the time, as plain numbers (waits for the device)."""
+        stats = self.hypergradient.stats
+        optional = {
+            "lower_loss": self.lower_loss,
+            "lower_residual": self.lower_residual,
+            "linear_residual": stats.linear_residual,
+        }
+        return {
+            "seconds": round(self.seconds, 4),
+            "upper_loss": float(self.upper_loss),
+            **{name: float(value) for name, value in self.logs.items()},
+            "direct_norm": float(stats.direct_norm),
+            "response_norm": float(stats.response_norm),
+            **{name: float(value) for name, value in optional.items() if value is not None},
+        }
+
 
 def train(
     problem: Problem,

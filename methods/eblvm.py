@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bilevel import Alternating, Problem, Solver, Step
+from bilevel.loggers.base import Logger
 from bilevel.methods.data.visibles import latents
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim
@@ -19,6 +20,7 @@ from bilevel.methods.networks.units import Change
 from bilevel.methods.training.fit import Evaluate, History, fit
 from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import settled
+from bilevel.methods.training.progress import Wish, showing
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.saved import built, loaded, write_model
 from bilevel.methods.training.settings import Training
@@ -93,6 +95,8 @@ class EBLVM(Problem):
         optimizers: tuple[Optimizers, Optimizers] | None = None,
         notes: dict[str, Any] | None = None,
         evaluate: Evaluate | None = None,
+        progress: Wish = "auto",
+        loggers: Iterable[Logger] = (),
         **settings: Any,
     ) -> History:
         """Train the model in place; with `ema` it has the averaged weights at the end.
@@ -110,6 +114,9 @@ class EBLVM(Problem):
             evaluate: called every `evaluate_every` steps with a copy of the model; returns numbers by
                 name. The best copy is kept in `run/best`, by the number that the setting `best` names,
                 such as "log_likelihood" or "lowest my_number".
+            progress: "auto" shows a bar on a terminal and in a notebook, `True` also prints lines
+                elsewhere, `False` shows nothing.
+            loggers: told all numbers and some pictures, such as `bilevel.loggers.TensorBoard(folder)`.
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
@@ -130,7 +137,10 @@ class EBLVM(Problem):
             evaluated=evaluate is not None,
             own_optimizers=optimizers is not None,
         )
-        with standardised(self, self.admit(data), training.standardise) as rows:
+        with (
+            showing(progress, training, destination.taken) as bars,
+            standardised(self, self.admit(data), training.standardise) as rows,
+        ):
             return fit(
                 self,
                 rows,
@@ -138,8 +148,9 @@ class EBLVM(Problem):
                 destination=destination,
                 solver=solver,
                 optimizers=optimizers,
-                callbacks=callbacks,
+                callbacks=[*bars, *callbacks],
                 evaluate=evaluate,
+                loggers=loggers,
             )
 
     @final

@@ -50,11 +50,13 @@ def trained(
     evaluate: Callable[[EBLVM], dict[str, float]] | None = None,
     resume: bool = False,
     callbacks: Any = (),
+    loggers: Any = (),
     **settings: Any,
 ) -> History:
     return model.fit(
         data(),
         callbacks=callbacks,
+        loggers=loggers,
         run=run,
         resume=resume,
         evaluate=evaluate,

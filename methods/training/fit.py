@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel import Batches, DivergenceError, Solver, Step
 from bilevel.distributed import any_rank, is_main, world_size
+from bilevel.loggers.base import Logger, check_loggers
 from bilevel.methods.training.history import History as History
 from bilevel.methods.training.history import record as record
 from bilevel.methods.training.journal import Journal
+from bilevel.methods.training.logged import Logged
 from bilevel.methods.training.preconditions import check_start, refuse_changes
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.settings import Training
@@ -38,6 +41,7 @@ def fit(
     optimizers: tuple[Optimizers, Optimizers] | None = None,
     callbacks: Iterable[Callable[[Step], object]] = (),
     evaluate: Evaluate | None = None,
+    loggers: Iterable[Logger] = (),
 ) -> History:
     """Train `model` on checked data; see `EBLVM.fit`.
 
@@ -55,6 +59,7 @@ def fit(
         MemoryError: if memory runs out, with the batch size that would fit.
     """
     solver = model.default_solver() if solver is None else solver
+    told = check_loggers(loggers)
     check_start(data, training, destination, evaluated=evaluate is not None)
     folder, resume = destination.folder, destination.resume
     if folder is not None and is_main():
@@ -72,12 +77,14 @@ def fit(
         resume=folder.checkpoint_path if folder is not None and resume else None,
         check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
     )
-    if folder is not None and not resume and is_main():
-        notes = destination.notes or {}
-        folder.begin({**_configuration(model, training, solver, data), "notes": notes})
-    journal, called = Journal(model, training, folder, evaluate), list(callbacks)
+    configuration = _configuration(model, training, solver, data, destination.notes)
+    logged = Logged(told, training, _some(model, data))
+    journal, called = Journal(model, training, folder, evaluate, logged), list(callbacks)
     ended = False
     try:
+        logged.begin(configuration, destination.taken)
+        if folder is not None and not resume and is_main():
+            folder.begin(configuration)
         while not ended:
             with _advised(model, training, solver, tuple(data.shape[1:])):
                 step = next(steps, None)
@@ -91,11 +98,23 @@ def fit(
         if folder is not None and folder.checkpoint_path.exists():
             error.add_note(f"The last good checkpoint is `{folder.checkpoint_path}`")
         raise
+    finally:
+        logged.close()
     return replace(journal.close(), solver=solver)
 
 
+def _some(model: Trainable, data: Tensor) -> Tensor:
+    """Some rows from all over the data, as the networks take them."""
+    rows = torch.linspace(0, len(data) - 1, min(len(data), 32)).long()
+    return model.as_visibles(data[rows.to(data.device)])
+
+
 def _configuration(
-    model: Trainable, training: Training, solver: Solver, data: Tensor
+    model: Trainable,
+    training: Training,
+    solver: Solver,
+    data: Tensor,
+    notes: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run's configuration as plain values."""
     return {
@@ -104,6 +123,7 @@ def _configuration(
         "training": training.model_dump(mode="json"),
         "solver": repr(solver),
         "data": {"shape": list(data.shape)},
+        "notes": notes or {},
     }
 
 

@@ -18,6 +18,7 @@ class History:
         evaluations: one dict of plain numbers per `evaluate_every` steps.
         solver: how the hypergradient was computed.
         total: upper steps of the run so far, those before it was resumed included.
+        stopped: what ended it early and at which step, a sentence; `None` if it went to its end.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -26,6 +27,7 @@ class History:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     solver: Solver | None = None
     total: int = 0
+    stopped: str | None = None
 
     @property
     def steps_per_second(self) -> float:
@@ -34,20 +36,7 @@ class History:
 
 
 def record(step: Step) -> dict[str, Any]:
-    """A step as plain numbers (waits for the device)."""
-    stats, result = step.hypergradient.stats, step.hypergradient.result
-    optional = {
-        "lower_loss": step.lower_loss,
-        "lower_residual": step.lower_residual,
-        "linear_residual": stats.linear_residual,
-    }
-    return {
-        "step": step.number,
-        "seconds": round(step.seconds, 4),
-        "upper_loss": float(step.upper_loss),
-        **{name: float(value) for name, value in step.logs.items()},
-        "direct_norm": float(stats.direct_norm),
-        "response_norm": float(stats.response_norm),
-        **{name: float(value) for name, value in optional.items() if value is not None},
-        **({} if result is Result.SUCCESS else {"result": result.name.lower()}),
-    }
+    """A step as plain numbers (waits for the device), and how its hypergradient ended if not well."""
+    result = step.hypergradient.result
+    ended = {} if result is Result.SUCCESS else {"result": result.name.lower()}
+    return {"step": step.number, **step.numbers(), **ended}

@@ -13,7 +13,9 @@ from bilevel.checkpoint import read_checkpoint
 from bilevel.distributed import is_main
 from bilevel.methods.training import best
 from bilevel.methods.training.history import History, record
-from bilevel.methods.training.run import Run
+from bilevel.methods.training.logged import Logged
+from bilevel.methods.training.progress import why_stopped
+from bilevel.methods.training.run import Run, sentence
 from bilevel.methods.training.settings import Training
 from bilevel.methods.training.trainable import Evaluate, Trainable
 
@@ -30,15 +32,22 @@ class Journal:
         training: says what is due when.
         folder: of the run, if there is one.
         evaluate: measures a copy of the model every `evaluate_every` steps.
+        logged: the loggers that are told.
     """
 
     def __init__(
-        self, model: Trainable, training: Training, folder: Run | None, evaluate: Evaluate | None
+        self,
+        model: Trainable,
+        training: Training,
+        folder: Run | None,
+        evaluate: Evaluate | None,
+        logged: Logged,
     ) -> None:
         self.model = model
         self.training = training
         self.folder = folder
         self.evaluate = evaluate
+        self.logged = logged
         self._records: list[dict[str, Any]] = []
         self._evaluations: list[dict[str, Any]] = []
         self._before = 0  # steps taken before this training went on
@@ -55,10 +64,11 @@ class Journal:
 
     def write(self, step: Step, *, ended: bool) -> None:
         """Write down what is due after this step."""
-        measured = None
         every = self.training.evaluate_every or 1
-        if self.evaluate is not None and is_main() and step.number % every == 0:
-            measured = _measured(self.model, step, self.evaluate)
+        asked = self.evaluate if is_main() and step.number % every == 0 else None
+        looked = self.logged.due(step.number, ended=ended)
+        side = _copy(self.model, step) if asked or looked else None
+        measured = None if side is None or asked is None else _measured(side, step, asked)
         due = ended or step.number % self.training.log_every == 0
         line = record(step) if due else None
         if self.folder is not None:
@@ -66,6 +76,12 @@ class Journal:
         else:
             self._records += [line] if line is not None else []
             self._evaluations += [measured.record] if measured is not None else []
+        if line is not None:
+            self.logged.line(line)
+        if measured is not None:
+            self.logged.evaluation(measured.record)
+        if looked and side is not None:
+            self.logged.pictures(side, step.number)
 
     def close(self) -> History:
         """Leave the model as it is to be used, save it, and tell what was recorded."""
@@ -80,7 +96,12 @@ class Journal:
         if self._last is None:  # a finished run was resumed
             return History(records, evaluations=evaluations, total=self.training.num_steps)
         number, seconds = self._last.number, self._last.seconds
-        return History(records, number - self._before, seconds, evaluations, total=number)
+        by = why_stopped(self._last, self.training)
+        if by is not None and self.folder is not None and is_main():
+            self.folder.stop(number, by)
+        stopped = None if by is None else sentence(by, number, self.training.num_steps)
+        taken = number - self._before
+        return History(records, taken, seconds, evaluations, total=number, stopped=stopped)
 
     def _to_disk(
         self,
@@ -127,21 +148,26 @@ class _Measured:
     record: dict[str, Any]
 
 
-def _measured(model: Trainable, step: Step, evaluate: Evaluate) -> _Measured | None:
-    """Evaluate a copy; `None` if its weights are not finite, which the next losses will report."""
+def _copy(model: Trainable, step: Step) -> Any:
+    """A copy to look at; `None` if its weights are not finite, which the next losses will report."""
     side: Any = copy.deepcopy(model if step.state.average is None else step.state.average)
     if not all(bool(p.isfinite().all()) for p in side.parameters()):
         return None
     side.eval().in_data_units()
+    return side
+
+
+def _measured(model: Trainable, step: Step, evaluate: Evaluate) -> _Measured:
+    """Evaluate a copy."""
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            results = evaluate(side)
+            results = evaluate(model)
     except Exception as error:
         error.add_note(f"in the evaluation after step {step.number}")
         raise
     numbers = {name: float(value) for name, value in results.items()}
-    return _Measured(side, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})
+    return _Measured(model, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})
 
 
 def _average(step: Step | None, folder: Run | None) -> dict[str, Any]:

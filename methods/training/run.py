@@ -122,12 +122,47 @@ class Run:
         return read_document(self.config_path, Config)
 
     def prolong(self, training: dict[str, Any]) -> None:
-        """Record the length of a run that is resumed: its number of steps and its time."""
+        """Record that a run goes on: its number of steps and its time, and that it is not stopped."""
         config = self.config()
         length = {name: training[name] for name in _LENGTH}
-        if any(config["training"].get(name) != value for name, value in length.items()):
+        stopped = config.pop("stopped", None) is not None
+        if stopped or any(config["training"].get(n) != value for n, value in length.items()):
             config["training"] |= length
             write_document(self.config_path, config)
+
+    def stop(self, step: int, by: str) -> None:
+        """Record that the training ended before its last step.
+
+        Args:
+            step: the last one taken.
+            by: what ended it, such as "the clock" or "Ctrl-C".
+        """
+        config = self.config()
+        steps = config["training"]["num_steps"]
+        stopped = {"step": step, "num_steps": steps, "by": by}
+        write_document(self.config_path, {**config, "stopped": stopped})
+
+    def stopped(self) -> str | None:
+        """What ended the training early and at which of how many steps; `None` if it went to its end.
+
+        Of one that was killed, or still runs, the step of the newest checkpoint is told.
+
+        Raises:
+            ValueError: if the configuration is damaged.
+        """
+        config = self.config()
+        if (stopped := config.get("stopped")) is not None:
+            return sentence(stopped["by"], stopped["step"], stopped["num_steps"])
+        steps = config.get("training", {}).get("num_steps")
+        if steps is None or not self.checkpoint_path.is_file():
+            return None
+        try:
+            step = int(glance(self.checkpoint_path)["step"])
+        except bilevel.CheckpointError:  # nobody who only looks needs it
+            return None
+        if step >= steps:
+            return None
+        return f"not ended; the newest checkpoint is that of step {step:,} of {steps:,}"
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line of metrics."""
@@ -299,6 +334,24 @@ class Destination:
     def folder(self) -> Run | None:
         """The folder of the run, if there is to be one."""
         return None if self.run is None else Run(self.run)
+
+    @property
+    def taken(self) -> int:
+        """Steps that the run has taken before it goes on: that of its newest checkpoint."""
+        there = self.folder if self.resume else None
+        if there is None or not there.checkpoint_path.is_file():
+            return 0
+        return int(glance(there.checkpoint_path)["step"])
+
+
+def sentence(by: str, step: int, steps: int) -> str:
+    """How a training that was stopped early is told of.
+
+    Example:
+        >>> sentence("the clock", 231, 2000)
+        'stopped by the clock at step 231 of 2,000'
+    """
+    return f"stopped by {by} at step {step:,} of {steps:,}"
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,15 @@ class Notes(BaseModel, extra="allow", strict=True):
 
 
 @final
+class Stopped(BaseModel, extra="allow", strict=True):
+    """A training that ended before its last step."""
+
+    step: int = Field(ge=1)
+    num_steps: int = Field(ge=1)
+    by: str
+
+
+@final
 class Config(BaseModel, extra="allow", strict=True):
     """`config.json` of a run: all that `fit` writes, or only notes."""
 
@@ -39,6 +48,7 @@ class Config(BaseModel, extra="allow", strict=True):
     data: DataShape | None = None
     notes: Notes = Field(Notes())
     versions: dict[str, str] = Field({})
+    stopped: Stopped | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -37,6 +37,10 @@ class Trainable(Protocol):
         """Shape of one visible, `None` if any will do."""
 
     @property
+    def visible_range(self) -> tuple[float, float] | None:
+        """Smallest and largest value of a visible, `None` if unbounded."""
+
+    @property
     def device(self) -> torch.device:
         """Where its parameters are."""
 
@@ -57,6 +61,12 @@ class Trainable(Protocol):
 
     def in_data_units(self) -> None:
         """Become a model of the rows as they came, if it is trained on standardised ones."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw visibles, where the model can."""
+
+    def reconstruct(self, v: Any) -> Tensor:
+        """Visibles through the latent, where the model can."""
 
     def save(self, folder: Path) -> None:
         """Write what it is and its weights into a folder."""

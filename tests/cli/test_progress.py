@@ -2,8 +2,8 @@
 
 import pytest
 
-from bilevel.cli import progress as progress_module
-from bilevel.cli.progress import Progress
+from bilevel.methods.training import progress as progress_module
+from bilevel.methods.training.progress import Progress
 from bilevel.methods import Training
 from tests.runs import step
 
