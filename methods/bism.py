@@ -29,7 +29,7 @@ from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Solver, 
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models.coupled import Coupled, with_posterior
 from bilevel.methods.models.deep_images import deep_images
-from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps
+from bilevel.methods.models.langevin import PUBLISHED, AnnealedLangevin, LangevinSteps, Steps
 from bilevel.methods.models.machine import MachineModel
 from bilevel.methods.objectives.posterior import (
     Divergence,
@@ -125,7 +125,7 @@ class BiSM(EBLVM):
         check_real_visibles(model, "BiSM")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
         self.posterior_fit = PosteriorFit(divergence, expectation)
-        dynamics = Langevin(langevin, self.objective.blur)
+        dynamics = AnnealedLangevin(langevin, self.objective.blur)
         self.latent_model = with_posterior(model, posterior, dynamics)
         self.posterior_fit.check(model, self.encoder)
         self.upper = nn.ModuleDict({"model": model})

@@ -15,8 +15,10 @@ from bilevel.methods.data.visibles import latents
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim
 from bilevel.methods.models.evaluating import Statistics, evaluating
+from bilevel.methods.models.gradients import EnergyFunction, attached, chains_of, score_of
 from bilevel.methods.models.model import Chains, LatentModel, Start
 from bilevel.methods.networks.units import Change
+from bilevel.methods.samplers import Sampler
 from bilevel.methods.training.fit import Evaluate, History, fit
 from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import settled
@@ -28,6 +30,7 @@ from bilevel.methods.training.standardising import Units, in_units_of_data, stan
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
+from bilevel.refusals import flag
 
 
 class EBLVM(Problem):
@@ -173,14 +176,32 @@ class EBLVM(Problem):
     # ------------------------------------------------------------------ the trained model
 
     @final
-    def energy(self, v: Any) -> Tensor:
+    def energy(self, v: Any, *, grad: bool = False) -> Tensor:
         """Free energy of visibles up to a constant, or the bound on it, shape (n,); low where mass is.
 
-        Each row's depends on that row alone: batch norm always uses running statistics here.
+        Each row's depends on that row alone: batch norm always uses running statistics here. With `grad`
+        it is differentiable in v, if that is a tensor, and in the parameters.
         """
-        v = self.check(v)
+        rows = self.check(v)
+        if flag("grad", grad):
+            return self.energy_function.forward(attached(v, rows))
         with self.evaluating("running"):
-            return self.latent_model.energy(v)
+            return self.latent_model.energy(rows)
+
+    @final
+    @property
+    def energy_function(self) -> EnergyFunction:
+        """`energy` as a module v -> (n,), differentiable and unchecked: for samplers, of any library."""
+        return EnergyFunction(self)
+
+    @final
+    def score(self, v: Any) -> Tensor:
+        """The score of real visibles: minus the gradient of `energy` in them, as a constant, shape of v.
+
+        Raises:
+            NotImplementedError: if visibles are no real numbers.
+        """
+        return score_of(self, self.check(v))
 
     @final
     def sample(
@@ -190,6 +211,7 @@ class EBLVM(Problem):
         *,
         start: Start | None = None,
         sweeps: int | None = None,
+        sampler: Sampler | None = None,
     ) -> Tensor:
         """Draw n visibles from the model.
 
@@ -205,12 +227,16 @@ class EBLVM(Problem):
                 independent draws, for which the first hidden layer is enumerated. By default "exact" up
                 to 12 units, else "chains" if there are any, else "coins".
             sweeps: block Gibbs sweeps from there, 1,000 by default; none for "exact".
+            sampler: `Langevin(...)` or `HamiltonianMonteCarlo(...)` on `energy`, for real visibles. Then
+                `start` may be visibles, "noise", or "model" for the model's own draws, the default
+                where these take no Langevin dynamics.
 
         Raises:
             TypeError: if a number is not an integer.
             ValueError: if one is not positive, for visibles the machine does not take, an unknown
                 start or one that is not there, or for chains where the model is sampled otherwise.
-            NotImplementedError: if the model cannot be sampled.
+            NotImplementedError: if the model cannot be sampled, or not by that sampler.
+            FloatingPointError: if chains of a sampler left all bounds.
         """
         check_dim("n", n)
         if start is not None and not isinstance(start, str):
@@ -218,6 +244,8 @@ class EBLVM(Problem):
         left = self._buffers.get("chains")
         left = None if left is None or len(left) == 0 else left
         chains = Chains(start, sweeps, left, type(self).__name__)
+        if sampler is not None:
+            return chains_of(self, sampler, n, generator, chains)
         with self.evaluating():
             return self.latent_model.sample(n, generator, chains)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import as_machine
-from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps
+from bilevel.methods.models.langevin import PUBLISHED, AnnealedLangevin, LangevinSteps, Steps
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.models.marginal import Marginal
 from bilevel.methods.networks.build import build
@@ -81,7 +81,7 @@ class ScoreMatching(EBLVM):
         check_real_visibles(model, "ScoreMatching")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
         self.upper, self.lower = nn.ModuleDict({"model": model}), nn.ModuleDict()
-        dynamics = Langevin(langevin, self.objective.blur)
+        dynamics = AnnealedLangevin(langevin, self.objective.blur)
         if as_machine(model) is None:
             self.latent_model = Marginal(Visibles(), network=model, langevin=dynamics)
             return

@@ -118,7 +118,7 @@ class VAE(EBLVM):
         bits = visible == "bernoulli"
         limits = (0.0, 1.0) if bits else visible_range
         self.latent_model = Directed(
-            Visibles(visible_shape, limits, binary=bits and not grey),
+            Visibles(visible_shape, limits, binary=bits and not grey, bits=bits),
             encoder=posterior,
             decoder=decoder,
             bits=bits,

@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models.coupled import Coupled, with_posterior
 from bilevel.methods.models.deep_images import deep_images
-from bilevel.methods.models.langevin import PUBLISHED, Langevin, LangevinSteps, Steps, refined
+from bilevel.methods.models.langevin import (
+    PUBLISHED,
+    AnnealedLangevin,
+    LangevinSteps,
+    Steps,
+    refined,
+)
 from bilevel.methods.models.machine import MachineModel
 from bilevel.methods.objectives.posterior import (
     Divergence,
@@ -220,7 +226,9 @@ class VaGES(EBLVM):
         self.regression = cast("Regression | None", regression)
         check_real_visibles(model, "VaGES")
         self.posterior_fit = PosteriorFit(divergence, expectation)
-        dynamics = Langevin(langevin, 0.0 if self.regression is None else self.regression.blur)
+        dynamics = AnnealedLangevin(
+            langevin, 0.0 if self.regression is None else self.regression.blur
+        )
         self.latent_model = with_posterior(model, posterior, dynamics)
         self.posterior_fit.check(model, self.encoder)
         if latent_steps:
@@ -277,7 +285,7 @@ class VaGES(EBLVM):
             groups = self.samples(points.visible, latent, langevin).groups(GROUPS)
             for_score, for_slope, for_covariance = groups
         slope, directions = slope_and_directions(for_slope, for_covariance)
-        value, z = self._compare(points, self.score(for_score), slope.detach())
+        value, z = self._compare(points, self.estimated_score(for_score), slope.detach())
         surrogate = (z * slope).flatten(1).sum(1)
         if self.covariance:
             (along,) = torch.autograd.grad(surrogate.sum(), directions, retain_graph=True)
@@ -294,7 +302,8 @@ class VaGES(EBLVM):
             noise: the posterior's, shape (n, S, d).
             langevin: of the steps, shape (n, steps, S, d).
         """
-        drawn = self.encoder.exact(v, noise.transpose(0, 1))
+        with torch.no_grad():
+            drawn = self.encoder.exact(v, noise.transpose(0, 1))
         h, weight = (x.transpose(0, 1).contiguous() for x in (drawn.latent, drawn.weight))
         with torch.enable_grad():
             v = v.detach().requires_grad_()
@@ -302,7 +311,7 @@ class VaGES(EBLVM):
             h = refined(energies, h, langevin.transpose(0, 1), self.latent_rate, self.latent_noise)
             return Samples(v, h, -energies(h), weight)
 
-    def score(self, samples: Samples) -> Tensor:
+    def estimated_score(self, samples: Samples) -> Tensor:
         """VaES, a constant, shape (n, ...); with less variance if that was asked for."""
         v, h, log_density, weight = samples
         with torch.enable_grad():

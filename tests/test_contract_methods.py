@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import bilevel.methods
 from bilevel.methods import DBM, EBLVM, RBM, GaussianDBM, GaussianRBM
+from bilevel.methods.samplers import HamiltonianMonteCarlo
 from tests.devices import DEVICES
 from tests.method_rows import ROWS, Row, machine, rng
 
@@ -648,6 +649,53 @@ def test_chains_are_a_machine_s(name: str, device: str) -> None:
     with untouched(device):
         assert within(model, sample(1))
     assert_same(sample(1), sample(1))
+
+
+@over_rows("score")
+def test_the_score_is_minus_the_slope_of_the_energy(name: str) -> None:
+    """By differences along a direction, which know nothing of graphs; refused where there is none."""
+    row, model = ROWS[name], kept(name, "cpu")
+    v = row.data(6)
+    before = tensors(model)
+    if not model.latent_model.visibles.real:
+        with pytest.raises(
+            NotImplementedError, match=f"`{type(model).__name__}` are (bits|numbers)"
+        ):
+            model.score(v)
+        return
+    score, energy = model.score(v), model.energy_function
+    assert_same(model.score(v), score)
+    along, size = torch.randn(v.shape, generator=rng(7), dtype=v.dtype), 1e-6
+    with torch.no_grad():
+        one, two = (energy(v + k * size * along) - energy(v - k * size * along) for k in (1, 2))
+    slope = (8 * one - two) / (12 * size)
+    assert_close((-score * along).flatten(1).sum(1), slope, rtol=1e-6, atol=1e-7)
+    graph = model.energy(v, grad=True)
+    assert_same(graph.detach(), model.energy(v))
+    assert graph.requires_grad
+    assert_same(tensors(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@each_device
+@over_rows("sampler")
+def test_samplers_start_anywhere_and_change_nothing(name: str, device: str) -> None:
+    row, model = ROWS[name], kept(name, device)
+    before = tensors(model)
+    sampler = HamiltonianMonteCarlo(num_steps=1, step_size=0.02, num_leapfrog=2)
+    for start in (row.data(2).to(device), "noise"):
+        ask = partial(model.sample, 3, sampler=sampler, start=start)
+        if not model.latent_model.visibles.real:
+            with pytest.raises(NotImplementedError, match="needs a density over real visibles"):
+                ask()
+            continue
+        with untouched(device):
+            one, other = (ask(rng(1, model.device)) for _ in range(2))
+        assert_same(other, one)
+        assert one.shape == row.data(3).shape
+        assert one.dtype == torch.float64
+        assert within(model, one)
+    assert_same(tensors(model), before)
 
 
 def within(model: EBLVM, v: Tensor) -> bool:

@@ -163,7 +163,7 @@ FLOORS = (
     ("a paper", "evaluation"),
     ("eblvm",),
     ("models",),
-    ("objectives", "likelihood"),
+    ("objectives", "likelihood", "samplers"),
     ("variational",),
     ("training",),
     ("machines",),

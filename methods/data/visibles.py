@@ -23,6 +23,7 @@ class Visibles:
         shape: of one visible, `None` if any will do.
         range: smallest and largest value, `None` if unbounded.
         binary: whether they must be exactly 0 or 1.
+        bits: whether the model's distribution is one of bits; values between stand for probabilities.
         table: of an energy that is a table: how many rows it has; visibles are their numbers.
 
     Example:
@@ -34,6 +35,12 @@ class Visibles:
     range: tuple[float, float] | None = None
     binary: bool = False
     table: int | None = None
+    bits: bool = False
+
+    @property
+    def real(self) -> bool:
+        """Whether the model is a density over real numbers, which has a gradient."""
+        return self.table is None and not (self.binary or self.bits)
 
     def admitted(self, data: Any, like: Tensor) -> Tensor:
         """Visibles that were looked at, on the device and in the dtype of `like`.

@@ -234,7 +234,8 @@ class BoltzmannMachine(nn.Module, ABC):
     @property
     def visibles(self) -> Visibles:
         """What visibles it takes."""
-        return Visibles((self.visible_dim,), self.visible_range, self.binary)
+        bits = self.visible_range is not None
+        return Visibles((self.visible_dim,), self.visible_range, self.binary, bits=bits)
 
     @property
     def enumerable(self) -> bool:

@@ -12,7 +12,7 @@ from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.likelihood.free_energy import free_energy_bound
 from bilevel.methods.machines import as_machine
 from bilevel.methods.models.chunks import chunked, chunked_distribution
-from bilevel.methods.models.langevin import Langevin
+from bilevel.methods.models.langevin import AnnealedLangevin
 from bilevel.methods.models.machine import MachineModel
 from bilevel.methods.models.model import Chains, LatentModel, check_pairs, probed_draws
 from bilevel.methods.objectives.posterior import energies_of
@@ -36,7 +36,7 @@ class Coupled(LatentModel):
 
     network: nn.Module
     encoder: VariationalPosterior = field()
-    langevin: Langevin = field()
+    langevin: AnnealedLangevin = field()
     draws_by_chains: ClassVar[bool] = True
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Coupled(LatentModel):
 
 
 def with_posterior(
-    energy: nn.Module, posterior: VariationalPosterior | None, langevin: Langevin
+    energy: nn.Module, posterior: VariationalPosterior | None, langevin: AnnealedLangevin
 ) -> MachineModel | Coupled:
     """The model of an energy and a posterior of its latents.
 

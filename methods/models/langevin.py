@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.samplers.langevin import langevin_step
+from bilevel.methods.samplers.slopes import slopes
 from bilevel.methods.variational.base import normal_like
 
 Steps: TypeAlias = tuple[int, int, int]
@@ -70,7 +72,7 @@ def annealed_langevin(
     for temperature in temperatures(steps, hottest):
         noise = math.sqrt(temperature) * size
         state = [
-            x - 0.5 * size**2 * slope + noise * normal_like(x, generator)
+            langevin_step(x, slope, normal_like(x, generator), 0.5 * size**2, noise)
             for x, slope in zip(state, slopes(energy, state), strict=True)
         ]
     return [x - denoise**2 * g for x, g in zip(state, slopes(energy, state), strict=True)]
@@ -78,7 +80,7 @@ def annealed_langevin(
 
 @final
 @dataclass(frozen=True)
-class Langevin:
+class AnnealedLangevin:
     r"""How an energy is sampled: annealed Langevin dynamics in units of the visibles' range.
 
     Args:
@@ -163,7 +165,7 @@ class LangevinSteps:
         """Sample by these from here on."""
         model = learner.latent_model
         hot, falling, cold = three_numbers(steps)
-        langevin = replace(model.langevin or Langevin(), steps=(hot, falling, cold))
+        langevin = replace(model.langevin or AnnealedLangevin(), steps=(hot, falling, cold))
         learner.latent_model = replace(model, langevin=langevin)
 
 
@@ -211,12 +213,5 @@ def refined(
     h = h.detach()
     for epsilon in noise:
         (slope,) = slopes(energy, [h])
-        h = h - 0.5 * rate * slope + scale * epsilon
+        h = langevin_step(h, slope, epsilon, 0.5 * rate, scale)
     return h
-
-
-def slopes(energy: Callable[..., Tensor], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of the summed energy in every variable, as constants."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in state]
-        return torch.autograd.grad(energy(*leaves).sum(), leaves)

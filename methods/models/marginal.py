@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.models.chunks import chunked
-from bilevel.methods.models.langevin import Langevin
+from bilevel.methods.models.langevin import AnnealedLangevin
 from bilevel.methods.models.model import Chains, LatentModel, attempt
 
 
@@ -17,7 +17,7 @@ class Marginal(LatentModel):
     """An energy that is any module v -> (n,)."""
 
     network: nn.Module
-    langevin: Langevin = field()
+    langevin: AnnealedLangevin = field()
     draws_by_chains: ClassVar[bool] = True
 
     def joint_energy(self, v: Tensor, h: Tensor) -> NoReturn:

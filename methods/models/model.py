@@ -11,11 +11,11 @@ from torch.distributions import Distribution
 
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.machines import BoltzmannMachine
-from bilevel.methods.models.langevin import Langevin
+from bilevel.methods.models.langevin import AnnealedLangevin
 from bilevel.methods.networks.units import Change
 from bilevel.methods.variational import Draws, VariationalJoint, VariationalPosterior
 
-Start: TypeAlias = Tensor | Literal["exact", "chains", "coins"]
+Start: TypeAlias = Tensor | Literal["exact", "chains", "coins", "noise", "model"]
 
 
 @final
@@ -23,7 +23,8 @@ class Chains(NamedTuple):
     """What was asked of the Gibbs chains of a machine.
 
     Attributes:
-        start: where they begin: visibles, "exact", "chains" or "coins"; `None` for the default.
+        start: where they begin: visibles, "exact", "chains" or "coins"; `None` for the default. Those
+            of another sampler may begin at "noise", or at draws of the "model", too.
         sweeps: block Gibbs sweeps from there; `None` for the default.
         persistent: first hidden layers where training left its own chains, if it had any.
         learner: who trained it, for refusals.
@@ -44,7 +45,8 @@ class Chains(NamedTuple):
             if value is not None:
                 raise ValueError(
                     f"`{name}` is for the Gibbs chains of a Boltzmann machine, and this model is "
-                    "sampled otherwise; leave it out"
+                    "sampled otherwise; leave it out, or give a `sampler` such as `Langevin(...)`, "
+                    "which starts anywhere"
                 )
 
 
@@ -70,7 +72,7 @@ class LatentModel(ABC):
     encoder: VariationalPosterior | None = field(default=None, kw_only=True)
     sampler: VariationalJoint | None = field(default=None, kw_only=True)
     latent_dim: int | None = field(default=None, kw_only=True)
-    langevin: Langevin | None = field(default=None, kw_only=True)
+    langevin: AnnealedLangevin | None = field(default=None, kw_only=True)
     draws_by_chains: ClassVar[bool] = False
 
     @abstractmethod

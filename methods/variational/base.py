@@ -81,9 +81,8 @@ class VariationalPosterior(nn.Module, ABC):
         mean: Tensor = self.distribution(v).mean
         return mean
 
-    @torch.no_grad()
     def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
-        """Several latents for each visible, exact: bits are 0 or 1.
+        """Several latents for each visible, exact: bits are 0 or 1. Differentiable, bits aside.
 
         Args:
             v: visibles, shape (n, ...).

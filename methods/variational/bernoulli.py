@@ -149,7 +149,6 @@ class BernoulliPosterior(VariationalPosterior):
         """Probabilities of the layer next to the visibles, exact, shape (n, latent_dims[0])."""
         return self.logits(v).sigmoid()
 
-    @torch.no_grad()
     def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
         below, logits, layers = v[None], [], []
         for network, part in zip(self.networks, noise.split(self.latent_dims, dim=2), strict=True):

@@ -60,7 +60,6 @@ class GaussianPosterior(VariationalPosterior):
     def mean(self, v: Tensor) -> Tensor:
         return self.moments(v)[0]
 
-    @torch.no_grad()
     def exact(self, v: Tensor, noise: Tensor) -> ExactDraws:
         mean, log_variance = self.moments(v)
         h = reparameterised(mean, log_variance, noise)
