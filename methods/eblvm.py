@@ -13,10 +13,10 @@ from bilevel import Alternating, Problem, Solver, Step
 from bilevel.loggers.base import Logger
 from bilevel.methods.data.visibles import latents
 from bilevel.methods.machines import BoltzmannMachine
-from bilevel.methods.machines.base import check_dim
 from bilevel.methods.models.evaluating import Statistics, evaluating
-from bilevel.methods.models.gradients import EnergyFunction, attached, chains_of, score_of
+from bilevel.methods.models.gradients import EnergyFunction, attached, score_of
 from bilevel.methods.models.model import Chains, LatentModel, Start
+from bilevel.methods.models.sampling import samples_of
 from bilevel.methods.networks.units import Change
 from bilevel.methods.samplers import Sampler
 from bilevel.methods.training.fit import Evaluate, History, fit
@@ -238,16 +238,9 @@ class EBLVM(Problem):
             NotImplementedError: if the model cannot be sampled, or not by that sampler.
             FloatingPointError: if chains of a sampler left all bounds.
         """
-        check_dim("n", n)
-        if start is not None and not isinstance(start, str):
-            start = self.check(start)
-        left = self._buffers.get("chains")
-        left = None if left is None or len(left) == 0 else left
-        chains = Chains(start, sweeps, left, type(self).__name__)
-        if sampler is not None:
-            return chains_of(self, sampler, n, generator, chains)
-        with self.evaluating():
-            return self.latent_model.sample(n, generator, chains)
+        begin = start if start is None or isinstance(start, str) else self.check(start)
+        chains = Chains(begin, sweeps, self._buffers.get("chains"), type(self).__name__)
+        return samples_of(self, n, generator, chains, sampler)
 
     @final
     def posterior(self, v: Any) -> Distribution:
