@@ -24,6 +24,8 @@ from torch import Tensor
 
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.batches import refuse_no_list
+from bilevel.compile import is_tracing
+from bilevel.devices import elsewhere, global_generators
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.losses.answers import scalar
 from bilevel.losses.hooks import refuse_hooks
@@ -172,7 +174,7 @@ class Oracles:
             self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
             self._upper = {name: p for name, p in upper.items() if name not in self.shared}
             self._buffers = self.slots.buffers()
-        self._devices = [problem.device] if problem.device.type == "cuda" else []
+        self._generators = global_generators(problem.device)
 
     def _variables(self, level: Level) -> Tree:
         variables = self.slots.variables(level)
@@ -235,12 +237,20 @@ class Oracles:
         seed = self.seed + index + rank() * _SEEDS_APART
         with (
             values.in_place(),
-            _fixed_seed(seed, self._devices),
+            _fixed_seed(seed, self._generators),
             self._arithmetic(),
             torch.enable_grad(),
         ):
-            out = self.problem(what, batch)
+            out = self._answer(what, batch)
         return out, dict(zip(self._buffers, values.buffers, strict=True))
+
+    def _answer(self, what: Level | Literal["share"], batch: Any) -> Any:
+        try:
+            return self.problem(what, batch)
+        except (RuntimeError, TypeError) as error:  # torch says which kernel, not which batch
+            if is_tracing() or (said := elsewhere(self.problem, batch)) is None:
+                raise
+            raise ValueError(said) from error
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
@@ -349,11 +359,8 @@ class Oracles:
 
 
 @contextlib.contextmanager
-def _fixed_seed(seed: int, devices: list[torch.device]) -> Iterator[None]:
+def _fixed_seed(seed: int, generators: list[torch.Generator]) -> Iterator[None]:
     """Draw from a fixed seed inside, leave the global generators as they were."""
-    generators = [torch.default_generator] + [
-        torch.cuda.default_generators[d.index or 0] for d in devices
-    ]
     before = [g.get_state() for g in generators]
     for generator in generators:
         generator.manual_seed(seed)

@@ -99,6 +99,7 @@ def train(
     compile: bool = False,
     precision: torch.dtype | None = None,
     ema: float | None = None,
+    move_batches: bool = True,
 ) -> Iterator[Step]:
     """Train a bilevel problem: lower steps, a hypergradient, an upper step, and again.
 
@@ -109,7 +110,8 @@ def train(
     Args:
         problem: the problem; trained in place, in the mode (train or eval) its modules are in.
         data: a pytree of tensors, a `DataLoader` or another iterable of batches, a source with
-            `state_dict`, or `None` if the problem needs none. Passed through `problem.draw`.
+            `state_dict`, or `None` if the problem needs none. Moved to the problem's device, then
+            passed through `problem.draw`.
         upper_optimizer: `torch.optim` optimizer(s) of the upper variables, used as given.
         lower_optimizer: those of the lower variables; may be left out if `lower_steps` is 0.
         num_steps: upper steps in total, those before a resume included.
@@ -135,6 +137,8 @@ def train(
         precision: compute the losses in this dtype where that is safe (`torch.bfloat16`, by
             `torch.autocast`); variables, gradients and optimizers keep theirs.
         ema: keep an exponential moving average of the weights with this decay, `step.state.average`.
+        move_batches: move each batch to the problem's device: tensors, however nested, and what has a
+            method `to`. From pinned memory the copy is queued. `False` leaves batches where they are.
 
     With several processes (`torch.distributed` is initialised) every rank calls `train` with the same
     arguments, sees the same batches and evaluates its own rows of them; see `Problem.shard`.
@@ -167,7 +171,13 @@ def train(
     solver = _solver(solver)
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
-    _check(order, clip_upper, clip_lower, ema, {"throw": throw, "compile": compile})
+    _check(
+        order,
+        clip_upper,
+        clip_lower,
+        ema,
+        {"throw": throw, "compile": compile, "move_batches": move_batches},
+    )
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     updates: dict[Level, LevelUpdate] = {
         "upper": _update("upper", optimizers, upper_scheduler, clip_upper),
@@ -196,7 +206,9 @@ def train(
     agree(problem)
     if resume is not None:
         _continue(state, resume, num_steps)
-    settings = TurnSettings(lower_steps, order == "upper_first", throw, compile, precision)
+    settings = TurnSettings(
+        lower_steps, order == "upper_first", throw, compile, precision, move_batches
+    )
     return _loop(Turn(state, solver, settings), num_steps, check_every, seed)
 
 

@@ -19,6 +19,7 @@ class TurnSettings:
         throw: raise where a hypergradient does not succeed.
         compile: trace each step and run it as a compiled graph.
         precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
+        move_batches: bring each batch to the problem's device.
 
     Raises:
         ValueError: for a precision that would go wrong.
@@ -29,6 +30,7 @@ class TurnSettings:
     throw: bool = True
     compile: bool = False
     precision: torch.dtype | None = None
+    move_batches: bool = True
 
     def __post_init__(self) -> None:
         usable_precision(self.precision)

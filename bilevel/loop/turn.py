@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from bilevel.devices import moved
 from bilevel.distributed import rank, world_size
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
@@ -50,6 +51,7 @@ class Turn:
         self._steps = TurnSteps(state, solver, settings)
         self._one_source = "upper_data" not in state.sources
         self._remarked = False
+        self._device = state.problem.device
 
     @property
     def _sharing(self) -> bool:
@@ -133,6 +135,8 @@ class Turn:
 
     def _draw(self, source: str) -> Any:
         batch = next(self.state.sources[source])
+        if self._settings.move_batches:
+            batch = moved(batch, self._device)
         return self.state.problem.draw(batch, self.state.generator)
 
     def _lower_batch(self, step: int) -> Any:

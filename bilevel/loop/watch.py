@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.devices import widest
 from bilevel.errors import DivergenceError
 from bilevel.loop.turn import Term
 
@@ -101,7 +102,7 @@ class Watch:
             return [t.item() for t in terms]
         # one wait for all
         values: list[float] = torch.stack(
-            [t.reshape(()).to(device, torch.double) for t in terms]
+            [t.reshape(()).to(device, widest(device)) for t in terms]
         ).tolist()
         return values
 
@@ -109,5 +110,5 @@ class Watch:
 @torch.no_grad()
 def _largest(variables: list[Tensor]) -> Tensor:
     """The largest absolute value among tensors, a scalar on the device of the first."""
-    sizes = [v.detach().abs().max().double() for v in variables if v.numel()]
+    sizes = [v.detach().abs().max().to(widest(v.device)) for v in variables if v.numel()]
     return torch.stack([s.to(sizes[0].device) for s in sizes]).max() if sizes else torch.zeros(())

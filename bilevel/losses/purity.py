@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bilevel.autodiff import fill, gradients
+from bilevel.devices import widest
 from bilevel.losses.answers import scalar
 from bilevel.losses.references import reached, refuse_overlaps, tensors
 from bilevel.losses.substitution import undisturbed
@@ -256,7 +257,7 @@ class _Examination:
                 "only; give it `use_reentrant=False`"
             ) from error
         self._missing = [p for p, g in zip(self.wanted, found, strict=True) if g is None]
-        return _Trial(loss.detach().double(), fill(found, leaves))
+        return _Trial(loss.detach().to(widest(loss.device)), fill(found, leaves))
 
     def unused(self) -> frozenset[str]:
         """The names of the upper variables without a gradient in the last trial."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent
 
+from bilevel.devices import global_generators
 from bilevel.methods.likelihood.ais import exact_samples
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine, as_machine
 from bilevel.methods.machines.base import check_dim, coin_flips
@@ -72,7 +73,7 @@ class MachineModel(LatentModel):
         if self.sampler is not None and chains.start is None and chains.sweeps is None:
             return self.sampler.sample(n, generator)
         if generator is None:
-            generator = _default_generator(self.machine.visible_bias.device)
+            generator = global_generators(self.machine.visible_bias.device)[-1]
         start, sweeps = self._start(chains), chains.sweeps
         if isinstance(start, str) and start == "exact":
             if sweeps is not None:
@@ -167,9 +168,3 @@ def require_machine(
             f"use {without_free_energy}"
         )
     return machine
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
