@@ -82,8 +82,8 @@ def _pinned(tensor: Tensor) -> bool:
 
 
 def _sequence(batch: Any, parts: list[Any]) -> Any:
-    kind: Any = type(batch)
-    return kind._make(parts) if hasattr(batch, "_fields") else kind(parts)
+    named = getattr(batch, "_make", None)
+    return type(batch)(parts) if named is None else named(parts)
 
 
 def _mapping(batch: Any, entries: dict[Any, Any]) -> Any:
@@ -99,12 +99,13 @@ def _mapping(batch: Any, entries: dict[Any, Any]) -> Any:
 
 def _record(batch: Any, device: torch.device) -> Any:
     """A dataclass, frozen or not, without running its `__init__` again."""
-    names = [f.name for f in dataclasses.fields(batch) if hasattr(batch, f.name)]
-    values = {name: moved(getattr(batch, name), device) for name in names}
-    if all(value is getattr(batch, name) for name, value in values.items()):
+    before = {f.name: getattr(batch, f.name, None) for f in dataclasses.fields(batch)}
+    after = {name: moved(value, device) for name, value in before.items()}
+    changed = {name: value for name, value in after.items() if value is not before[name]}
+    if not changed:
         return batch
     other = copy.copy(batch)
-    for name, value in values.items():
+    for name, value in changed.items():
         object.__setattr__(other, name, value)
     return other
 
@@ -137,7 +138,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Mapping):
         yield from _tensors(list(batch.values()))
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        yield from _tensors(list(vars(batch).values()) if hasattr(batch, "__dict__") else [])
+        yield from _tensors([getattr(batch, f.name, None) for f in dataclasses.fields(batch)])
 
 
 # ---------------------------------------------------------------------- the devices there are

@@ -28,7 +28,7 @@ from bilevel.optimizers import (
 )
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem, refuse_no_problem
-from bilevel.refusals import SEEDS, flag, outside_inference_mode, positive, shown, whole
+from bilevel.refusals import SEEDS, outside_inference_mode, positive, shown, whole
 from bilevel.solvers import Alternating, Hypergradient, Solver
 from bilevel.state import State
 
@@ -171,13 +171,9 @@ def train(
     solver = _solver(solver)
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
-    _check(
-        order,
-        clip_upper,
-        clip_lower,
-        ema,
-        {"throw": throw, "compile": compile, "move_batches": move_batches},
-    )
+    _check(order, clip_upper, clip_lower, ema)
+    upper_first = order == "upper_first"
+    turns = TurnSettings(lower_steps, upper_first, throw, compile, precision, move_batches)
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     updates: dict[Level, LevelUpdate] = {
         "upper": _update("upper", optimizers, upper_scheduler, clip_upper),
@@ -196,20 +192,14 @@ def train(
             lower_steps=lower_steps,
             batch_size=str(batch_size),
             clipping={n: update.max_norm for n, update in updates.items()},
-            seed=seed,
-            compile=compile,
-            precision=precision,
-            ema=ema,
+            **{"seed": seed, "compile": compile, "precision": precision, "ema": ema},
         ),
         ema,
     )
     agree(problem)
     if resume is not None:
         _continue(state, resume, num_steps)
-    settings = TurnSettings(
-        lower_steps, order == "upper_first", throw, compile, precision, move_batches
-    )
-    return _loop(Turn(state, solver, settings), num_steps, check_every, seed)
+    return _loop(Turn(state, solver, turns), num_steps, check_every, seed)
 
 
 def _owned(
@@ -345,13 +335,9 @@ def _solver(given: Any) -> Solver:
     raise TypeError(f"`solver` must be a solver, got {shown(given)}; {advice}")
 
 
-def _check(
-    order: Any, clip_upper: Any, clip_lower: Any, ema: Any, flags: Mapping[str, Any]
-) -> None:
+def _check(order: Any, clip_upper: Any, clip_lower: Any, ema: Any) -> None:
     if order not in ("lower_first", "upper_first"):
         raise ValueError(f'`order` must be "lower_first" or "upper_first", got {order!r}')
     for name, most in (("clip_upper", clip_upper), ("clip_lower", clip_lower), ("ema", ema)):
         if most is not None:
             positive(name, most)
-    for name, value in flags.items():
-        flag(name, value)

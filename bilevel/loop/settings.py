@@ -6,6 +6,7 @@ from typing import final
 import torch
 
 from bilevel.oracles import usable_precision
+from bilevel.refusals import flag
 
 
 @final
@@ -23,6 +24,7 @@ class TurnSettings:
 
     Raises:
         ValueError: for a precision that would go wrong.
+        TypeError: if a switch is neither `True` nor `False`.
     """
 
     lower_steps: int
@@ -33,4 +35,6 @@ class TurnSettings:
     move_batches: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("throw", "compile", "move_batches"):
+            flag(name, getattr(self, name))
         usable_precision(self.precision)
