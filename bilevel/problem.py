@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from bilevel.cards import Card, parameters_of, whereabouts
 from bilevel.refusals import shown
 from bilevel.tree import Tree
 
@@ -171,6 +172,29 @@ class Problem(nn.Module, ABC):
 
         return optree.tree_map(share, batch)
 
+    def __repr__(self) -> str:
+        return str(self._card())
+
+    def _repr_html_(self) -> str:
+        return self._card().html()
+
+    def _card(self) -> Card:
+        """What it says of itself; a subclass adds lines `name: value` by torch's `extra_repr`."""
+        lines = [line.partition(": ") for line in self.extra_repr().splitlines()]
+        rows = [(name, value) if colon else ("settings", name) for name, colon, value in lines]
+        for name in ("upper", "lower"):
+            module = vars(self).get("_modules", {}).get(name)
+            rows.append(
+                (name, f"not set yet: `self.{name}`" if module is None else parameters_of(module))
+            )
+        if self.stops_lower_gradient is not None:
+            rows.append(
+                ("solvers", f"first order only, a gradient is cut: {self.stops_lower_gradient}")
+            )
+        rows.append(("on", whereabouts(self)))
+        rows.append(("layers", "print its `.upper` and `.lower`"))
+        return Card(self._get_name(), rows)
+
     @final
     def variables(self, level: Level) -> Tree:
         """The variables of a level by name: the parameters of its module that require grad."""
@@ -286,6 +310,13 @@ class FunctionProblem(Problem):
         self.upper = Variables(upper, "upper")
         self.lower = Variables(lower, "lower")
         self._losses = {"upper": upper_loss, "lower": lower_loss}
+
+    def _get_name(self) -> str:
+        return "Problem.from_functions"
+
+    def extra_repr(self) -> str:
+        names = [getattr(f, "__name__", type(f).__name__) for f in self._losses.values()]
+        return "losses: {} (upper), {} (lower)".format(*names)
 
     def upper_loss(self, batch: Any) -> Loss:
         return self._losses["upper"](self.upper.tensors(), self.lower.tensors(), batch)

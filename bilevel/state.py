@@ -10,6 +10,7 @@ import optree
 import torch
 
 from bilevel.batches import Source
+from bilevel.cards import plural
 from bilevel.checkpoint import (
     FORMAT,
     loadable,
@@ -55,6 +56,16 @@ class State:
         self.solver_state: Any = None
         self.step = 0
         self._average = MovingAverage(problem, ema) if ema is not None else None
+
+    def __repr__(self) -> str:
+        moved = [
+            f"{level} by {' and '.join(type(o).__name__ for o in group)}"
+            for level, group in self.optimizers.items()
+            if group
+        ]
+        kept = ", with a moving average of the weights" if self._average is not None else ""
+        problem = self.problem._get_name()  # torch's
+        return f"State of {problem} after {plural(self.step, 'step')}: {', '.join(moved)}{kept}"
 
     @property
     def optimizers(self) -> dict[Level, Sequence[torch.optim.Optimizer]]:

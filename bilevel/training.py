@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import sources_of
+from bilevel.cards import named, number
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
 from bilevel.linear.base import LinearSolver
@@ -74,6 +75,15 @@ class Step:
             "response_norm": float(stats.response_norm),
             **{name: float(value) for name, value in optional.items() if value is not None},
         }
+
+    def __repr__(self) -> str:
+        found = {
+            "upper_loss": self.upper_loss,
+            "lower_loss": self.lower_loss,
+            "lower_residual": self.lower_residual,
+            **self.logs,
+        }
+        return f"Step {self.number}: {named(found)}; {number(self.seconds)} s"
 
 
 def train(

@@ -7,6 +7,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from bilevel.cards import Card
 from bilevel.check.differences import Derivative
 from bilevel.solvers import Solver
 
@@ -45,6 +46,9 @@ class VariableCheck:
     direct: Tensor
     entry: int | None = None
 
+    def __repr__(self) -> str:
+        return f"VariableCheck of {self.name}: {self.outcome}, {_numbers(self)}"
+
 
 @final
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ class HypergradientCheck:
 
     def __str__(self) -> str:
         return self.verdict
+
+    def __repr__(self) -> str:
+        return str(self._card())
+
+    def _repr_html_(self) -> str:
+        return self._card().html()
+
+    def _card(self) -> Card:
+        rows = [(name, f"{c.outcome}, {_numbers(c)}") for name, c in self.variables.items()]
+        return Card(f"HypergradientCheck: {self.verdict}", rows if len(rows) > 1 else [])
+
+
+def _numbers(check: VariableCheck) -> str:
+    return (
+        f"relative error {check.relative_error:.1e} (known to {check.noise:.0e}), "
+        f"cosine {check.cosine:.3f}, {len(check.answer)} directions"
+    )
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, final
 
 import optree
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
+from bilevel.cards import Card, named, number, plural
 from bilevel.errors import HypergradientError, Result
 from bilevel.losses.purity import examine, unused
 from bilevel.losses.references import refuse_graphs
@@ -30,6 +32,8 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
+
+_LISTED = 4  # parts of a gradient, and entries of one, that its text lists
 
 
 @final
@@ -57,6 +61,12 @@ class Stats:
     num_products: int = 0
     unreached: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        computed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unreached"}
+        computed["negative_curvature"] = self.negative_curvature or None
+        missed = f", unreached {', '.join(self.unreached)}" if self.unreached else ""
+        return f"Stats: {named(computed)}{missed}"
+
 
 @final
 @dataclass(frozen=True)
@@ -80,6 +90,32 @@ class Hypergradient:
     state: Any = None
     logs: dict[str, Tensor] = field(default_factory=dict)
     buffers: Tree = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return str(self._card())
+
+    def _repr_html_(self) -> str:
+        return self._card().html()
+
+    def _card(self) -> Card:
+        found = {n: g for n, g in self.grad.items() if isinstance(g, Tensor)}
+        rows = [
+            ("upper loss", ", ".join(filter(None, [number(self.value), named(self.logs)]))),
+            ("norm", f"{number(norm(found))} over {plural(len(found), 'variable')}"),
+            *[(name, _entries(g)) for name, g in islice(found.items(), _LISTED)],
+            ("stats", str(self.stats).removeprefix("Stats: ")),
+        ]
+        if len(found) > _LISTED:
+            rows.insert(-1, ("...", f"and {len(found) - _LISTED} more in `.grad`"))
+        ended = self.result.value if isinstance(self.result, Result) else self.result
+        return Card(f"Hypergradient: {ended}", rows)
+
+
+def _entries(grad: Tensor) -> str:
+    """The numbers of a part of a gradient if they are few, else their norm."""
+    if grad.numel() <= _LISTED and not grad.is_meta:
+        return str([float(f"{entry:.4g}") for entry in grad.detach().reshape(-1).tolist()])
+    return f"norm {number(norm([grad]))}, shape {tuple(grad.shape)}"
 
 
 def _as_tree(record: type[Any]) -> None:
