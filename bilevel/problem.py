@@ -180,20 +180,18 @@ class Problem(nn.Module, ABC):
 
     def _card(self) -> Card:
         """What it says of itself; a subclass adds lines `name: value` by torch's `extra_repr`."""
+        modules = vars(self).get("_modules")
+        if modules is None:
+            return Card(f"{type(self).__name__}, before `super().__init__()`")
         lines = [line.partition(": ") for line in self.extra_repr().splitlines()]
         rows = [(name, value) if colon else ("settings", name) for name, colon, value in lines]
         for name in ("upper", "lower"):
-            module = vars(self).get("_modules", {}).get(name)
-            rows.append(
-                (name, f"not set yet: `self.{name}`" if module is None else parameters_of(module))
-            )
+            module = modules.get(name)
+            rows.append((name, parameters_of(module) if module is not None else "not set yet"))
         if self.stops_lower_gradient is not None:
-            rows.append(
-                ("solvers", f"first order only, a gradient is cut: {self.stops_lower_gradient}")
-            )
-        rows.append(("on", whereabouts(self)))
-        rows.append(("layers", "print its `.upper` and `.lower`"))
-        return Card(self._get_name(), rows)
+            rows.append(("solvers", f"first order only: {self.stops_lower_gradient}"))
+        rows += [("on", whereabouts(self)), ("layers", "print its `.upper` and `.lower`")]
+        return Card(self._get_name(), rows)  # type: ignore[no-untyped-call]  # torch's
 
     @final
     def variables(self, level: Level) -> Tree:

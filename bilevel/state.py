@@ -64,7 +64,7 @@ class State:
             if group
         ]
         kept = ", with a moving average of the weights" if self._average is not None else ""
-        problem = self.problem._get_name()  # torch's
+        problem = type(self.problem).__name__
         return f"State of {problem} after {plural(self.step, 'step')}: {', '.join(moved)}{kept}"
 
     @property

@@ -17,6 +17,7 @@ from bilevel.methods.models.evaluating import Statistics, evaluating
 from bilevel.methods.models.gradients import EnergyFunction, attached, score_of
 from bilevel.methods.models.model import Chains, LatentModel, Start
 from bilevel.methods.models.sampling import samples_of
+from bilevel.methods.models.saying import lines_of
 from bilevel.methods.networks.units import Change
 from bilevel.methods.samplers import Sampler
 from bilevel.methods.training.fit import Evaluate, History, fit
@@ -82,6 +83,10 @@ class EBLVM(Problem):
     def rewritings(self) -> list[Change] | None:
         """How the parts next to the visibles are rewritten in other units; `None` if one is unknown."""
         return self.latent_model.rewritings()
+
+    @final
+    def extra_repr(self) -> str:
+        return lines_of(vars(self).get("latent_model"), vars(self) | (self.recipe or {}))
 
     # ------------------------------------------------------------------ training
 

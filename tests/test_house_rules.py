@@ -227,6 +227,7 @@ RULED = ("bilevel", "methods", "benchmarks")  # packages whose classes obey
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
     "Problem": {"draw", "draw_lower", "share", "shard", "best_response"},
     "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
+    "LatentModel": {"abilities"},
     "VariationalPosterior": {"mean", "exact", "known_score", "rewriting"},
     "VariationalJoint": {"exact_draws", "visible_mean", "rewriting", "code_noise", "bound"},
     "Solver": {"context", "check", "num_lower_batches", "unrolled_steps", "approximates"},

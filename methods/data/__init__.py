@@ -10,6 +10,7 @@ from bilevel.methods.data.images import (
     shuffled_pixels,
     uniform_noise,
 )
+from bilevel.methods.data.showing import show
 from bilevel.methods.data.tables import Table, load_table
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "load_images",
     "load_table",
     "scaled",
+    "show",
     "shuffled_pixels",
     "uniform_noise",
 ]

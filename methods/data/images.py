@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.cards import Card
 from bilevel.files import regular
 from bilevel.methods.data import published
 from bilevel.methods.data.folders import read_files
@@ -60,6 +61,25 @@ class Images:
         """(channels, side, side) of one image."""
         _, channels, height, width = self.train.shape
         return channels, height, width
+
+    def __repr__(self) -> str:
+        return str(self._card())
+
+    def _repr_html_(self) -> str:
+        from bilevel.methods.data.showing import strip  # it imports this module
+
+        return self._card(strip(self.train)).html()
+
+    def _card(self, picture: str = "") -> Card:
+        whole = self.train.dtype == torch.uint8
+        values = "bytes" if whole else f"{str(self.train.dtype).removeprefix('torch.')} in [-1, 1]"
+        rows = [
+            ("train", f"{len(self.train):,} images {self.shape}, {values}"),
+            ("test", f"{len(self.test):,} images"),
+        ]
+        if self.train_labels is not None:
+            rows.append(("classes", str(len(self.train_labels.unique()))))
+        return Card(f"Images `{self.name}`", [*rows, ("note", self.note)], picture)
 
 
 def load_images(

@@ -18,6 +18,7 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.cards import Card
 from bilevel.methods.data.densities import DENSITIES, Density2D, density
 from bilevel.methods.data.images import open_npz, read_array, unknown_source
 from bilevel.methods.data.pixels import Array
@@ -54,6 +55,23 @@ class Table:
     binary: bool
     note: str
     density: Density2D | None = None
+
+    def __repr__(self) -> str:
+        return str(self._card())
+
+    def _repr_html_(self) -> str:
+        return self._card().html()
+
+    def _card(self) -> Card:
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        rows = [
+            (name, "none" if part is None else f"{len(part):,} rows of {part.shape[1]:,}")
+            for name, part in parts.items()
+        ]
+        rows.append(("values", "each 0 or 1" if self.binary else "real numbers"))
+        if self.density is not None:
+            rows.append(("entropy", f"{self.density.entropy:.4f} nats"))
+        return Card(f"Table `{self.name}`", [*rows, ("note", self.note)])
 
 
 def load_table(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.cards import plural, whereabouts
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.machines.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.machines.neighbours import Neighbours
@@ -230,6 +231,15 @@ class BoltzmannMachine(nn.Module, ABC):
         """Log of the sum of exp(-E) over h1 as a function of (v, h2) side by side, shape (n,)."""
 
     # ------------------------------------------------------------------ what follows
+
+    def __repr__(self) -> str:
+        kind = "binary" if self.binary else "real" if self.visible_range is None else "grey"
+        hidden = " and ".join(map(str, self.latent_dims))
+        size = plural(sum(p.numel() for p in self.parameters()), "parameter")
+        return (
+            f"{type(self).__name__}({self.visible_dim} {kind} visible, {hidden} hidden; "
+            f"{size} on {whereabouts(self)})"
+        )
 
     @property
     def visibles(self) -> Visibles:

@@ -25,7 +25,7 @@ _ROWS = 50  # visibles whose bound is evaluated at a time, each with `ENERGY_SAM
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Coupled(LatentModel):
     """An energy that is any module (v, h) -> (n,), and a posterior of its latents.
 
@@ -38,6 +38,12 @@ class Coupled(LatentModel):
     encoder: VariationalPosterior = field()
     langevin: AnnealedLangevin = field()
     draws_by_chains: ClassVar[bool] = True
+
+    def abilities(self) -> tuple[str, ...]:
+        real = self.encoder.latent_dim is not None
+        return (
+            ("energy", "sample", "posterior", "reconstruct", "decode") if real else ("posterior",)
+        )
 
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
         energies: Tensor = self.network(v, h)

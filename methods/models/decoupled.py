@@ -19,7 +19,7 @@ from bilevel.methods.variational.base import gaussian, gaussian_log_prob, normal
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Decoupled(LatentModel):
     """Three networks.
 

@@ -27,7 +27,7 @@ PAIRS, IMAGE_PAIRS = 10_000, 500  # (v, h) evaluated at a time
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Directed(LatentModel):
     """A decoder of normal latents and a diagonal Gaussian posterior.
 

@@ -25,7 +25,7 @@ EXACT_UNITS = 12
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MachineModel(LatentModel):
     """A Boltzmann machine.
 

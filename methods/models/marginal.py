@@ -12,13 +12,16 @@ from bilevel.methods.models.model import Chains, LatentModel, attempt
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Marginal(LatentModel):
     """An energy that is any module v -> (n,)."""
 
     network: nn.Module
     langevin: AnnealedLangevin = field()
     draws_by_chains: ClassVar[bool] = True
+
+    def abilities(self) -> tuple[str, ...]:
+        return ("energy", "sample")
 
     def joint_energy(self, v: Tensor, h: Tensor) -> NoReturn:
         raise self._no_latent()

@@ -50,7 +50,7 @@ class Chains(NamedTuple):
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatentModel(ABC):
     """A frozen record that points at the modules of a learner, whose levels own them.
 
@@ -74,6 +74,13 @@ class LatentModel(ABC):
     latent_dim: int | None = field(default=None, kw_only=True)
     langevin: AnnealedLangevin | None = field(default=None, kw_only=True)
     draws_by_chains: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} that can {', '.join(self.abilities())}"
+
+    def abilities(self) -> tuple[str, ...]:
+        """What it does not refuse, of what a learner offers."""
+        return ("energy", "sample", "posterior", "reconstruct", "decode")
 
     @abstractmethod
     def joint_energy(self, v: Tensor, h: Tensor) -> Tensor:
@@ -123,18 +130,28 @@ class LatentModel(ABC):
         return replace(self, visibles=replace(self.visibles, **changes))
 
     @final
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the latent: as it was given, of the machine or of the posterior; if known."""
+        if self.latent_dim is None and self.machine is not None:
+            return sum(self.machine.latent_dims)
+        if self.latent_dim is None and self.encoder is not None:
+            return self.encoder.latent_dim
+        return self.latent_dim
+
+    @final
     def known_dim(self) -> int:
         """Dimension of the latent.
 
         Raises:
             ValueError: if it was not given and no data have been seen yet.
         """
-        if self.latent_dim is None:
+        if (dim := self.dim) is None:
             raise ValueError(
                 "the dimension of the latent is not known before the model has seen data; give "
                 "`latent_dim` to the constructor"
             )
-        return self.latent_dim
+        return dim
 
     @final
     def known_machine(self, energy: str) -> BoltzmannMachine:

@@ -17,7 +17,7 @@ from bilevel.methods.variational import VariationalJoint, VariationalPosterior
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Undecoupled(LatentModel):
     """An energy that is any module (v, h) -> (n,), a posterior q(h|v) and a joint q(v, h).
 

@@ -1,10 +1,12 @@
 """Curves of a training: what was recorded against the step, a panel for each kind of number."""
 
+import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from bilevel.methods.data.grids import MISSING
+from bilevel.methods.training.measures import direction_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +29,32 @@ def evaluation_panels(records: Sequence[dict[str, Any]]) -> list[Panel]:
         name for record in records for name in record if name.startswith("auroc_")
     )
     energies = {name.removeprefix("auroc_").replace("_", " "): name for name in kinds}
-    return [*_EVALUATIONS, ("AUROC of the energy against", energies, False)]
+    own = dict.fromkeys(name for record in records for name in record if _is_strange(name))
+    rest = [(name.replace("_", " "), {name: name}, False) for name in own]
+    return [*_EVALUATIONS, ("AUROC of the energy against", energies, False), *rest]
+
+
+def _is_strange(name: str) -> bool:
+    """Whether it is none of the numbers that `evaluate` gives."""
+    beside = name.endswith(("_reference", "_pca", "_accuracy")) or name.startswith("auroc_")
+    return not beside and name not in _NOT_DRAWN and direction_of(name) is None
+
+
+def _shown_figure() -> "type[Figure]":
+    """Figures that a notebook shows also where `pyplot`, which would see to that, is not imported."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(MISSING.format("matplotlib")) from None
+
+    @final
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return ShownFigure
 
 
 def draw_panels(records: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> "Figure":
@@ -37,17 +64,15 @@ def draw_panels(records: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> "
         ValueError: if there are no records.
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-    except ImportError:
-        raise ImportError(MISSING.format("matplotlib")) from None
+    figure_class = _shown_figure()
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
     if not records:
         raise ValueError("there are no records to draw; train for at least `log_every` steps")
     panels = _with_values(records, panels)
     columns = max(1, min(3, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
+    figure = figure_class(figsize=(4.2 * columns, 3.0 * rows), dpi=120, layout="constrained")
     for index, (title, lines, logarithmic) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         for number, (label, name) in enumerate(lines.items()):
@@ -102,7 +127,7 @@ _EVALUATIONS: tuple[Panel, ...] = (
         False,
     ),
 )
-_NOT_DRAWN = {"step", "seconds"}
+_NOT_DRAWN = {"step", "seconds", "result"}
 
 
 def _with_values(records: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> list[Panel]:
