@@ -50,11 +50,11 @@ class Card:
         return f"<div><b>{html.escape(self.title)}</b>{self.picture}{table}</div>"
 
 
-def number(value: Any) -> str:
+def digits(value: Any) -> str:
     """A number in four digits; a tensor's is read from the device, which waits for it.
 
     Example:
-        >>> number(torch.tensor(1234.56)), number(3), number(None)
+        >>> digits(torch.tensor(1234.56)), digits(3), digits(None)
         ('1235', '3', 'None')
     """
     if isinstance(value, Tensor):
@@ -67,9 +67,9 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def named(values: Mapping[str, Any]) -> str:
+def numbers_by_name(values: Mapping[str, Any]) -> str:
     """Numbers with their names, as in `upper_loss 0.1, lower_loss 0.2`; missing ones are left out."""
-    return ", ".join(f"{n} {number(v)}" for n, v in values.items() if v is not None)
+    return ", ".join(f"{n} {digits(v)}" for n, v in values.items() if v is not None)
 
 
 def plural(count: int, what: str) -> str:
@@ -120,7 +120,7 @@ def curves(lines: Mapping[str, Iterable[tuple[float, float]]]) -> str:
             f"{200 * (x - min(xs)) / wide:.1f},{38 - 36 * (y - min(ys)) / high:.1f}"
             for x, y in finite
         )
-        ends = f"{number(float(ys[0]))} to {number(float(ys[-1]))}"
+        ends = f"{digits(float(ys[0]))} to {digits(float(ys[-1]))}"
         parts.append(
             '<figure style="display:inline-block;margin:4px 16px 4px 0">'
             f'<svg width="200" height="40" role="img" aria-label="{html.escape(name)}: {ends}">'

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.batches import sources_of
-from bilevel.cards import named, number
+from bilevel.cards import digits, numbers_by_name
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
 from bilevel.linear.base import LinearSolver
@@ -83,7 +83,7 @@ class Step:
             "lower_residual": self.lower_residual,
             **self.logs,
         }
-        return f"Step {self.number}: {named(found)}; {number(self.seconds)} s"
+        return f"Step {self.number}: {numbers_by_name(found)}; {digits(self.seconds)} s"
 
 
 def train(

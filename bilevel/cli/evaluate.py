@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bilevel.cli.features import WHICH, feature_network
 from bilevel.cli.options import Parser, UsageError, choice, integer
-from bilevel.cli.outcome import draw, measured, report, show
+from bilevel.cli.outcome import draw, measured, print_results, report
 from bilevel.cli.runs import existing, images_of, load_model
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.features import default_features
@@ -66,7 +66,7 @@ def command(arguments: list[str]) -> int:
     seen = default_features(images) if features is None else features
     more = {"samples": args.samples} if "samples" in args else {}
     results = measured(model, images, args.seed, features=seen, outside=strangers, **more)
-    show(results, seen.label)
+    print_results(results, seen.label)
     own = run.config().get("notes", {}).get("data")
     if own in (None, images.source):
         how = {

@@ -115,7 +115,7 @@ def report(run: Run) -> Path:
     return write_report(run, saved_results(run), saved_pictures(run))
 
 
-def show(results: Mapping[str, float], space: str | None = None) -> None:
+def print_results(results: Mapping[str, float], space: str | None = None) -> None:
     """Print the results as a table: in colour on a terminal, plain elsewhere.
 
     Args:

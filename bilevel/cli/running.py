@@ -10,7 +10,7 @@ import torch
 from bilevel import DivergenceError, Solver
 from bilevel.checkpoint import glance
 from bilevel.cli.options import UsageError
-from bilevel.cli.outcome import draw, finish, show
+from bilevel.cli.outcome import draw, finish, print_results
 from bilevel.cli.progress import Progress
 from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
@@ -104,7 +104,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     else:
         results = finish(plan.run, plan.model, plan.images, training.seed, history)
         print()
-        show(results)
+        print_results(results)
         print(f"\nreport: {folder / 'report.html'}")
         print(f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*")
     if done < training.num_steps and training.max_seconds is not None:

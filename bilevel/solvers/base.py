@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
-from bilevel.cards import Card, named, number, plural
+from bilevel.cards import Card, digits, numbers_by_name, plural
 from bilevel.errors import HypergradientError, Result
 from bilevel.losses.purity import examine, unused
 from bilevel.losses.references import refuse_graphs
@@ -65,7 +65,7 @@ class Stats:
         computed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unreached"}
         computed["negative_curvature"] = self.negative_curvature or None
         missed = f", unreached {', '.join(self.unreached)}" if self.unreached else ""
-        return f"Stats: {named(computed)}{missed}"
+        return f"Stats: {numbers_by_name(computed)}{missed}"
 
 
 @final
@@ -100,8 +100,11 @@ class Hypergradient:
     def _card(self) -> Card:
         found = {n: g for n, g in self.grad.items() if isinstance(g, Tensor)}
         rows = [
-            ("upper loss", ", ".join(filter(None, [number(self.value), named(self.logs)]))),
-            ("norm", f"{number(norm(found))} over {plural(len(found), 'variable')}"),
+            (
+                "upper loss",
+                ", ".join(filter(None, [digits(self.value), numbers_by_name(self.logs)])),
+            ),
+            ("norm", f"{digits(norm(found))} over {plural(len(found), 'variable')}"),
             *[(name, _entries(g)) for name, g in islice(found.items(), _LISTED)],
             ("stats", str(self.stats).removeprefix("Stats: ")),
         ]
@@ -115,7 +118,7 @@ def _entries(grad: Tensor) -> str:
     """The numbers of a part of a gradient if they are few, else their norm."""
     if grad.numel() <= _LISTED and not grad.is_meta:
         return str([float(f"{entry:.4g}") for entry in grad.detach().reshape(-1).tolist()])
-    return f"norm {number(norm([grad]))}, shape {tuple(grad.shape)}"
+    return f"norm {digits(norm([grad]))}, shape {tuple(grad.shape)}"
 
 
 def _as_tree(record: type[Any]) -> None:

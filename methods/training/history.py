@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 from bilevel import Result, Solver, Step
-from bilevel.cards import Card, curves, named, number, plural
+from bilevel.cards import Card, curves, digits, numbers_by_name, plural
 from bilevel.methods.training.curves import draw_panels, evaluation_panels, loss_panels
 from bilevel.methods.training.run import Run
 
@@ -101,13 +101,13 @@ class History:
         return self._card(curves(losses)).html()
 
     def _card(self, picture: str = "") -> Card:
-        speed = f", {number(self.steps_per_second)} a second" if self.seconds else ""
+        speed = f", {digits(self.steps_per_second)} a second" if self.seconds else ""
         rows = [] if self.stopped is None else [("stopped", self.stopped)]
         rows += [] if self.solver is None else [("solver", repr(self.solver))]
         for said, lines in (("at step", self.records), ("evaluated at", self.evaluations)):
             if lines:
                 found = {n: v for n, v in lines[-1].items() if n not in ("step", "seconds")}
-                rows.append((f"{said} {lines[-1]['step']:,}", named(found)))
+                rows.append((f"{said} {lines[-1]['step']:,}", numbers_by_name(found)))
         rows.append(
             (
                 "lines",
@@ -115,7 +115,7 @@ class History:
                 "of evaluations; `.plot()` and `.to_frame()` show them",
             )
         )
-        title = f"History: {plural(self.steps, 'step')} in {number(self.seconds)} s{speed}"
+        title = f"History: {plural(self.steps, 'step')} in {digits(self.seconds)} s{speed}"
         return Card(title, rows, picture)
 
 

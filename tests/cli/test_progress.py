@@ -2,9 +2,9 @@
 
 import pytest
 
+from bilevel.methods import Training
 from bilevel.methods.training import progress as progress_module
 from bilevel.methods.training.progress import Progress
-from bilevel.methods import Training
 from tests.runs import step
 
 

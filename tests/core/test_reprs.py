@@ -15,7 +15,7 @@ from bilevel import (
     check_hypergradient,
     train,
 )
-from bilevel.cards import Card, curves, number
+from bilevel.cards import Card, curves, digits
 
 
 def upper_loss(x: dict[str, Tensor], y: dict[str, Tensor], batch: object) -> Tensor:
@@ -146,10 +146,10 @@ def test_steps_and_states() -> None:
 
 
 def test_numbers_that_cannot_be_read_do_no_harm() -> None:
-    assert number(torch.ones((), device="meta")) == "a tensor of shape ()"
-    assert number(torch.ones(2)) == "a tensor of shape (2,)"
+    assert digits(torch.ones((), device="meta")) == "a tensor of shape ()"
+    assert digits(torch.ones(2)) == "a tensor of shape (2,)"
     seen = []
-    torch.func.vmap(lambda v: seen.append(number(v)) or v)(torch.ones(2))
+    torch.func.vmap(lambda v: seen.append(digits(v)) or v)(torch.ones(2))
     assert seen == ["a number that is traced"]
 
 

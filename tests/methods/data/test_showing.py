@@ -43,7 +43,7 @@ def test_the_same_images_give_the_same_picture(images: object) -> None:
 def test_a_picture_is_saved_and_its_limits_are_cut(tmp_path: Path) -> None:
     sixteenths = HALF % 17
     shown = pixels(sixteenths.float(), limits=(0, 16))
-    greys = (sixteenths[0, 0, 0] * 255 / 16).numpy()
+    greys = (sixteenths[0, 0, 0].float() * 255 / 16).numpy()
     assert np.abs(shown[2, 2:10, 0] - greys).max() < 1
     assert set(np.unique(pixels(HALF > 100))) == {0, 232, 255}
     assert pixels(HALF.float(), limits=(100, 101)).max() == 255
