@@ -63,8 +63,6 @@ class EBLVM(Problem):
         self.units: Units | None = None
         self.standardised = False
 
-    # ------------------------------------------------------------------ what a method may say
-
     def lower_loss(self, batch: Any) -> Loss:
         """The lower loss; a method with a single level has none and refuses."""
         raise NotImplementedError(f"`{type(self).__name__}` has a single level")
@@ -87,8 +85,6 @@ class EBLVM(Problem):
     @final
     def extra_repr(self) -> str:
         return lines_of(vars(self).get("latent_model"), vars(self) | (self.recipe or {}))
-
-    # ------------------------------------------------------------------ training
 
     @final
     def fit(
@@ -177,8 +173,6 @@ class EBLVM(Problem):
         if self.units is not None:
             self.units.leave(self)
             self.units, self.standardised = None, True
-
-    # ------------------------------------------------------------------ the trained model
 
     @final
     def energy(self, v: Any, *, grad: bool = False) -> Tensor:
@@ -315,8 +309,6 @@ class EBLVM(Problem):
             NotImplementedError: if the method has none.
         """
         return self.latent_model.known_encoder(type(self).__name__)
-
-    # ------------------------------------------------------------------ visibles
 
     @property
     def visible_shape(self) -> tuple[int, ...] | None:
