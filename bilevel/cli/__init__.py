@@ -7,7 +7,8 @@ from types import ModuleType
 
 from bilevel import DivergenceError, HypergradientError, __version__
 from bilevel.cli import bench, demo, evaluate, features, presets, report, sample, signals, train
-from bilevel.cli.options import UsageError
+from bilevel.cli.options import UsageError, option_names
+from bilevel.cli.wording import as_flags
 from bilevel.distributed import LostRankError
 from bilevel.errors import WriteError
 from bilevel.files import reason
@@ -25,18 +26,19 @@ _COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "bench": bench,
 }
+_SPELLED = ("train", "demo", "evaluate")  # their options are arguments in Python
 _HELP = """usage: bilevel COMMAND ...
 
-Train energy-based latent-variable models by bilevel optimization, and look at them.
+Train energy-based latent-variable models by bilevel optimization.
 
 commands:
 {commands}
 
 examples:
-  bilevel demo                                    a first look, about two minutes
-  bilevel train bidvl --data images.npz           train on your own images
-  bilevel sample runs/bidvl-images-1 -n 100       draw from what was trained
-  bilevel report runs/*                           compare all runs on one page
+  bilevel demo                                 a first look, about two minutes
+  bilevel train bidvl --data images.npz        train on your own images
+  bilevel sample runs/bidvl-images-1 -n 100    draw from what was trained
+  bilevel report runs/*                        compare all runs on one page
 
 `bilevel COMMAND --help` tells more.
 """
@@ -67,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LostRankError as error:
         return _complain(error, FAILED, everywhere=True)
     except (DivergenceError, HypergradientError) as error:
-        return _complain(error, FAILED)
+        return _complain(error, FAILED, arguments)
     except (ValueError, OSError, ImportError) as error:
-        return _complain(error, BAD_USAGE)
+        return _complain(error, BAD_USAGE, arguments)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -87,7 +89,9 @@ def _dispatch(arguments: list[str]) -> int:
     return status
 
 
-def _complain(problem: object, status: int, *, everywhere: bool = False) -> int:
+def _complain(
+    problem: object, status: int, arguments: Sequence[str] = (), *, everywhere: bool = False
+) -> int:
     if int(os.environ.get("RANK", 0)) and not everywhere:
         return status  # the first process says the same
     if os.environ.get("BILEVEL_TRACEBACK") and isinstance(problem, BaseException):
@@ -96,5 +100,8 @@ def _complain(problem: object, status: int, *, everywhere: bool = False) -> int:
     if isinstance(problem, OSError) and not isinstance(problem, WriteError) and problem.filename:
         told = f"`{problem.filename}`: {reason(problem)}"
     sentences = [told, *getattr(problem, "__notes__", [])]
-    print("bilevel: " + " ".join(". ".join(sentences).split()), file=sys.stderr)
+    said = " ".join(". ".join(sentences).split())
+    if arguments and arguments[0] in _SPELLED:
+        said = as_flags(said, option_names())
+    print(f"bilevel: {said}", file=sys.stderr)
     return status

@@ -17,10 +17,10 @@ from bilevel.methods.training.settings import nearest
 
 SUMMARY = "compare methods on Boltzmann machines, judged alike"
 _SUITES = ("eblvm",)
-_EXAMPLES = """  bilevel bench eblvm                              the small preset, about ten minutes
-  bilevel bench eblvm --only digits advil cd1      some of its cells
-  bilevel bench eblvm --preset full --list         all cells of the papers' protocols
-  bilevel bench eblvm --show > mine.json           a configuration to change
+_EXAMPLES = """  bilevel bench eblvm                            about ten minutes
+  bilevel bench eblvm --only digits advil cd1    some of its cells
+  bilevel bench eblvm --preset full --list       all cells of the papers
+  bilevel bench eblvm --show > mine.json         a configuration to change
   bilevel bench eblvm --config mine.json --out runs/mine
 
 Running the same command again goes on where the last one stopped.

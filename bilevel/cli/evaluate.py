@@ -16,8 +16,9 @@ SUMMARY = "measure a trained model: samples, reconstructions, outliers"
 _EXAMPLES = """  bilevel evaluate runs/demo-1
   bilevel evaluate runs/demo-1 --statistics batch
   bilevel evaluate runs/mnist --data fashion.npz
-  bilevel evaluate runs/mnist --features mnist.safetensors --ood fashion.npz photos/
-  bilevel evaluate runs/cifar10 --features inception --samples 50000 --ood svhn celeba32
+  bilevel evaluate runs/mnist --features mnist.safetensors
+  bilevel evaluate runs/mnist --ood fashion.npz photos/
+  bilevel evaluate runs/cifar10 --features inception --samples 50000 --ood svhn
 """
 _STRANGERS = 10_000  # images of another set that are looked at, at most
 

@@ -4,15 +4,21 @@ import argparse
 import difflib
 import inspect
 import re
+import shutil
+import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Union, final, get_args, get_origin, get_type_hints
 
+from bilevel.cli.wording import as_flags, flag, meant, plain
 from bilevel.methods import EBLVM, Training
-from bilevel.methods.catalogue import METHODS
+from bilevel.methods.catalogue import IMAGE_METHODS, METHODS
 from bilevel.methods.training.settings import validated
 from bilevel.refusals import nearest
+
+LOADING = ("side", "crop", "channels", "skip_unreadable", "limit", "max_gigabytes")
+"""Arguments of `load_images` that have a flag."""
 
 
 @final
@@ -35,9 +41,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"bilevel {name}",
             usage=f"bilevel {name} {usage}",
-            description=summary[0].upper() + summary[1:] + ".",
+            description=filled(summary[0].upper() + summary[1:] + "."),
             epilog="examples:\n" + examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_narrow,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
@@ -48,24 +54,51 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
-        raise UsageError(f"{message.removeprefix('argument ')} (`{self.prog} --help` tells more)")
+        said = re.sub(r"^argument (\S+):", r"`\1`:", message)
+        raise UsageError(f"{said} (`{self.prog} --help` tells more)")
 
-    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+    def read(
+        self, arguments: Sequence[str], elsewhere: Mapping[str, str] | None = None
+    ) -> argparse.Namespace:
         """Parse, refusing what is left over.
 
+        Args:
+            arguments: what was written.
+            elsewhere: options there are in other circumstances, and a clause that says in which.
+
         Raises:
-            UsageError: naming the nearest option there is.
+            UsageError: naming the option that is meant, or the nearest there is.
         """
         parsed, rest = self.parse_known_args(arguments)
         if rest:
             name = rest[0].split("=")[0]
             if not name.startswith("-"):
                 self.error(f"`{rest[0]}` is one argument too many")
-            known = [o for action in self._actions for o in action.option_strings]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean `{close[0]}`?" if close else ""
-            self.error(f"there is no option `{name}`{hint}")
+            self.error(f"there is no option `{name}`{self._hint(name, elsewhere or {})}")
         return parsed
+
+    def _hint(self, name: str, elsewhere: Mapping[str, str]) -> str:
+        known = [
+            option
+            for action in self._actions
+            if action.help != argparse.SUPPRESS
+            for option in action.option_strings
+        ]
+        hint = elsewhere.get(name) or meant(name, known)
+        if hint is None and (close := difflib.get_close_matches(name, known, n=1, cutoff=0.75)):
+            hint = f"did you mean `{close[0]}`?"
+        return f"; {hint}" if hint else ""
+
+
+def _narrow(prog: str) -> argparse.HelpFormatter:
+    """Help in at most 80 columns, with its examples as they were written."""
+    width = min(80, shutil.get_terminal_size((80, 24)).columns)
+    return argparse.RawDescriptionHelpFormatter(prog, width=width)
+
+
+def filled(text: str) -> str:
+    """A description of a group of options, in lines that fit beside its indentation."""
+    return textwrap.fill(text, min(78, shutil.get_terminal_size((80, 24)).columns - 2))
 
 
 @final
@@ -88,18 +121,16 @@ class Setting:
     @property
     def flag(self) -> str:
         """The name on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return flag(self.name)
 
 
 def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """Make an option of a setting; without it on the command line, the name stays unset."""
     kinds = [kind for kind in _alternatives(setting.annotation) if kind is not type(None)]
     kind = kinds[0] if len(kinds) == 1 else str
-    text = setting.help.replace("%", "%%")
-    if setting.default is not None and setting.default is not inspect.Parameter.empty:
-        default = setting.default
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text += f" (default: {shown})"
+    text, hidden = setting.help.replace("%", "%%"), setting.help == argparse.SUPPRESS
+    if not hidden and setting.default not in (None, inspect.Parameter.empty):
+        text += f" (default: {_shown(setting.default)})"
     more: dict[str, Any] = {"help": text.strip(), "dest": setting.name}
     if get_origin(kind) is Literal:
         options = [str(option) for option in get_args(kind)]
@@ -145,10 +176,25 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"it takes a number, got `{text}`") from None
 
 
-def training_settings() -> list[Setting]:
-    """The fields of `Training`."""
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def training_settings(usual: Mapping[str, Any] | None = None) -> list[Setting]:
+    """The fields of `Training`.
+
+    Args:
+        usual: what they are where nothing is given, if not the class's own defaults.
+    """
     return [
-        Setting(name, field.annotation, field.default, field.description or "")
+        Setting(
+            name,
+            field.annotation,
+            (usual or {}).get(name, field.default),
+            plain(field.description or ""),
+        )
         for name, field in Training.model_fields.items()
     ]
 
@@ -162,12 +208,7 @@ def check_training(values: dict[str, Any]) -> None:
     try:
         validated(Training, values)
     except ValueError as error:
-        names = "|".join(Training.model_fields)
-
-        def flag(found: re.Match[str]) -> str:
-            return f"`--{found[1].replace('_', '-')}`"
-
-        raise UsageError(re.sub(f"`({names})`", flag, str(error))) from None
+        raise UsageError(as_flags(str(error), Training.model_fields)) from None
 
 
 def model_settings(method: type[EBLVM]) -> list[Setting]:
@@ -199,13 +240,19 @@ def model_settings(method: type[EBLVM]) -> list[Setting]:
     return list(settings.values())
 
 
+def option_names() -> set[str]:
+    """Names in Python of all that has a flag of `bilevel train`; "upper" is a level, too."""
+    own = {s.name for method in IMAGE_METHODS.values() for s in model_settings(method.kind)}
+    return {*Training.model_fields, *own, *LOADING, "run", "resume", "overwrite"} - {"upper"}
+
+
 def _documented(docstring: str) -> dict[str, str]:
     """The first clause about each argument of a Google-style docstring."""
     _, _, rest = inspect.cleandoc(docstring).partition("Args:\n")
     section = re.split(r"\n\S", rest, maxsplit=1)[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE)
     end = re.compile(r"(?<!Eq)(?<!Sec)[.;:](?:\s|$)")
-    return {name: end.split(" ".join(text.split()))[0].replace("`", "") for name, text in entries}
+    return {name: plain(end.split(" ".join(text.split()))[0]) for name, text in entries}
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from bilevel import DivergenceError, Solver
+from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, print_results
@@ -78,7 +78,8 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         UsageError: if memory ran out, with the batch size that would fit.
     """
     training, folder = plan.training, plan.run.folder
-    print(f"{'continuing' if plan.resume else 'writing to'} {folder}")
+    if plan.resume:
+        print(f"continuing {folder}")
     taken = _steps_taken(plan.run) if plan.resume else 0
     if taken > training.num_steps:
         raise UsageError(
@@ -151,7 +152,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
         history = plan.model.fit(
             images.train,
             solver=plan.solver,
-            callbacks=[progress, stop],
+            callbacks=[_Opening(plan), progress, stop],
             run=plan.run.folder,
             resume=plan.resume,
             overwrite=plan.overwrite,
@@ -160,6 +161,19 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
             **plan.settings,
         )
     return progress.step, history
+
+
+@final
+class _Opening:
+    """Says where a new run is written, once its first step shows that nothing was refused."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._line = "" if plan.resume else f"writing to {plan.run.folder}"
+
+    def __call__(self, step: Step) -> None:
+        if self._line:
+            print(self._line, flush=True)
+            self._line = ""
 
 
 def _look(plan: Plan, features: FeatureNetwork, progress: Progress) -> Evaluate:

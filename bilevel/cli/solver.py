@@ -5,6 +5,7 @@ from typing import Any
 
 from bilevel import Solver
 from bilevel.cli.options import Parser, UsageError, choice, integer, number
+from bilevel.cli.wording import flag
 from bilevel.methods.catalogue import LINEAR_SOLVERS, SOLVERS, arguments, make_solver, pick
 
 _OWNERS = {
@@ -17,11 +18,10 @@ _LINEAR = tuple(name.replace("_", "-") for name in LINEAR_SOLVERS)
 _STEPS, _DAMPING = 20, 0.1  # of a linear solver, where the command line does not say
 
 
-def add_options(parser: Parser) -> None:
-    """`--solver` and what belongs to it."""
-    group = parser.add_argument_group(
-        "solver", "how the upper level feels the lower level's answer (the hypergradient)"
-    )
+def add_options(parser: Parser, *, shown: bool = True) -> None:
+    """`--solver` and what belongs to it; not `shown` in the help of a method with a single level."""
+    about = "how the upper level feels the lower level's answer (the hypergradient)"
+    group = parser.add_argument_group(*(("solver", about) if shown else ()))
     kinds = tuple(SOLVERS)
     group.add_argument(
         "--solver",
@@ -50,6 +50,9 @@ def add_options(parser: Parser) -> None:
         metavar="X",
         help=f"implicit: added to the Hessian (default: {_DAMPING})",
     )
+    if not shown:
+        for action in group._group_actions:
+            action.help = argparse.SUPPRESS
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,9 +64,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("solver", *_OWNERS) if name in args}
     for name, owner in _OWNERS.items():
         if name in options and options.get("solver", "alternating") != owner:
-            flag = "--" + name.replace("_", "-")
             raise UsageError(
-                f"`{flag}` belongs to `--solver {owner}`; add that or leave `{flag}` out"
+                f"`{flag(name)}` belongs to `--solver {owner}`; add that or leave `{flag(name)}` out"
             )
     return options
 
@@ -74,6 +76,9 @@ def solver_of(options: dict[str, Any]) -> Solver:
     Raises:
         ValueError: if a value is out of range.
     """
+    for name in ("unroll_steps", "linear_steps"):
+        if options.get(name, 1) < 1:
+            raise UsageError(f"`{flag(name)}` must be positive, got {options[name]}")
     settings: dict[str, Any] = {"kind": options.get("solver", "alternating")}
     if settings["kind"] == "unrolled":
         settings["num_steps"] = options.get("unroll_steps", 5)
@@ -95,8 +100,8 @@ def _linear(options: dict[str, Any]) -> dict[str, Any]:
         if found:
             settings[found[0]] = options.get(option, usual)
         elif option in options:
-            flag, kind = option.replace("_", "-"), name.replace("_", "-")
+            kind = name.replace("_", "-")
             raise UsageError(
-                f"`--{flag}` has no meaning for `--linear-solver {kind}`; leave it out"
+                f"`{flag(option)}` has no meaning for `--linear-solver {kind}`; leave it out"
             )
     return settings

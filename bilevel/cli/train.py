@@ -6,51 +6,36 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bilevel.cli import solver as solvers
+from bilevel.cli import train_options
 from bilevel.cli.options import (
-    Parser,
+    LOADING,
     UsageError,
-    add_option,
     check_training,
-    choice,
-    integer,
     model_settings,
-    number,
     training_settings,
 )
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
+from bilevel.cli.wording import flag
 from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
-from bilevel.methods.data.limits import GIGABYTES
 from bilevel.methods.presets import PRESETS, Preset
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.saved import rebuilt
 from bilevel.refusals import nearest
 
-SUMMARY = "train a model on images, into a run folder"
+SUMMARY = train_options.SUMMARY
 _LENGTH = ("num_steps", "max_seconds")  # what of a run may be changed when it is resumed
-_LOADING = ("side", "crop", "channels", "skip_unreadable", "limit", "max_gigabytes")
-_EXAMPLES = """  bilevel train --preset digits
-  bilevel train --preset cifar10 --device cuda
-  bilevel train --preset cifar10 --data images.zip --ratio 0.1
-  bilevel train bidvl --data photos/ --num-steps 100000 --device cuda
-  bilevel train bidvl --data mnist.npz --latent-dim 32 --width 32 --run runs/mnist
-  bilevel train --preset digits --variant complete --solver implicit
-  bilevel train --run runs/mnist --resume
-  bilevel train --run runs/mnist --resume --num-steps 20000      make it longer
-  bilevel train bidvl --help                      the options of this method's model too
-"""
 
 
 def command(arguments: list[str]) -> int:
     """Read the arguments and train."""
-    args = _parser(_named(arguments)).read(arguments)
+    args = train_options.read(arguments)
     if "method" in args and args.method.lower() not in IMAGE_METHODS:
         raise UsageError(
             f"there is no method `{args.method}`; {nearest(args.method.lower(), IMAGE_METHODS)}"
@@ -78,94 +63,6 @@ def _main_speaks() -> Iterator[None]:
         yield
 
 
-def _named(arguments: list[str]) -> str | None:
-    """The method whose options these are: named itself, or by the preset."""
-    for text in arguments:
-        if text.lower() in IMAGE_METHODS:
-            return text.lower()
-    values = [*pairwise(arguments), *(a.split("=", 1) for a in arguments)]
-    presets = [pair[1].lower() for pair in values if pair[0] == "--preset" and len(pair) == 2]
-    preset = PRESETS.get(presets[0]) if presets else None
-    return None if preset is None else preset.method.__name__.lower()
-
-
-def _parser(method: str | None) -> Parser:
-    usage = "METHOD --data NAME|PATH [options]\n       bilevel train --preset NAME [options]"
-    parser = Parser("train", SUMMARY, usage, _EXAMPLES)
-    parser.add_argument("method", nargs="?", metavar="METHOD", help=", ".join(IMAGE_METHODS))
-    parser.add_argument(
-        "--preset",
-        type=choice(list(PRESETS)),
-        metavar="NAME",
-        help="settings of a published experiment, or of a small one; `bilevel presets` lists them",
-    )
-    _add_data(parser)
-    parser.add_argument(
-        "--run",
-        "--folder",  # `torchrun` takes `--run` for an option of its own
-        metavar="FOLDER",
-        help="where to write (default: runs/METHOD-DATA-NUMBER)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --run")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --run")
-    parser.add_argument(
-        "--device",
-        type=choice(["cpu", "cuda"]),
-        metavar="cpu|cuda",
-        help="(default: cuda if there is one)",
-    )
-    parser.add_argument(
-        "--no-report", action="store_true", help="train only: no evaluation, pictures and report"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what it would cost; train and write nothing"
-    )
-    chosen = list(IMAGE_METHODS.values()) if method is None else [IMAGE_METHODS[method]]
-    model = {setting.name: setting for one in chosen for setting in model_settings(one.kind)}
-    note = None if method else "`bilevel train METHOD --help` shows one method's alone"
-    for title, settings, about in (
-        ("model", list(model.values()), note),
-        (
-            "training",
-            training_settings(),
-            "a level is a set of networks: BiDVL's upper level is the "
-            "energy, its lower level posterior and generator",
-        ),
-    ):
-        group = parser.add_argument_group(title, about)
-        for setting in settings:
-            add_option(group, setting)
-    solvers.add_options(parser)
-    return parser
-
-
-def _add_data(parser: Parser) -> None:
-    group = parser.add_argument_group("data", "`bilevel.methods.data.images` tells more")
-    group.add_argument(
-        "--data",
-        metavar="NAME|PATH",
-        help="a name such as digits or cifar10, an .npz file with an array `images` (or `train_images` "
-        "and `test_images`), or a folder or zip archive of images",
-    )
-    group.add_argument(
-        "--side", type=integer, metavar="N", help="bring the images to this height and width"
-    )
-    group.add_argument("--crop", type=integer, metavar="N", help="cut out this centre square first")
-    group.add_argument(
-        "--channels", type=integer, metavar="1|3", help="make the images grey (1) or colour (3)"
-    )
-    group.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out files that cannot be read"
-    )
-    group.add_argument("--limit", type=integer, metavar="N", help="most images of each part")
-    group.add_argument(
-        "--max-gigabytes",
-        type=number,
-        metavar="X",
-        help=f"most memory that the images may take (default: {GIGABYTES:g})",
-    )
-
-
 def _start(args: argparse.Namespace) -> int:
     preset = PRESETS[args.preset] if "preset" in args else None
     method = IMAGE_METHODS[_method(args, preset)]
@@ -179,6 +76,10 @@ def _start(args: argparse.Namespace) -> int:
     training_names = [setting.name for setting in training_settings()]
     settings = {**(preset.training if preset else {}), **_given(args, training_names)}
     check_training({**method.kind.training_defaults, **settings})
+    if "best" in settings and settings.get("evaluate_every") is None:
+        raise UsageError(
+            "`--best` says which evaluated model is kept; give `--evaluate-every N` with it"
+        )
     device = device_of(getattr(args, "device", None))
     overwrite = "overwrite" in args
     if "run" in args and Run(args.run).exists and not overwrite:
@@ -186,7 +87,7 @@ def _start(args: argparse.Namespace) -> int:
             f"`{args.run}` already holds a run; continue it with `--resume`, replace it with "
             "`--overwrite`, or name another folder"
         )
-    loading = {**(preset.loading if preset else {}), **_given(args, _LOADING)}
+    loading = {**(preset.loading if preset else {}), **_given(args, LOADING)}
     images = load_images(source, **loading)
     if preset is not None:
         _refuse_other_images(preset, images, args)
@@ -197,6 +98,11 @@ def _start(args: argparse.Namespace) -> int:
     folder = Path(args.run) if "run" in args else from_main(fresh(stem))
     assert method.for_images is not None  # it is one of `IMAGE_METHODS`
     model = method.for_images(images.shape, seed=settings.get("seed", 0), **recipe)
+    if not model.variables("lower") and not solver.drops_response:
+        kind = method.kind.__name__
+        raise UsageError(
+            f"`--solver {options['solver']}` needs a lower level, which `{kind}` lacks; leave it out"
+        )
     if preset is not None:
         print(f"{preset.name}: {preset.about}")
     print(f"{images.name}: {len(images.train):,} training images, {images.note}")
@@ -325,7 +231,7 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
     solver = {"solver": "alternating", **notes.get("solver", {})}
     own = {**config["training"], **model, **solver, "method": str(config["method"]).lower()}
     own |= {name: notes[name] for name in ("data", "device") if name in notes}
-    own |= dict.fromkeys(_LOADING) | notes.get("data_options", {})
+    own |= dict.fromkeys(LOADING) | notes.get("data_options", {})
     for name, value in vars(args).items():
         if name == "data" and name in own:
             same = value == own[name] or str(Path(value).expanduser().resolve()) == own[name]
@@ -338,9 +244,9 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
         else:
             same = name in ("run", "resume", "no_report", "data", "device")
         if not same:
-            flag = "METHOD" if name == "method" else "--" + name.replace("_", "-")
+            said = "METHOD" if name == "method" else flag(name)
             raise UsageError(
-                f"`{flag}` is {value!r}, but the run in `{args.run}` was started with "
+                f"`{said}` is {value!r}, but the run in `{args.run}` was started with "
                 f"{own.get(name)!r}; leave it out to resume, or start a new run"
             )
     if "data" in args and "data" not in own:

@@ -2,12 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from bilevel.refusals import nearest as nearest
 from bilevel.refusals import one_of as one_of
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @final
@@ -22,7 +25,7 @@ class Training(BaseModel):
     begins at the initial weights, so it is for runs of many times that length. Checkpoints hold both.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_steps: int = Field(3000, gt=0, description="upper-level steps")
     batch_size: int = Field(100, gt=1, description="images per batch")
@@ -32,7 +35,7 @@ class Training(BaseModel):
     )
     upper_lr: float = Field(1e-4, gt=0, description="learning rate of the upper level (energy)")
     lower_lr: float = Field(3e-4, gt=0, description="learning rate of the lower level")
-    betas: tuple[float, float] = Field((0.0, 0.9), description="Adam's two decay rates")
+    betas: tuple[_Share, _Share] = Field((0.0, 0.9), description="Adam's two decay rates")
     upper_weight_decay: float = Field(0.0, ge=0, description="weight decay of the upper level")
     lower_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the lower level")
     schedule: Literal["exponential", "cosine"] = Field(
@@ -54,7 +57,9 @@ class Training(BaseModel):
         description="train on columns of mean 0 and deviation 1; the model ends in the data's units",
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
-    max_seconds: float | None = Field(None, gt=0, description="stop after this much training time")
+    max_seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=True, description="stop after this much training time"
+    )
     compile: bool = Field(
         False, description="compile the steps: needs a C++ compiler, pays on small models"
     )
@@ -80,6 +85,16 @@ class Training(BaseModel):
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
     keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints kept on disk")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_number_is_no_other_thing(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse texts and truth values for numbers: pydantic would take "10" for 10, `True` for 1."""
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        number = ("int" in wanted or "float" in wanted) and "Literal" not in wanted
+        if number and isinstance(value, (str, bool)):
+            raise PydanticCustomError("number", "input should be a number")
+        return value
+
 
 MACHINE_DEFAULTS: dict[str, Any] = {
     "upper_lr": 1e-3,
@@ -101,15 +116,18 @@ LOWER_ONLY = ("lower_lr", "lower_steps", "lower_weight_decay", "clip_lower", "or
 _MOST_USED = ("num_steps", "batch_size", "upper_lr", "lower_lr", "seed")
 _RATES, _DECAYS = ("upper_lr", "lower_lr"), ("upper_weight_decay", "lower_weight_decay")
 _CLIPS = ("clip_upper", "clip_lower")
-_ELSEWHERE = {  # what settings are called elsewhere
+ELSEWHERE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lr", "learning_rate", "rate", "eta", "step_size"), _RATES),
     **dict.fromkeys(("weight_decay", "decay_weight", "l2", "wd"), _DECAYS),
     **dict.fromkeys(("clip", "grad_clip", "clip_grad", "clip_grad_norm", "max_norm"), _CLIPS),
     **dict.fromkeys(("steps", "n_steps", "iterations", "n_iter", "max_steps"), ("num_steps",)),
     **dict.fromkeys(("random_state", "rng", "manual_seed"), ("seed",)),
-    **dict.fromkeys(("bs", "n_batch", "minibatch_size"), ("batch_size",)),
+    **dict.fromkeys(("bs", "batch", "n_batch", "minibatch_size"), ("batch_size",)),
 }
-_EPOCHS = ("num_epochs", "epochs", "epoch", "n_epochs", "max_epochs")
+"""What settings are called elsewhere."""
+
+EPOCHS = ("num_epochs", "epochs", "epoch", "n_epochs", "max_epochs")
+"""What the length of a training is counted in elsewhere."""
 
 
 def validated(kind: type[Training], values: dict[str, Any], *, levels: int = 2) -> Training:
@@ -181,14 +199,14 @@ def refuse_idle(
 
 
 def _sentence(kind: type[BaseModel], error: Any, levels: int) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    name = str(error["loc"][0])
     if error["type"] != "extra_forbidden":
         return f"`{name}`: {error['msg'].lower()}, got {error['input']!r}"
     said, idle = f"there is no setting `{name}`;", LOWER_ONLY if levels == 1 else ()
-    if name in _EPOCHS:
+    if name in EPOCHS:
         return f"{said} give `num_steps`: an epoch of n rows has n // batch_size of them"
-    if name in _ELSEWHERE:
-        meant = " or ".join(f"`{each}`" for each in _ELSEWHERE[name] if each not in idle)
+    if name in ELSEWHERE:
+        meant = " or ".join(f"`{each}`" for each in ELSEWHERE[name] if each not in idle)
         return f"{said} did you mean {meant}?"
     working = [each for each in kind.model_fields if each not in idle]
     if difflib.get_close_matches(name, working, n=1):

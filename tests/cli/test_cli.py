@@ -151,8 +151,8 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
         ("train --preset cifar10 --data few.npz", "make them so with `--side 32 --channels 3`"),
         ("train --preset cifar10 --data few.npz --side 32", "with `--channels 3`, train on them"),
         ("train --preset digits --num-steps 0", "`--num-steps`: input should be greater"),
-        ("train bidvl --data few.npz --crop 50", "`crop=50` is larger"),
-        ("train bidvl --data few.npz --channels 2", "`channels`"),
+        ("train bidvl --data few.npz --crop 50", "`--crop 50` is larger"),
+        ("train bidvl --data few.npz --channels 2", "`--channels` is 1"),
         ("presets cifar", "there is no preset `cifar`; did you mean `cifar10`?"),
         ("train --data few.npz", "METHOD ("),
         ("train bidvl --dta few.npz", "did you mean `--data`?"),
@@ -165,10 +165,38 @@ def test_resuming_continues_and_refuses_conflicts(home: Path, capsys: Capture) -
         ("train bidvl --data few.npz --num-steps 0", "`--num-steps`: input should be greater"),
         ("train bidvl --data few.npz --upper-lr fast", "a number, got `fast`"),
         ("train bidvl --data few.npz --damping 1", "belongs to `--solver implicit`"),
-        ("train bidvl --data few.npz --batch-size 500", "`batch_size` is 500"),
-        ("train bidvl --data few.npz --batch-size 50 --solver implicit", "variant='offset'"),
-        ("train bidvl --data few.npz --batch-size 50 --standardise", "`standardise` is for rows"),
-        ("train vae --data few.npz --batch-size 50 --lower-lr 1", "did you mean `upper_lr`"),
+        ("train bidvl --data few.npz --batch-size 500", "`--batch-size` is 500"),
+        (
+            "train bidvl --data few.npz --batch-size 50 --solver implicit",
+            "`--variant offset` stops",
+        ),
+        ("train bidvl --data few.npz --batch-size 50 --standardise", "`--standardise` is for rows"),
+        ("train vae --data few.npz --batch-size 50 --lower-lr 1", "did you mean `--upper-lr`"),
+        ("train vae --data few.npz --solver unrolled", "needs a lower level, which `VAE` lacks"),
+        ("train bidvl --data few.npz --best fid", "give `--evaluate-every N` with it"),
+        (
+            "train bidvl --data few.npz --upper-lr inf",
+            "`--upper-lr`: input should be a finite number",
+        ),
+        ("train bidvl --data few.npz --betas 0.9 2", "`--betas`: input should be less than 1"),
+        ("train bidvl --data few.npz --betas 0.9", "`--betas`: expected 2 arguments"),
+        (
+            "train bidvl --solver implicit --linear-steps 0 --data few.npz",
+            "`--linear-steps` must be",
+        ),
+        ("train bidvl --lr 0.1 --data few.npz", "did you mean `--upper-lr` or `--lower-lr`?"),
+        ("train vae --lr 0.1 --data few.npz", "`--lr`; did you mean `--upper-lr`? ("),
+        ("train bidvl --learning_rate=1 --data few.npz", "mean `--upper-lr` or `--lower-lr`?"),
+        ("train bidvl --weight-decay 0.1 --data few.npz", "`--upper-weight-decay` or `--lower-"),
+        ("train bidvl --epochs 3 --data few.npz", "give `--num-steps`: an epoch of n images"),
+        ("train bidvl --batch 3 --data few.npz", "did you mean `--batch-size`?"),
+        ("train bidvl --steps 3 --data few.npz", "did you mean `--num-steps`?"),
+        ("train bidvl --num_steps 3 --data few.npz", "did you mean `--num-steps`?"),
+        ("train bidvl --output x --data few.npz", "did you mean `--run`?"),
+        ("train bidvl --proper --data few.npz", "it belongs to `advil`, not to `bidvl`"),
+        ("train bidvl --verbose --data few.npz", "there is no option `--verbose` ("),
+        ("sample nowhere --num 3", "did you mean `-n`?"),
+        ("demo --epochs 3", "give `--num-steps`"),
         ("train bidvl --resume", "needs the folder"),
         ("train --resume --run nowhere", "there is no run in `nowhere`"),
         ("sample nowhere", "there is no run in `nowhere`; train one first"),
@@ -214,15 +242,34 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["nothing"])
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "demo", "train", "train bidvl", "train vae", "presets", "sample", "evaluate", "report"],
-)
-def test_help_is_short_and_has_examples(command: str, capsys: Capture) -> None:
+COMMANDS = ["", "demo", "train", "presets", "sample", "evaluate", "report", "bench", "features"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"train {name}" for name in IMAGE_METHODS)])
+def test_help_is_plain_fits_the_screen_and_has_examples(command: str, capsys: Capture) -> None:
     assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "examples:\n  bilevel" in text
     assert text.isascii()
+    assert not re.search(r"[$\\]|SUPPRESS", text)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_of_a_method_shows_its_own_options_and_defaults(capsys: Capture) -> None:
+    def shown(arguments: str) -> str:
+        assert main(["train", *arguments.split(), "--help"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    bidvl, vae, everything = shown("bidvl"), shown("vae"), shown("")
+    assert "model: bidvl:" in bidvl
+    assert "--proper" not in bidvl
+    assert "of the upper level (energy) (default: 0.0001)" in bidvl
+    assert "of the upper level (energy) (default: 0.001)" in vae
+    assert "--lower-lr" not in vae
+    assert "--unroll-steps" not in vae
+    assert "(energy) (default: by METHOD)" in everything
+    assert "model: bism, vages:" in everything
+    assert "upper-level steps (default: 300000)" in shown("--preset cifar10")
 
 
 def test_version(capsys: Capture) -> None:
