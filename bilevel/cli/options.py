@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Union, final, get_args, get_origin, get_type_hints
 
-from bilevel.cli.wording import as_flags, flag, meant, plain
+from bilevel.cli.wording import as_flag, as_flags, meant, plain
 from bilevel.methods import EBLVM, Training
 from bilevel.methods.catalogue import IMAGE_METHODS, METHODS
 from bilevel.methods.training.settings import validated
@@ -121,7 +121,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """The name on the command line."""
-        return flag(self.name)
+        return as_flag(self.name)
 
 
 def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from bilevel import Solver
 from bilevel.cli.options import Parser, UsageError, choice, integer, number
-from bilevel.cli.wording import flag
+from bilevel.cli.wording import as_flag
 from bilevel.methods.catalogue import LINEAR_SOLVERS, SOLVERS, arguments, make_solver, pick
 
 _OWNERS = {
@@ -64,8 +64,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("solver", *_OWNERS) if name in args}
     for name, owner in _OWNERS.items():
         if name in options and options.get("solver", "alternating") != owner:
+            said = as_flag(name)
             raise UsageError(
-                f"`{flag(name)}` belongs to `--solver {owner}`; add that or leave `{flag(name)}` out"
+                f"`{said}` belongs to `--solver {owner}`; add that or leave `{said}` out"
             )
     return options
 
@@ -78,7 +79,7 @@ def solver_of(options: dict[str, Any]) -> Solver:
     """
     for name in ("unroll_steps", "linear_steps"):
         if options.get(name, 1) < 1:
-            raise UsageError(f"`{flag(name)}` must be positive, got {options[name]}")
+            raise UsageError(f"`{as_flag(name)}` must be positive, got {options[name]}")
     settings: dict[str, Any] = {"kind": options.get("solver", "alternating")}
     if settings["kind"] == "unrolled":
         settings["num_steps"] = options.get("unroll_steps", 5)
@@ -102,6 +103,6 @@ def _linear(options: dict[str, Any]) -> dict[str, Any]:
         elif option in options:
             kind = name.replace("_", "-")
             raise UsageError(
-                f"`{flag(option)}` has no meaning for `--linear-solver {kind}`; leave it out"
+                f"`{as_flag(option)}` has no meaning for `--linear-solver {kind}`; leave it out"
             )
     return settings

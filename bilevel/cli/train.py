@@ -20,7 +20,7 @@ from bilevel.cli.options import (
 )
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
-from bilevel.cli.wording import flag
+from bilevel.cli.wording import as_flag
 from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
@@ -35,7 +35,7 @@ _LENGTH = ("num_steps", "max_seconds")  # what of a run may be changed when it i
 
 def command(arguments: list[str]) -> int:
     """Read the arguments and train."""
-    args = train_options.read(arguments)
+    args = train_options.read_arguments(arguments)
     if "method" in args and args.method.lower() not in IMAGE_METHODS:
         raise UsageError(
             f"there is no method `{args.method}`; {nearest(args.method.lower(), IMAGE_METHODS)}"
@@ -244,7 +244,7 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
         else:
             same = name in ("run", "resume", "no_report", "data", "device")
         if not same:
-            said = "METHOD" if name == "method" else flag(name)
+            said = "METHOD" if name == "method" else as_flag(name)
             raise UsageError(
                 f"`{said}` is {value!r}, but the run in `{args.run}` was started with "
                 f"{own.get(name)!r}; leave it out to resume, or start a new run"

@@ -41,7 +41,7 @@ _LEVELS = (
 )
 
 
-def read(arguments: list[str]) -> argparse.Namespace:
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """The arguments of `bilevel train`.
 
     Raises:

@@ -65,11 +65,11 @@ def plain(text: str) -> str:
     return spaced.replace("`", "")
 
 
-def flag(name: str) -> str:
+def as_flag(name: str) -> str:
     """An option's name on the command line.
 
     Example:
-        >>> flag("upper_lr"), flag("n")
+        >>> as_flag("upper_lr"), as_flag("n")
         ('--upper-lr', '-n')
     """
     return ("-" if len(name) == 1 else "--") + name.replace("_", "-")
@@ -104,7 +104,7 @@ def as_flags(message: str, names: Collection[str]) -> str:
 
 def _option(name: str, value: str) -> str:
     value = value.strip("\"'")
-    return flag(name) if value in ("", "True") else f"{flag(name)} {value}"
+    return as_flag(name) if value in ("", "True") else f"{as_flag(name)} {value}"
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
@@ -120,7 +120,9 @@ def meant(name: str, known: Iterable[str]) -> str | None:
     """
     known, bare = list(known), name.lstrip("-").replace("-", "_").lower()
     same = [option for option in known if option.lstrip("-").replace("-", "_") == bare]
-    found = same or [flag(other) for other in _OTHER_NAMES.get(bare, ()) if flag(other) in known]
+    found = same or [
+        as_flag(other) for other in _OTHER_NAMES.get(bare, ()) if as_flag(other) in known
+    ]
     if not found:
         return None
     if bare in EPOCHS:
