@@ -17,7 +17,7 @@ _PLAIN = (str, bytes, int, float)
 # ---------------------------------------------------------------------- batches
 
 
-def moved(batch: Any, device: torch.device) -> Any:
+def brought(batch: Any, device: torch.device) -> Any:
     """The batch on a device; the very same object where nothing has to move.
 
     Tensors are found in tuples, lists, mappings (dicts, `UserDict`s) and dataclasses, however nested.
@@ -31,9 +31,9 @@ def moved(batch: Any, device: torch.device) -> Any:
 
     Example:
         >>> batch = {"image": torch.zeros(2), "name": "zero"}
-        >>> moved(batch, torch.device("cpu")) is batch
+        >>> brought(batch, torch.device("cpu")) is batch
         True
-        >>> moved(batch, torch.device("meta"))
+        >>> brought(batch, torch.device("meta"))
         {'image': tensor(..., device='meta', size=(2,)), 'name': 'zero'}
     """
     if batch is None or isinstance(batch, _PLAIN):
@@ -52,13 +52,13 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         if _here(batch, device):
             return batch
-        parts = [moved(part, device) for part in batch]
+        parts = [brought(part, device) for part in batch]
         same = all(new is old for new, old in zip(parts, batch, strict=True))
         return batch if same else _sequence(batch, parts)
     if type(batch) is dict or isinstance(batch, Mapping):
         if _here(batch.values(), device):
             return batch
-        entries = {key: moved(value, device) for key, value in batch.items()}
+        entries = {key: brought(value, device) for key, value in batch.items()}
         same = all(new is batch[key] for key, new in entries.items())
         return batch if same else _mapping(batch, entries)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -100,7 +100,7 @@ def _mapping(batch: Any, entries: dict[Any, Any]) -> Any:
 def _record(batch: Any, device: torch.device) -> Any:
     """A dataclass, frozen or not, without running its `__init__` again."""
     before = {f.name: getattr(batch, f.name, None) for f in dataclasses.fields(batch)}
-    after = {name: moved(value, device) for name, value in before.items()}
+    after = {name: brought(value, device) for name, value in before.items()}
     changed = {name: value for name, value in after.items() if value is not before[name]}
     if not changed:
         return batch

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from bilevel.devices import moved
+from bilevel.devices import brought
 from bilevel.distributed import rank, world_size
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
@@ -136,7 +136,7 @@ class Turn:
     def _draw(self, source: str) -> Any:
         batch = next(self.state.sources[source])
         if self._settings.move_batches:
-            batch = moved(batch, self._device)
+            batch = brought(batch, self._device)
         return self.state.problem.draw(batch, self.state.generator)
 
     def _lower_batch(self, step: int) -> Any:

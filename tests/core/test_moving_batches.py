@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from bilevel import Alternating, Implicit, Problem, Step, check_hypergradient, train
-from bilevel.devices import global_generators, moved, usable_device, widest
+from bilevel.devices import brought, global_generators, usable_device, widest
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -92,14 +92,14 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 @pytest.mark.parametrize("name", BATCHES)
 def test_tensors_are_moved_wherever_they_are_and_nothing_else_changes(name: str) -> None:
     batch = BATCHES[name]()
-    there = moved(batch, META)
+    there = brought(batch, META)
     assert type(there) is type(batch)
     pairs = list(zip(tensors(batch), tensors(there), strict=True))
     assert pairs
     for old, new in pairs:
         assert old.device == CPU, "the batch that was given is left as it was"
         assert (new.device, new.dtype, new.shape) == (META, old.dtype, old.shape)
-    assert name == "packed" or moved(batch, CPU) is batch
+    assert name == "packed" or brought(batch, CPU) is batch
 
 
 def test_what_is_no_tensor_stays() -> None:
@@ -115,13 +115,13 @@ def test_what_is_no_tensor_stays() -> None:
         Tensor,
         lambda: 0,
     ]
-    for leaf, same in zip(kept, moved(kept, META), strict=True):
+    for leaf, same in zip(kept, brought(kept, META), strict=True):
         assert same is leaf
-    there = moved(collections.OrderedDict(b=tensor(), a="text"), META)
+    there = brought(collections.OrderedDict(b=tensor(), a="text"), META)
     assert list(there) == ["b", "a"]
-    assert moved(BATCHES["default"](), META).default_factory is list
-    assert moved(Answers(a=tensor()), META).note == "kept"
-    assert moved(Record(tensor(), "b"), META).name == "b"
+    assert brought(BATCHES["default"](), META).default_factory is list
+    assert brought(Answers(a=tensor()), META).note == "kept"
+    assert brought(Record(tensor(), "b"), META).name == "b"
 
 
 class Net(Problem):
@@ -238,7 +238,7 @@ def test_metal_has_no_doubles() -> None:
 def test_batches_on_the_processor_train_a_problem_on_a_gpu() -> None:
     device, data = torch.device("cuda:0"), {"v": torch.rand(12, 3)}
     ends = []
-    for rows in (data, moved(data, device), {"v": data["v"].pin_memory()}):
+    for rows in (data, brought(data, device), {"v": data["v"].pin_memory()}):
         problem = Net().to(device)
         for _ in train(
             problem,
@@ -251,4 +251,4 @@ def test_batches_on_the_processor_train_a_problem_on_a_gpu() -> None:
             pass
         ends.append(problem.upper["x"].detach().cpu())
     assert all(torch.allclose(end, ends[0]) for end in ends)
-    assert moved(torch.ones(3).pin_memory(), device).device == device
+    assert brought(torch.ones(3).pin_memory(), device).device == device
