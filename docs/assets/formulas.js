@@ -1,0 +1,8 @@
+// Sets the formulas that pymdownx.arithmatex has marked: \(...\) in a line, \[...\] on its own.
+for (const element of document.querySelectorAll(".arithmatex")) {
+  const source = element.textContent.trim();
+  katex.render(source.slice(2, -2), element, {
+    displayMode: source.startsWith("\\["),
+    throwOnError: false,
+  });
+}
