@@ -86,7 +86,7 @@ def on_the_ring(samples: Tensor) -> float:
 
 
 def draw(panels: list[tuple[str, Tensor | None, Tensor]], path: Path) -> None:
-    figure = Figure(figsize=(3 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
     for axes, (title, shade, dots) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         limits = (-EDGE, EDGE)
         if shade is not None:

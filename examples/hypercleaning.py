@@ -63,7 +63,8 @@ def accuracy(weights: Tensor, training: Data, test: Data) -> float:
     return float((problem.lower(test[0]).argmax(1) == test[1]).float().mean())
 
 
-def main(num_steps: int, seed: int) -> None:
+def main(num_steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The weight of every example, and which labels are wrong."""
     training, validation, test, wrong = load(seed)
     problem = Cleaning(len(wrong))
     for step in train(
@@ -89,6 +90,7 @@ def main(num_steps: int, seed: int) -> None:
         f"Cleaning finds {recall:.0%} of the wrong labels and lifts the test accuracy from "
         f"{everything:.1%} to {cleaned:.1%}; knowing every wrong label would give {oracle:.1%}."
     )
+    return weights, wrong
 
 
 if __name__ == "__main__":

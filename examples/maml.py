@@ -42,13 +42,17 @@ class Sinusoids(Problem):
         known, new = uniform(-5, 5, self.shots), uniform(-5, 5, 2 * self.shots)
         return {n: (x, amplitude * (x - phase).sin()) for n, x in (("known", known), ("new", new))}
 
-    def losses(self, points: tuple[Tensor, Tensor]) -> Tensor:
-        """Mean squared error of every task, each with its own displaced weights."""
-        h, targets = points
+    def predict(self, h: Tensor) -> Tensor:
+        """What every task says, each with its own displaced weights."""
         weights = [self.upper[i] + self.lower[i] for i in range(len(self.upper))]
         for i in range(0, len(weights), 2):
             h = torch.baddbmm(weights[i + 1], h if i == 0 else h.relu(), weights[i])
-        return (h - targets).square().mean((1, 2))
+        return h
+
+    def losses(self, points: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean squared error of every task."""
+        inputs, targets = points
+        return (self.predict(inputs) - targets).square().mean((1, 2))
 
     def upper_loss(self, batch: Batch) -> Tensor:
         return self.losses(batch["new"]).mean()
@@ -68,7 +72,8 @@ def learn(solver: Solver, num_steps: int, seed: int) -> Sinusoids:
     return problem
 
 
-def test_error(learned: Sinusoids, seed: int) -> float:
+def adapted(learned: Sinusoids, seed: int) -> tuple[Sinusoids, Batch]:
+    """New tasks, each after its gradient steps from the learned weights."""
     problem = Sinusoids(tasks=600)
     problem.upper.load_state_dict(learned.upper.state_dict())
     batch = problem.draw(None, torch.Generator().manual_seed(10_000 + seed))
@@ -77,18 +82,25 @@ def test_error(learned: Sinusoids, seed: int) -> float:
         sgd.zero_grad()
         problem.lower_loss(batch).backward()
         sgd.step()
+    return problem, batch
+
+
+def test_error(learned: Sinusoids, seed: int) -> float:
+    problem, batch = adapted(learned, seed)
     return problem.upper_loss(batch).item()
 
 
-def main(num_steps: int, seed: int) -> None:
-    maml = Unrolled(STEPS, optimizer=torchopt.sgd(RATE))
-    ours = test_error(learn(maml, num_steps, seed), seed)
-    joint = test_error(learn(Alternating(), num_steps, seed), seed)
+def main(num_steps: int, seed: int) -> tuple[Sinusoids, Sinusoids]:
+    """What MAML learned, and what pre-training did."""
+    unrolled = learn(Unrolled(STEPS, optimizer=torchopt.sgd(RATE)), num_steps, seed)
+    alternating = learn(Alternating(), num_steps, seed)
+    ours, joint = test_error(unrolled, seed), test_error(alternating, seed)
     random = test_error(Sinusoids(tasks=25), seed)
     print(
         f"Squared error on new tasks after {STEPS} steps on ten points: {ours:.2f} from MAML's weights,"
         f" {joint:.2f} from pre-trained ones, {random:.2f} from random ones."
     )
+    return unrolled, alternating
 
 
 if __name__ == "__main__":

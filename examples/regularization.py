@@ -57,7 +57,8 @@ def fit(penalty: Tensor | float, data: Data) -> Variables:
     return {name: tensor.detach() for name, tensor in y.items()}
 
 
-def main(num_steps: int, seed: int) -> None:
+def main(num_steps: int, seed: int) -> Tensor:
+    """The tuned penalties: thirty of measurements, then thirty of decoys."""
     training, validation, test = load(seed)
     problem = Problem.from_functions(
         upper_loss=lambda x, y, data: loss(y, data),
@@ -88,6 +89,7 @@ def main(num_steps: int, seed: int) -> None:
         print(f"{name:12} test log-loss {errors[-1]:.4f}, accuracy {right.double().mean():.1%}")
     text = "Sixty tuned penalties: test log-loss {2:.4f}; untuned {0:.4f}, best common one {1:.4f}."
     print(text.format(*errors))
+    return tuned
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The documentation can be read: its formulas are ones that KaTeX knows, every example is shown."""
 
-import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+import bilevel
+import bilevel.methods
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -12,27 +14,26 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$", re.DOTALL)
 COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 
 
-def texts() -> Iterator[tuple[str, str]]:
-    """Pages and docstrings, with where they are."""
-    for page in DOCS.rglob("*.md"):
-        yield str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
-    for module in (*(ROOT / "bilevel").rglob("*.py"), *(ROOT / "methods").rglob("*.py")):
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                yield str(module.relative_to(ROOT)), ast.get_docstring(node) or ""
-
-
-def formulas() -> Iterator[tuple[str, str]]:
-    for where, text in texts():
-        for displayed, inline in FORMULA.findall(CODE.sub("", text)):
-            yield where, displayed or inline
+@cache
+def formulas() -> list[tuple[str, str]]:
+    """The formulas of pages and docstrings, and where each is."""
+    found = []
+    for path in (
+        *DOCS.rglob("*.md"),
+        *(ROOT / "bilevel").rglob("*.py"),
+        *(ROOT / "methods").rglob("*.py"),
+    ):
+        text = CODE.sub("", path.read_text(encoding="utf-8"))
+        for displayed, inline in FORMULA.findall(text):
+            found.append((str(path.relative_to(ROOT)), displayed or inline))
+    return found
 
 
 def test_katex_knows_every_command_of_a_formula() -> None:
     # Names are strings in its source. What it does not know, it would show in red.
     source = (DOCS / "assets" / "katex" / "katex.min.js").read_text(encoding="utf-8")
     known = {*re.findall(r'"\\\\([A-Za-z]+|[^A-Za-z])"', source), "\\"}
-    found = list(formulas())
+    found = formulas()
     assert len(found) > 500, "the formulas have moved; mend this test"
     unknown = [
         (where, name) for where, tex in found for name in COMMAND.findall(tex) if name not in known
@@ -55,3 +56,23 @@ def test_pages_load_nothing_from_elsewhere() -> None:
     assert "http" not in configuration, "a reader's browser would fetch it"
     for script in (DOCS / "assets").glob("*.js"):
         assert "http" not in script.read_text(encoding="utf-8"), script
+
+
+def test_every_example_has_a_page_a_card_and_a_picture() -> None:
+    cards = (DOCS / "examples" / "index.md").read_text(encoding="utf-8")
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        page = (DOCS / "examples" / f"{script.stem}.md").read_text(encoding="utf-8")
+        picture = f"../images/examples/{script.stem}.png"
+        assert f'--8<-- "examples/{script.name}"' in page, script
+        assert picture in page, script
+        assert f"{picture})]({script.stem}.md)" in cards, script
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(
+        page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md")
+    )
+    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    rooms = (bilevel, bilevel.methods)
+    names = {f"{room.__name__}.{name}" for room in rooms for name in room.__all__}
+    assert names <= shown, names - shown

@@ -1,0 +1,100 @@
+"""The pictures of the examples' page, from full runs of the examples.
+
+    python -m benchmarks.gallery [--only NAME ...] [--into FOLDER]
+
+draws `NAME.png` into `docs/images/examples/`. All of them take about four minutes of a processor core.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from benchmarks.measuring.records import RESULTS
+from examples import advil_rbm, bidvl_rings, hypercleaning, maml, regularization
+
+IMAGES = RESULTS.parent.parent / "docs" / "images" / "examples"
+BLUE, ORANGE, GREY = "#1f6fb4", "#d9652b", "#777777"
+
+
+def draw_regularization(axes: Axes) -> None:
+    measured, decoys = (part.sort().values for part in regularization.main(60, 0).split(30))
+    axes.semilogy(measured, "o", color=BLUE, markersize=4, label="measurements")
+    axes.semilogy(decoys, "s", color=ORANGE, markersize=4, label="decoys")
+    axes.set(xlabel="features, sorted", ylabel="tuned penalty", xticks=[])
+    axes.legend(frameon=False)
+
+
+def draw_hypercleaning(axes: Axes) -> None:
+    weights, wrong = hypercleaning.main(150, 0)
+    parts = [weights[~wrong].tolist(), weights[wrong].tolist()]
+    axes.hist(parts, bins=20, color=[BLUE, ORANGE], label=["right labels", "wrong labels"])
+    axes.set(xlabel="learned weight of an example", ylabel="examples")
+    axes.legend(frameon=False, loc="upper center")
+
+
+def draw_maml(axes: Axes) -> None:
+    """One new task: its ten points, and what five steps make of them from either start."""
+    starts = maml.main(2000, 0)
+    for learned, name, colour in zip(starts, ("MAML", "pre-trained"), (BLUE, ORANGE), strict=True):
+        problem, batch = maml.adapted(learned, 0)
+        task = int(batch["known"][1].abs().amax((1, 2)).gt(3).nonzero()[0])  # of some amplitude
+        line = torch.linspace(-5, 5, 200).expand(problem.tasks, 200)[..., None]
+        with torch.no_grad():
+            axes.plot(line[task], problem.predict(line)[task], color=colour, label=name)
+    known = [part[task].flatten() for part in batch["known"]]
+    axes.plot(*known, "o", color="black", markersize=4, label="ten points")
+    new = torch.stack([part[task].flatten() for part in batch["new"]], 1)
+    axes.plot(*new.T, "x", color=GREY, markersize=5, label="new points")
+    axes.set(xlabel="input", ylabel="target")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_advil(axes: Axes) -> None:
+    found = advil_rbm.main(20.0, 0)
+    colours = [GREY, ORANGE, BLUE, BLUE]
+    bars = axes.barh(
+        list(found), [value - min(found.values()) for value in found.values()], color=colours
+    )
+    axes.bar_label(bars, [f" {value:.1f} nats" for value in found.values()])
+    axes.set(xlabel="nats above independent pixels")
+    axes.margins(x=0.35)
+    axes.invert_yaxis()
+
+
+DRAWN: dict[str, Callable[[Axes], None]] = {
+    "regularization": draw_regularization,
+    "hypercleaning": draw_hypercleaning,
+    "maml": draw_maml,
+    "advil_rbm": draw_advil,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    names = [*DRAWN, "bidvl_rings"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--into", type=Path, default=IMAGES, metavar="FOLDER")
+    options = parser.parse_args()
+    options.into.mkdir(parents=True, exist_ok=True)
+    fresh = torch.get_rng_state()
+    for name in options.only:
+        torch.set_rng_state(fresh)  # each as if it were run alone
+        path = options.into / f"{name}.png"
+        if name in DRAWN:
+            figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
+            axes = figure.subplots()
+            axes.spines[["top", "right"]].set_visible(False)
+            DRAWN[name](axes)
+            figure.savefig(path)
+        else:  # draws its own, larger than a page
+            bidvl_rings.main(800, 0, path)
+            Image.open(path).reduce(2).quantize(64).save(path)
+
+
+if __name__ == "__main__":
+    main()
