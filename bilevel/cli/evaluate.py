@@ -7,10 +7,12 @@ from torch import Tensor
 from bilevel.cli.features import WHICH, feature_network
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.outcome import draw, measured, print_results, report
+from bilevel.cli.progress import stages
 from bilevel.cli.runs import existing, images_of, load_model
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.features import default_features
 from bilevel.methods.report.report import save_results
+from bilevel.reporting import Report
 
 SUMMARY = "measure a trained model: samples, reconstructions, outliers"
 _EXAMPLES = """  bilevel evaluate runs/demo-1
@@ -25,6 +27,42 @@ _STRANGERS = 10_000  # images of another set that are looked at, at most
 
 def command(arguments: list[str]) -> int:
     """Read the arguments, measure, and keep the numbers if they are about the run's own data."""
+    args = _parser().read(arguments)
+    if getattr(args, "samples", 2) < 2:
+        raise UsageError(f"`--samples` must be at least 2, got {args.samples}")
+    run = existing(args.run)
+    features = feature_network(args.features) if "features" in args else None
+    more = {"samples": args.samples} if "samples" in args else {}
+    with stages() as stage:
+        images = images_of(run, getattr(args, "data", None), stage)
+        model = load_model(run)
+        model.statistics = getattr(args, "statistics", model.statistics)
+        strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS), stage)
+        seen = default_features(images, stage) if features is None else features
+        about = {"features": seen, "outside": strangers, "report": stage, **more}
+        results = measured(model, images, args.seed, **about)
+    print_results(results, seen.label)
+    if (stopped := run.stopped()) is not None:
+        print(f"The training: {stopped}.")
+    own = run.config().get("notes", {}).get("data")
+    if own in (None, images.source):
+        how = {
+            "data": images.source,
+            "seed": args.seed,
+            "statistics": model.statistics,
+            "features": seen.label,
+            **more,
+        }
+        save_results(run, results, **how)
+        with stages() as stage:
+            draw(run, model, images, args.seed, seen, stage)
+            stage("writing the report", 0, 0)
+            page = report(run)
+        print(f"\nreport: {page}")
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser("evaluate", SUMMARY, "RUN [options]", _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -55,40 +93,15 @@ def command(arguments: list[str]) -> int:
         default=[],
         help="images that the energy should tell from the data",
     )
-    args = parser.read(arguments)
-    if getattr(args, "samples", 2) < 2:
-        raise UsageError(f"`--samples` must be at least 2, got {args.samples}")
-    run = existing(args.run)
-    features = feature_network(args.features) if "features" in args else None
-    images = images_of(run, getattr(args, "data", None))
-    model = load_model(run)
-    model.statistics = getattr(args, "statistics", model.statistics)
-    strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS))
-    seen = default_features(images) if features is None else features
-    more = {"samples": args.samples} if "samples" in args else {}
-    results = measured(model, images, args.seed, features=seen, outside=strangers, **more)
-    print_results(results, seen.label)
-    own = run.config().get("notes", {}).get("data")
-    if own in (None, images.source):
-        how = {
-            "data": images.source,
-            "seed": args.seed,
-            "statistics": model.statistics,
-            "features": seen.label,
-            **more,
-        }
-        save_results(run, results, **how)
-        draw(run, model, images, args.seed, seen)
-        print(f"\nreport: {report(run)}")
-    return 0
+    return parser
 
 
-def _strangers(sources: list[str], images: Images, most: int) -> dict[str, Tensor]:
+def _strangers(sources: list[str], images: Images, most: int, stage: Report) -> dict[str, Tensor]:
     """Test images of other sets by name, in the shape of these."""
     channels, side, _ = images.shape
     found: dict[str, Tensor] = {}
     for source in sources:
-        other = load_images(source, side=side, channels=channels, limit=most)
+        other = load_images(source, side=side, channels=channels, limit=most, report=stage)
         name = other.name if other.name not in found else str(Path(source))
         found[name] = other.test
     return found

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from bilevel.cli.options import Parser, UsageError, choice, integer
+from bilevel.cli.progress import stages
 from bilevel.cli.running import device_of
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.features import (
@@ -56,7 +57,8 @@ def command(arguments: list[str]) -> int:
             raise UsageError(f"`--{name}` must be positive, got {getattr(args, name)}")
     device = device_of(getattr(args, "device", None))
     given = {name: getattr(args, name) for name in ("side", "channels") if name in args}
-    images = load_images(args.data, **given)
+    with stages() as stage:
+        images = load_images(args.data, **given, report=stage)
     print(f"{images.name}: {len(images.train):,} training images, {images.note}")
     began, steps = time.monotonic(), getattr(args, "steps", _STEPS)
 

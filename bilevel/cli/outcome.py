@@ -29,6 +29,7 @@ from bilevel.methods.report.pictures import (
 from bilevel.methods.report.report import save_results, saved_pictures, saved_results, write_report
 from bilevel.methods.training.measures import result_rows
 from bilevel.methods.training.run import Run
+from bilevel.reporting import Report, silent
 
 _SAMPLES, _PAIRS = 80, 24
 
@@ -40,16 +41,18 @@ def finish(
     seed: int,
     history: History,
     features: FeatureNetwork | None = None,
+    stage: Report = silent,
 ) -> dict[str, float]:
     """Evaluate a trained model, draw its pictures and write its report."""
-    seen = default_features(images) if features is None else features
-    results = measured(model, images, seed, features=seen)
+    seen = default_features(images, stage) if features is None else features
+    results = measured(model, images, seed, features=seen, report=stage)
     if history.steps:
         speed = history.steps_per_second
         results |= {"seconds": history.seconds, "steps_per_second": speed}
     how = {"data": images.source, "seed": seed, "statistics": model.statistics}
     save_results(run, results, **how, features=seen.label)
-    draw(run, model, images, seed)
+    draw(run, model, images, seed, stage=stage)
+    stage("writing the report", 0, 0)
     report(run)
     return results
 
@@ -70,6 +73,7 @@ def draw(
     images: Images | None,
     seed: int,
     features: FeatureNetwork | None = None,
+    stage: Report = silent,
 ) -> None:
     """The pictures there can be; a missing package is said once, and is no failure.
 
@@ -79,10 +83,12 @@ def draw(
         images: real ones.
         seed: of the samples.
         features: with these, the training images nearest to samples are drawn too.
+        stage: told how far it is.
     """
     try:
         if model is not None and images is not None:
-            _draw_images(run.folder, model, images, seed, features)
+            _draw_images(run.folder, model, images, seed, features, stage)
+        stage("drawing curves", 0, 0)
         for records, name, save in (
             (run.metrics(), "curves", save_curves),
             (run.evaluations(), "evaluations", save_evaluations),
@@ -94,15 +100,21 @@ def draw(
 
 
 def _draw_images(
-    folder: Path, model: EBLVM, images: Images, seed: int, features: FeatureNetwork | None
+    folder: Path,
+    model: EBLVM,
+    images: Images,
+    seed: int,
+    features: FeatureNetwork | None,
+    stage: Report,
 ) -> None:
+    stage("drawing pictures of samples and reconstructions", 0, 0)
     # a model refuses what it has no way to do
     with suppress(NotImplementedError):
         generator = torch.Generator(model.device).manual_seed(seed)
         samples = model.sample(_SAMPLES, generator).clamp(-1, 1)
         save_grid(samples, folder / "samples.png", columns=16)
         if features is not None:
-            nearest = nearest_images(features, samples[:_PAIRS], images.train)
+            nearest = nearest_images(features, samples[:_PAIRS], images.train, stage)
             save_reconstructions(samples[:_PAIRS].cpu(), nearest, folder / "neighbours.png")
     with suppress(NotImplementedError):
         originals = at_most(images.test, _PAIRS)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from bilevel.cli import outcome
 from bilevel.cli.options import Parser, UsageError
+from bilevel.cli.progress import stages
 from bilevel.cli.runs import existing
 from bilevel.files import replacing
 from bilevel.methods.report.report import saved_pictures, saved_results, write_comparison
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.training.json_lines import note
+from bilevel.reporting import Report
 
 SUMMARY = "write a page about a run or a suite, or a comparison of several runs"
 _EXAMPLES = """  bilevel report runs/demo-1
@@ -29,8 +31,17 @@ def command(arguments: list[str]) -> int:
         help="the page (default: report.html in the run's folder, comparison.html beside the first)",
     )
     args = parser.read(arguments)
+    with stages() as stage:
+        page = _written(args, stage)
+    print(page)
+    return 0
+
+
+def _written(args: argparse.Namespace, stage: Report) -> Path:
+    """The page, written."""
+    stage("drawing the pages", 0, 0)
     if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
-        return _show(write_suite_report(SuiteFolder(args.runs[0])), args)
+        return _placed(write_suite_report(SuiteFolder(args.runs[0])), args)
     several = len(args.runs) > 1  # of runs/*, what is no run is left out
     folders = [
         name
@@ -47,17 +58,15 @@ def command(arguments: list[str]) -> int:
             outcome.draw(run, None, None, seed=0)
     if len(runs) > 1:
         beside = runs[0].folder.parent / "comparison.html"
-        print(write_comparison(runs, getattr(args, "out", beside)))
-        return 0
-    return _show(outcome.report(runs[0]), args)
+        return write_comparison(runs, getattr(args, "out", beside))
+    return _placed(outcome.report(runs[0]), args)
 
 
-def _show(page: Path, args: argparse.Namespace) -> int:
-    """Copy the page to `--out`, if that was given, and print its path."""
+def _placed(page: Path, args: argparse.Namespace) -> Path:
+    """The page, copied to `--out` if that was given."""
     if "out" in args:
         target = Path(args.out)
         with replacing(target, page.stat().st_size) as file:
             file.write(page.read_bytes())
-        page = target
-    print(page)
-    return 0
+        return target
+    return page

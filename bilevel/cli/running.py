@@ -11,7 +11,7 @@ from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, print_results
-from bilevel.cli.progress import Progress
+from bilevel.cli.progress import Progress, stages
 from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
 from bilevel.methods import EBLVM, History, Training
@@ -99,11 +99,12 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         draw(plan.run, None, None, training.seed)  # the curves may tell why
         raise
     if stop.asked is not None and done < training.num_steps:
-        return _interrupted(plan.run, 128 + stop.asked)
+        return _interrupted(plan.run, 128 + stop.asked, done)
     if not report or not is_main():
         print(f"done: {folder}")
     else:
-        results = finish(plan.run, plan.model, plan.images, training.seed, history)
+        with stages() as stage:
+            results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
         print()
         print_results(results)
         print(f"\nreport: {folder / 'report.html'}")
@@ -145,7 +146,8 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
     }
     look = None
     if training.evaluate_every is not None:
-        features = default_features(images) if plan.features is None else plan.features
+        with stages() as stage:
+            features = default_features(images, stage) if plan.features is None else plan.features
         look = _look(plan, features, progress)
         notes["evaluations"] = {"features": features.label, "samples": LOOK, "seed": training.seed}
     with progress, stop.listening():
@@ -158,6 +160,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
             overwrite=plan.overwrite,
             notes=notes,
             evaluate=look,
+            progress=False,  # the command's own is among the callbacks
             **plan.settings,
         )
     return progress.step, history
@@ -182,7 +185,8 @@ def _look(plan: Plan, features: FeatureNetwork, progress: Progress) -> Evaluate:
     def look(model: EBLVM) -> dict[str, float]:
         began = time.monotonic()
         seed = plan.training.seed
-        results = evaluate(model, plan.images, seed, features=features, samples=LOOK)
+        how: dict[str, Any] = {"features": features, "samples": LOOK, "report": progress.stage}
+        results = evaluate(model, plan.images, seed, **how)
         progress.evaluated(results, time.monotonic() - began)
         return results
 
@@ -194,10 +198,22 @@ def _steps_taken(run: Run) -> int:
     return int(glance(run.checkpoint_path)["step"])
 
 
-def _interrupted(run: Run, status: int) -> int:
-    if run.checkpoint_path.exists():
-        advice = f"continue with `bilevel train --run {run.folder} --resume`"
-    else:
-        advice = "nothing was saved yet"
-    print(f"bilevel: {named(status - 128)}; {advice}", file=sys.stderr)
+def _interrupted(run: Run, status: int, step: int | None = None) -> int:
+    """Say what ended the training, at which step, and how to go on."""
+    what = named(status - 128)
+    if not run.checkpoint_path.exists():
+        print(f"bilevel: {what}; nothing was saved yet", file=sys.stderr)
+        return status
+    if step is not None and is_main():
+        run.stop(step, named(status - 128, by=True))
+    taken = _steps_taken(run)
+    steps = run.config()["training"]["num_steps"]
+    where = f"at step {taken:,} of {steps:,}"
+    if step is None:
+        where = f"the newest checkpoint is that of step {taken:,} of {steps:,}"
+    print(
+        f"bilevel: {what}{' ' if step is not None else '; '}{where}; continue with "
+        f"`bilevel train --run {run.folder} --resume`",
+        file=sys.stderr,
+    )
     return status

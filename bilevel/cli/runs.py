@@ -10,6 +10,7 @@ from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.training.run import Run
 from bilevel.refusals import nearest
+from bilevel.reporting import Report, silent
 
 HOME = Path("runs")
 
@@ -59,12 +60,13 @@ def load_model(run: Run) -> EBLVM:
     return model
 
 
-def images_of(run: Run, source: str | None = None) -> Images:
+def images_of(run: Run, source: str | None = None, stage: Report = silent) -> Images:
     """The images a run was trained on, loaded with the same options, or others of the same shape.
 
     Args:
         run: tells the source, its options and the shape.
         source: other images, brought to the side and the channels of the run's.
+        stage: told how far it is.
 
     Raises:
         UsageError: if the run does not tell.
@@ -81,11 +83,11 @@ def images_of(run: Run, source: str | None = None) -> Images:
         for name in options:
             if name not in inspect.signature(load_images).parameters:
                 raise UsageError(f"`{run.config_path}` has an unknown `data_options.{name}`")
-        return load_images(recorded, **options)
+        return load_images(recorded, **options, report=stage)
     shape = config.get("data", {}).get("shape", [])
     if len(shape) != 4:
-        return load_images(str(source))
-    return load_images(str(source), side=shape[3], channels=shape[1])
+        return load_images(str(source), report=stage)
+    return load_images(str(source), side=shape[3], channels=shape[1], report=stage)
 
 
 def _path(source: str) -> str:

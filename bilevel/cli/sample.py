@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bilevel.cli.options import Parser, UsageError, integer
+from bilevel.cli.progress import stages
 from bilevel.cli.runs import existing, load_model
 from bilevel.files import replacing
 from bilevel.methods.report.pictures import save_grid
@@ -40,11 +42,18 @@ def command(arguments: list[str]) -> int:
     if args.seed < 0:
         raise UsageError(f"`--seed` must not be negative, got {args.seed}")
     model = load_model(run)
-    samples = model.sample(args.n, torch.Generator().manual_seed(args.seed))
+    with stages() as stage:
+        stage(f"drawing {args.n:,} samples", 0, 0)
+        samples = model.sample(args.n, torch.Generator().manual_seed(args.seed))
+        stage(f"writing {target}", 0, 0)
+        _write(samples, target)
+    print(target)
+    return 0
+
+
+def _write(samples: Tensor, target: Path) -> None:
     if target.suffix.lower() == ".npz":
         with replacing(target) as file:
             np.savez_compressed(file.raw, images=samples.numpy())
     else:
         save_grid(samples, target)
-    print(target)
-    return 0

@@ -33,13 +33,19 @@ def status_of(stopped: KeyboardInterrupt) -> int:
     return 128 + int(getattr(stopped, "number", signal.SIGINT))
 
 
-def named(number: int) -> str:
+def named(number: int, *, by: bool = False) -> str:
     """What happened, in a word.
 
+    Args:
+        number: of the signal.
+        by: its name alone.
+
     Example:
-        >>> named(signal.SIGINT), named(signal.SIGTERM)
-        ('interrupted', 'stopped by SIGTERM')
+        >>> named(signal.SIGINT), named(signal.SIGTERM), named(signal.SIGINT, by=True)
+        ('interrupted', 'stopped by SIGTERM', 'Ctrl-C')
     """
+    if by:
+        return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
 
 

@@ -18,6 +18,7 @@ from bilevel.cli.options import (
     model_settings,
     training_settings,
 )
+from bilevel.cli.progress import stages
 from bilevel.cli.running import Plan, carry_out, device_of
 from bilevel.cli.runs import existing, fresh, images_of
 from bilevel.cli.wording import as_flag
@@ -88,7 +89,8 @@ def _start(args: argparse.Namespace) -> int:
             "`--overwrite`, or name another folder"
         )
     loading = {**(preset.loading if preset else {}), **_given(args, LOADING)}
-    images = load_images(source, **loading)
+    with stages() as stage:
+        images = load_images(source, **loading, report=stage)
     if preset is not None:
         _refuse_other_images(preset, images, args)
     plain = preset is None or preset.name == images.name
@@ -188,7 +190,8 @@ def _resume(args: argparse.Namespace) -> int:
         )
     _refuse_conflicts(args, config)
     notes = config.get("notes", {})
-    images = images_of(run, getattr(args, "data", None))
+    with stages() as stage:
+        images = images_of(run, getattr(args, "data", None), stage)
     try:
         solver = solvers.solver_of(notes.get("solver", {}))
     except (TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from bilevel.files import amount, read_bytes, regular
 from bilevel.methods.data.limits import FILE, FOLDERS, GIGABYTES, refuse_large, told
 from bilevel.methods.data.pixels import Array, Frame, Raw, chosen, coded
+from bilevel.reporting import Report, silent
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY = {"1", "L", "LA"}
@@ -130,6 +131,7 @@ def read_files(
     skip_unreadable: bool,
     limit: int | None,
     gigabytes: float = GIGABYTES,
+    report: Report = silent,
 ) -> Raw:
     """The images of a folder or zip archive as bytes, and their classes.
 
@@ -143,6 +145,7 @@ def read_files(
         skip_unreadable: leave out what cannot be read, and count it in the notes.
         limit: most images of a part.
         gigabytes: most memory that a part may take.
+        report: told how far it is.
 
     Raises:
         ValueError: if there are no images, too many, one cannot be read or they differ in size.
@@ -156,13 +159,13 @@ def read_files(
                 theirs = _rooms(other)
                 if "test" in theirs:
                     parts = [(store, rooms["train"]), (other, theirs["test"])]
-                    raw = _decoded(parts, Reading(frame, skip_unreadable, gigabytes), limit)
+                    raw = _decoded(parts, Reading(frame, skip_unreadable, gigabytes, report), limit)
                     return Raw(
                         raw.parts, raw.classes, [*raw.notes, f"test images of `{beside.name}`"]
                     )
         rooms_in_order = [rooms[part] for part in ("train", "test") if part in rooms]
         two = rooms_in_order if len(rooms_in_order) == 2 else [store.names]
-        reading = Reading(frame, skip_unreadable, gigabytes)
+        reading = Reading(frame, skip_unreadable, gigabytes, report)
         return _decoded([(store, names) for names in two], reading, limit)
 
 
@@ -193,9 +196,17 @@ class Reading:
         frame: what each image is brought to.
         skip_unreadable: count images that cannot be read, instead of refusing them by name.
         gigabytes: most memory of a part.
+        report: told how far it is.
     """
 
-    def __init__(self, frame: Frame, skip_unreadable: bool, gigabytes: float = GIGABYTES) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        skip_unreadable: bool,
+        gigabytes: float = GIGABYTES,
+        report: Report = silent,
+    ) -> None:
+        self._report = report
         self._gigabytes = gigabytes
         self._frame = frame
         self._skip = skip_unreadable
@@ -219,8 +230,8 @@ class Reading:
         """
         array: NDArray[np.uint8] | None = None
         kept: list[int] = []
-        for index, pixels in enumerate(self._stream(store, names)):
-            name = names[index]
+        for index, (name, pixels) in enumerate(zip(names, self._stream(store, names), strict=True)):
+            self._report(f"reading images in {store.path.name}", index, len(names))
             if isinstance(pixels, str):
                 self._unreadable(store, name, pixels)
                 continue

@@ -23,6 +23,7 @@ from bilevel.methods.data import published
 from bilevel.methods.data.folders import read_files
 from bilevel.methods.data.limits import GIGABYTES, refuse_array, told
 from bilevel.methods.data.pixels import Array, Frame, Raw, of_arrays, squared
+from bilevel.reporting import Report, silent
 
 NAMES = ("digits", *published.PUBLISHED_SETS)
 _TEST_SHARE = 0.2
@@ -91,6 +92,7 @@ def load_images(
     skip_unreadable: bool = False,
     limit: int | None = None,
     max_gigabytes: float = GIGABYTES,
+    report: Report = silent,
 ) -> Images:
     """Images by name, from an `.npz` file, a folder or a zip archive.
 
@@ -115,6 +117,7 @@ def load_images(
         limit: most images to take of each part, always the same ones.
         max_gigabytes: most memory that the images may take; what a file promises beyond is refused
             before it is read.
+        report: told how far it is.
 
     Returns:
         The images. Without `side`, those that are not square or of a side the networks cannot halve
@@ -144,6 +147,7 @@ def load_images(
         raise ValueError(f"`limit` is a number of images of at least 1, got {limit!r}")
     frame = Frame(side, crop, channels)
     text, path = os.fspath(source), Path(source).expanduser()
+    report(f"reading {text}", 0, 0)
     if text in NAMES:
         raw = _digits(frame, limit) if text == "digits" else published.read(text, frame, limit)
         return _assembled(text, text, options, raw, fits=side is not None)
@@ -153,7 +157,12 @@ def load_images(
         )
     if path.is_dir() or path.suffix.lower() == ".zip":
         raw = read_files(
-            path, frame, skip_unreadable=skip_unreadable, limit=limit, gigabytes=max_gigabytes
+            path,
+            frame,
+            skip_unreadable=skip_unreadable,
+            limit=limit,
+            gigabytes=max_gigabytes,
+            report=report,
         )
     elif path.suffix.lower() == ".npz":
         arrays, labels = _read_npz(path, max_gigabytes)

@@ -36,6 +36,7 @@ from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.evaluation.features import FeatureNetwork, at_most, default_features
 from bilevel.methods.evaluation.fidelity import FEWEST, fid, kid, neighbourhoods, refuse_undefined
 from bilevel.methods.models.evaluating import Statistics
+from bilevel.reporting import Report, silent, tracked
 from bilevel.sync_batch_norm import BatchNorm
 
 _Array: TypeAlias = NDArray[np.float64]
@@ -47,10 +48,16 @@ _BATCH = 100  # images that share batch-norm statistics: the paper's batch on CI
 _AT_ONCE = 500
 
 
-def reconstruction_rmse(model: EBLVM, v: Tensor) -> float:
-    """Root of the mean squared error of `reconstruct`, over all images and pixels."""
+def reconstruction_rmse(model: EBLVM, v: Tensor, report: Report = silent) -> float:
+    """Root of the mean squared error of `reconstruct`, over all images and pixels.
+
+    Args:
+        model: a trained model.
+        v: images.
+        report: told how far it is.
+    """
     total = 0.0
-    for part in v.split(_at_once(model)):
+    for part in tracked(v.split(_at_once(model)), "reconstructing images", report):
         error = (model.reconstruct(part) - model.check(part)).double()
         refuse_undefined(error, "the reconstructions")
         total += float(error.square().sum())
@@ -75,6 +82,7 @@ def evaluate(
     features: FeatureNetwork | None = None,
     samples: int | None = None,
     outside: Mapping[str, Tensor] | None = None,
+    report: Report = silent,
 ) -> dict[str, float]:
     """Everything a report shows of a model. What a model cannot do is left out.
 
@@ -91,6 +99,7 @@ def evaluate(
             dynamics). 1,000 are a quick look.
         outside: further images by name, in the shape of the model's, bytes or in [-1, 1], that its
             energy should tell from the data.
+        report: told which stage it is at and how far.
 
     Returns:
         By name: `frechet` (samples to test images), `frechet_train` (to training images, as FIDs are
@@ -110,27 +119,28 @@ def evaluate(
     """
     if samples is not None and samples < 2:
         raise ValueError(f"`samples` must be at least 2, got {samples}")
-    seen = (default_features(images) if features is None else features).to(model.device)
+    seen = (default_features(images, report) if features is None else features).to(model.device)
     usual = _MOST_CHAINS if model.latent_model.draws_by_chains else _MOST
     most = samples if samples is not None else usual
     train, test = at_most(images.train, most), at_most(images.test, most)
     count = samples if samples is not None else len(train)
     chosen = statistics if statistics is not None else model.statistics
     _warn_of_few(min(len(train), len(test), count), seen)
-    beside = _Beside(seen, seen(train), seen(test), seed)
+    known = seen(train, report, "features of training images")
+    beside = _Beside(seen, known, seen(test, report, "features of test images"), seed, report)
 
     def frechet(policy: Statistics) -> float:
-        return fid(_features(model, policy, seen, count, seed), beside.test)
+        return fid(_features(model, policy, beside, count), beside.test)
 
     def rmse(policy: Statistics) -> float:
         with _statistics(model, policy):
-            return reconstruction_rmse(model, test)
+            return reconstruction_rmse(model, test, report)
 
     # a model refuses what it has no way to do: a score model, say, to reconstruct
-    real = beside.likeness(beside.train)
-    results = {f"{name}_reference": value for name, value in real.items()}
+    likeness = beside.likeness(beside.train)
+    results = {f"{name}_reference": value for name, value in likeness.items()}
     with suppress(NotImplementedError):
-        drawn = _features(model, chosen, seen, count, seed)
+        drawn = _features(model, chosen, beside, count)
         results |= beside.likeness(drawn)
         results["frechet_train"] = fid(drawn, beside.train)
     with suppress(NotImplementedError):
@@ -143,15 +153,16 @@ def evaluate(
             results[f"rmse_{other}"] = rmse(other)
     latents = model.latent_model.latent_dim
     if latents is not None and samples is None and "rmse" in results:
+        report("principal components, as good a linear way", 0, 0)
         results["rmse_pca"] = pca_rmse(train, test, latents)
     if seen.head is not None:
         results["classifier_accuracy"] = seen.accuracy
     others = {name: at_most(v, most) for name, v in (outside or {}).items()}
     generator = torch.Generator().manual_seed(seed)
     with suppress(NotImplementedError), _statistics(model, "running"):
-        inside = _energies(model, test)
+        inside = _energies(model, test, report)
         for name, v in _strangers(test, others, generator):
-            results[f"auroc_{name}"] = _auroc(inside, _energies(model, v))
+            results[f"auroc_{name}"] = _auroc(inside, _energies(model, v, report, name))
     return results
 
 
@@ -190,9 +201,11 @@ class _Beside:
     train: Tensor
     test: Tensor
     seed: int
+    report: Report
 
     def likeness(self, features: Tensor) -> dict[str, float]:
         """What features of samples, or of training images, are like beside those of test images."""
+        self.report("comparing features", 0, 0)
         found = {"frechet": fid(features, self.test)}
         kernel = kid(features, self.test, self.seed)
         if kernel is not None:
@@ -204,16 +217,17 @@ class _Beside:
         return found
 
 
-def _features(
-    model: EBLVM, statistics: Statistics, seen: FeatureNetwork, count: int, seed: int
-) -> Tensor:
+def _features(model: EBLVM, statistics: Statistics, beside: _Beside, count: int) -> Tensor:
     """Features of samples, drawn and looked at a few at a time."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-
+    generator = torch.Generator(model.device).manual_seed(beside.seed)
+    what = f"drawing {count:,} samples"
+    found = []
     with _statistics(model, statistics):
         size = _at_once(model)
-        sizes = [min(size, count - done) for done in range(0, count, size)]
-        return torch.cat([seen(_sampled(model, n, generator)) for n in sizes])
+        for done in range(0, count, size):
+            beside.report(what, done, count)
+            found.append(beside.seen(_sampled(model, min(size, count - done), generator)))
+    return torch.cat(found)
 
 
 def _sampled(model: EBLVM, n: int, generator: torch.Generator) -> Tensor:
@@ -238,8 +252,11 @@ def _strangers(
     yield from outside.items()
 
 
-def _energies(model: EBLVM, v: Tensor) -> _Array:
-    parts = [model.energy(part).double().cpu() for part in v.split(_AT_ONCE)]
+def _energies(
+    model: EBLVM, v: Tensor, report: Report = silent, name: str = "test images"
+) -> _Array:
+    what = f"energies of {name}"
+    parts = [model.energy(part).double().cpu() for part in tracked(v.split(_AT_ONCE), what, report)]
     energies = torch.cat(parts)
     refuse_undefined(energies, "the energies")
     return energies.numpy()

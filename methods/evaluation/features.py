@@ -20,10 +20,12 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.methods.data.images import Images, scaled
 from bilevel.methods.evaluation.fidelity import refuse_undefined
+from bilevel.methods.evaluation.inception import Inception
 from bilevel.methods.models.model import attempt
 from bilevel.methods.training.json_lines import check_fields
 from bilevel.methods.training.schemas import Classifier
 from bilevel.methods.training.weights import fill_module, read_metadata, read_weights, write_weights
+from bilevel.reporting import Report, silent, tracked
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_AT = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -71,8 +73,13 @@ class FeatureNetwork:
         """The feature space: its name, number of features and a digest of the weights."""
         return f"{self.name}, {self.dim:,} features ({_digest(self.module)})"
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, report: Report = silent, what: str = "features") -> Tensor:
         """Features of images, bytes or in [-1, 1]: (n, dim), on the processor.
+
+        Args:
+            images: to be looked at.
+            report: told how far it is.
+            what: the name of this stage.
 
         Raises:
             ValueError: if the network cannot take the images or gives something else, or a value is NaN
@@ -86,7 +93,7 @@ class FeatureNetwork:
             with torch.no_grad():
                 parts = [
                     self._checked(attempt(self.name, self.module, scaled(part.to(device))), part)
-                    for part in images.split(_AT_ONCE)
+                    for part in tracked(images.split(_AT_ONCE), what, report)
                 ]
         finally:
             self.module.train(was_training)
@@ -128,15 +135,20 @@ class FeatureNetwork:
 # ---------------------------------------------------------------------- trained on the images
 
 
-def default_features(images: Images) -> FeatureNetwork:
+def default_features(images: Images, report: Report = silent) -> FeatureNetwork:
     """The features that images are judged by if no others are given: a classifier trained now.
 
     Without labels, the first principal components of the training images. The seed is fixed, so that all
     runs on a data set are judged alike.
+
+    Args:
+        images: the data set.
+        report: told how far it is.
     """
     if images.train_labels is None or images.test_labels is None:
+        report("principal components, by which samples are judged", 0, 0)
         return principal_components(images)
-    return classifier(images)
+    return classifier(images, report=report)
 
 
 judge = default_features
@@ -151,6 +163,7 @@ def classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, float], object] | None = None,
+    report: Report = silent,
 ) -> FeatureNetwork:
     """A small convolutional classifier of the images; its features are those before the last layer.
 
@@ -164,6 +177,7 @@ def classifier(
         seed: seed of the weights and batches; torch's global generator is left as it was.
         device: where to train; the network stays there.
         progress: called with the step and the loss of its batch, fifty times.
+        report: told how far it is.
 
     Raises:
         ValueError: if there are no labels.
@@ -183,7 +197,8 @@ def classifier(
     weights = [*trunk.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=num_steps)
-    for step in range(1, num_steps + 1):
+    what = "training the classifier that judges samples"
+    for step in tracked(range(1, num_steps + 1), what, report):
         rows = torch.randint(len(labels), (64,), generator=generator)
         batch = images.train[rows.to(images.train.device)].to(device)
         loss = cross_entropy(head(trunk(scaled(batch))), labels[rows].to(device))
@@ -221,7 +236,9 @@ def at_most(images: Tensor, n: int) -> Tensor:
     return images[order[:n].to(images.device)]
 
 
-def nearest_images(network: FeatureNetwork, images: Tensor, among: Tensor) -> Tensor:
+def nearest_images(
+    network: FeatureNetwork, images: Tensor, among: Tensor, report: Report = silent
+) -> Tensor:
     """For each image the one nearest to it in features, (n, channels, side, side) in [-1, 1].
 
     Samples beside the training images nearest to them show whether the model has memorised any.
@@ -230,9 +247,11 @@ def nearest_images(network: FeatureNetwork, images: Tensor, among: Tensor) -> Te
         network: what is compared in.
         images: bytes or in [-1, 1].
         among: likewise; at most 10,000 of them are looked at.
+        report: told how far it is.
     """
     rows = at_most(among, _MOST)
-    distances = torch.cdist(network(images).double(), network(rows).double())
+    others = network(rows, report, "features of images near to samples")
+    distances = torch.cdist(network(images).double(), others.double())
     return scaled(rows[distances.argmin(dim=1).to(rows.device)]).cpu()
 
 
@@ -314,37 +333,10 @@ def inception(
             f"`{weights}` is not the file {published}: its SHA-256 starts with {found[:8]}; FIDs of "
             "other weights cannot be compared with published ones"
         )
-    return FeatureNetwork("Inception of 2015-12-05", _Inception(weights), 2048)
+    return FeatureNetwork("Inception of 2015-12-05", Inception(weights), 2048)
 
 
 # ---------------------------------------------------------------------- networks
-
-
-@final
-class _Inception(nn.Module):
-    """Images in [-1, 1] as the published FID takes them: 255 (x / 2 + 1/2), grey ones in three channels.
-
-    Differs from the paper in: values are rounded to bytes, as torch-fidelity wants them.
-    """
-
-    def __init__(self, weights: Path) -> None:
-        super().__init__()
-        try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
-
-            self.net = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048"], os.fspath(weights), antialias=False
-            )
-        except (ImportError, RuntimeError) as error:  # torchvision was built for another torch
-            raise ImportError(
-                "Inception features need torchmetrics and torch-fidelity; install them with "
-                f"`pip install 'bilevel[images]'` ({error})"
-            ) from None
-
-    def forward(self, v: Tensor) -> Tensor:
-        levels = (255 * (v.clamp(-1, 1) / 2 + 0.5)).round().byte()
-        features: Tensor = self.net(levels.expand(-1, 3, -1, -1))
-        return features
 
 
 @final

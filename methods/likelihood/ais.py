@@ -12,7 +12,9 @@ $\mathbb{E}[w'] = 1 / Z$. By Jensen's inequality $\log \overline{w}$ is below lo
 $-\log \overline{w'}$ above it; when both agree, both are right.
 """
 
+import math
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from bilevel.methods.likelihood.annealing import AnnealedChains
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
 from bilevel.methods.machines.base import BoltzmannMachine
 from bilevel.methods.machines.enumeration import MAX_UNITS, states
+from bilevel.reporting import Report, silent
 
 _CHUNK = 2**20  # states of a first hidden layer weighed at a time
 
@@ -59,6 +62,7 @@ def annealed_importance_sampling(
     base: Tensor | None = None,
     generator: torch.Generator,
     chunk: int = 2000,
+    report: Report = silent,
 ) -> LogPartition:
     """Estimate log Z by chains from the base up to the model.
 
@@ -72,6 +76,7 @@ def annealed_importance_sampling(
         generator: on the model's device.
         chunk: chains that run at a time; memory grows with it, and the answer depends on it only by
             which random numbers go where.
+        report: told how far it is.
 
     Returns:
         The estimate, with its standard error and its effective sample size.
@@ -98,12 +103,11 @@ def annealed_importance_sampling(
     _check_positive("`chunk`", chunk)
     betas = _schedule(temperatures)
     _check_base(model, base)
-    parts = [
-        _anneal(
-            model, model.initial(min(chunk, num_chains - done), generator), betas, base, generator
-        )
-        for done in range(0, num_chains, chunk)
-    ]
+    way = _Way("annealing to the model", math.ceil(num_chains / chunk) * (len(betas) - 1), report)
+    parts = []
+    for done in range(0, num_chains, chunk):
+        start = model.initial(min(chunk, num_chains - done), generator)
+        parts.append(_anneal(model, start, betas, base, generator, way))
     log_weights = torch.cat(parts) + model.log_partition_base(base).double()
     return LogPartition(log_weights, len(betas))
 
@@ -117,6 +121,7 @@ def reverse_annealed_importance_sampling(
     base: Tensor | None = None,
     generator: torch.Generator,
     chunk: int = 2000,
+    report: Report = silent,
 ) -> LogPartition:
     """Estimate log Z by chains from the model down to the base: too high on average, never too low.
 
@@ -129,6 +134,7 @@ def reverse_annealed_importance_sampling(
         base: as for `annealed_importance_sampling`.
         generator: on the model's device.
         chunk: as for `annealed_importance_sampling`.
+        report: told how far it is.
 
     Raises:
         ValueError: as `annealed_importance_sampling`; for samples of the wrong width.
@@ -149,7 +155,9 @@ def reverse_annealed_importance_sampling(
     betas = _schedule(temperatures)
     _check_base(model, base)
     samples = samples.to(model.visible_bias.dtype)
-    parts = [_anneal(model, h1, betas[::-1], base, generator) for h1 in samples.split(chunk)]
+    starts = samples.split(chunk)
+    way = _Way("annealing back to the base", len(starts) * (len(betas) - 1), report)
+    parts = [_anneal(model, h1, betas[::-1], base, generator, way) for h1 in starts]
     log_weights = torch.cat(parts) - model.log_partition_base(base).double()
     return LogPartition(log_weights, len(betas), reverse=True)
 
@@ -163,6 +171,7 @@ def bracket(
     base: Tensor | None = None,
     generator: torch.Generator,
     burn_in: int = 10_000,
+    report: Report = silent,
 ) -> Bracket:
     """Log Z from below and from above.
 
@@ -175,6 +184,7 @@ def bracket(
         base: as for `annealed_importance_sampling`.
         generator: on the model's device.
         burn_in: Gibbs steps from the data to where the downward chains start.
+        report: told which stage it is at and how far.
 
     Returns:
         Both estimates; whether they meet, and how far apart their outer error bars are.
@@ -193,15 +203,21 @@ def bracket(
             "samples from; pass `data`, at which long Gibbs chains can start"
         )
     forward = annealed_importance_sampling(
-        model, temperatures=temperatures, num_chains=num_chains, base=base, generator=generator
+        model,
+        temperatures=temperatures,
+        num_chains=num_chains,
+        base=base,
+        generator=generator,
+        report=report,
     )
+    report("drawing from the model where chains start", 0, 0)
     if exact:
         samples = exact_samples(model, num_chains, generator)
     else:
         assert data is not None
         samples = gibbs_samples(model, data, num_chains, burn_in, generator)
     backward = reverse_annealed_importance_sampling(
-        model, samples, temperatures=temperatures, base=base, generator=generator
+        model, samples, temperatures=temperatures, base=base, generator=generator, report=report
     )
     return Bracket(forward, backward, exact)
 
@@ -255,12 +271,32 @@ def gibbs_samples(
     return model.gibbs(h1, generator, burn_in)[1][:, : model.latent_dims[0]]
 
 
+@final
+class _Way:
+    """How far all chains of an estimate are.
+
+    Args:
+        what: the name of the stage.
+        total: steps from one temperature to the next.
+        report: who is told.
+    """
+
+    def __init__(self, what: str, total: int, report: Report) -> None:
+        self.what, self.total, self.report, self.done = what, total, report, 0
+
+    def step(self) -> None:
+        """Say that one more step is done."""
+        self.done += 1
+        self.report(self.what, self.done, self.total)
+
+
 def _anneal(
     model: BoltzmannMachine,
     h1: Tensor,
     betas: list[float],
     base: Tensor | None,
     generator: torch.Generator,
+    way: _Way,
 ) -> Tensor:
     """Log-weights of chains from h1 through `betas`, less log Z at the first; float64."""
     chains = AnnealedChains(model.neighbours(base), h1)
@@ -269,6 +305,7 @@ def _anneal(
         if start != betas[0]:
             chains.move(generator)
         log_weights += chains.weigh(start, end)
+        way.step()
     return log_weights
 
 

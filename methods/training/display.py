@@ -117,7 +117,7 @@ class Notebook(Display):
 
 @final
 class Lines(Display):
-    """A line for a work that takes more than two seconds, and now and then another one.
+    """A line for the work that is on when nothing was said for two seconds; now and then another one.
 
     A thread watches: a work that does not report is named too.
 
@@ -129,13 +129,15 @@ class Lines(Display):
         self._stream = stream
         self._line, self._what = "", ""
         self._began = self._due = 0.0
+        self._said = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def show(self, what: str, done: int, total: int, text: str = "", left: str = "") -> None:
         if what != self._what:
-            self._what, self._began = what, time.monotonic()
-            self._due = self._began + _SOON
+            now = time.monotonic()
+            self._said = self._said if self._what else now  # nothing was going on
+            self._what, self._began, self._due = what, now, self._said + _SOON
         self._line = _line(what, done, total, left) if what else ""
         if self._thread is None and what:
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -150,7 +152,7 @@ class Lines(Display):
         while not self._ended.wait(EVERY):
             now = time.monotonic()
             if self._line and now >= self._due:
-                self._due = now + max(_SELDOM, (now - self._began) / 4)
+                self._said, self._due = now, now + max(_SELDOM, (now - self._began) / 4)
                 print(f"{self._line} ...", file=self._stream, flush=True)
 
 

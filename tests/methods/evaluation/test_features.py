@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.methods.data.images import Images
-from bilevel.methods.evaluation import features as features_module
 from bilevel.methods.evaluation.features import (
     INCEPTION,
     FeatureNetwork,
@@ -20,6 +19,7 @@ from bilevel.methods.evaluation.features import (
     load_classifier,
     save_classifier,
 )
+from bilevel.methods.evaluation.inception import Inception
 from tests.methods.evaluation.known import digits, digits_judge
 
 
@@ -130,6 +130,6 @@ def test_inception_is_given_bytes_in_three_channels(monkeypatch: pytest.MonkeyPa
                 return levels.float().mean(dim=(2, 3)).repeat(1, 683)[:, :2048]
 
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", Stub)  # type: ignore[arg-type]
-    seen = FeatureNetwork("stub", features_module._Inception(Path("w")), 2048)
+    seen = FeatureNetwork("stub", Inception(Path("w")), 2048)
     grey = torch.tensor([-1.0, 0.2, 1.0, -1.2]).view(4, 1, 1, 1).expand(4, 1, 8, 8)
     assert seen(grey)[:, :3].tolist() == [[0] * 3, [153] * 3, [255] * 3, [0] * 3]

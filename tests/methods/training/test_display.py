@@ -127,12 +127,14 @@ def test_what_takes_long_is_named_in_a_pipe() -> None:
         report("quick", 0, 2)
         now = 1.0
         report("drawing samples", 0, 100)
-        now = 2.0
+        now = 1.5
         report("drawing samples", 20, 100)
-        wait_until(lambda: True, 0.5)
+        time.sleep(0.3)
         assert stream.getvalue() == ""
-        now = 3.5
+        now = 2.1
         wait_until(lambda: stream.getvalue() != "", 5.0)
+        now = 4.0  # it has been said
+        time.sleep(0.3)
         lines.close()
     assert stream.getvalue() == "drawing samples: 20 of 100 ...\n"
 
