@@ -2,13 +2,14 @@
 
 The command line, the suite and the presets look names up here and nowhere else. A new method is one
 line in `METHODS`; with `for_images` it becomes a command of `bilevel train`, with `for_machine` a method
-of the suite.
+of the suite. Objects that are not of this package are given as `own`, by the name they go by.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar, final
 
 import torch
 
@@ -36,10 +37,14 @@ from bilevel.methods.noise_contrastive import NoiseContrastive
 from bilevel.methods.score_matching import ScoreMatching
 from bilevel.methods.vae import VAE, Visible
 from bilevel.methods.vages import VaGES
-from bilevel.refusals import nearest
+from bilevel.refusals import nearest, shown
 
 AnyEntry = TypeVar("AnyEntry")
 Made = TypeVar("Made")
+Own: TypeAlias = Mapping[str, Any]
+"""Objects that are not of this package, by the names they go by in a configuration."""
+
+NOTHING: Own = MappingProxyType({})
 
 
 @final
@@ -163,10 +168,84 @@ def construct(
     """
     known = [option for option in arguments(make)[len(given) :] if option not in _OBJECTS]
     for option in options:
-        if option not in known:
+        if option not in known and not _takes_any(make):
             hint = nearest(option, known) if known else "it takes none"
             raise ValueError(f"`{name}` has no option `{option}`; {hint}")
     return make(*given, **options, **objects)
+
+
+def of_own(
+    name: str,
+    kind: type[Made],
+    make: Any,
+    options: Mapping[str, Any],
+    *given: Any,
+    seed: int | None = None,
+) -> Made:
+    """What an object of somebody's own is, or makes.
+
+    Args:
+        name: what it goes by.
+        kind: the class that is needed.
+        make: a class or a function that takes what is given, then the options; or, where nothing is
+            given, the object itself.
+        options: plain values from a configuration.
+        *given: its first arguments.
+        seed: given as `seed`, or as a `generator`, to what has such an argument.
+
+    Raises:
+        ValueError: if it is or makes something else, has no such option, or raises.
+    """
+    needed = f"is needed: a subclass of `{kind.__name__}`, or a function that returns one"
+    if isinstance(make, kind) and not inspect.isclass(make):
+        if given or options:
+            raise ValueError(
+                f"`{name}` is a `{type(make).__name__}` that was made already, and every cell makes its "
+                "own; give the class, or a function that makes one"
+            )
+        return make
+    if not callable(make) or (inspect.isclass(make) and not issubclass(make, kind)):
+        raise ValueError(f"`{name}` is {shown(make)}, and something else {needed}")
+    made = called(name, make, options, *given, seed=seed)
+    if not isinstance(made, kind):
+        raise ValueError(f"`{name}` made {shown(made)}, and something else {needed}")
+    return made
+
+
+def called(
+    name: str,
+    make: Callable[..., Any],
+    options: Mapping[str, Any],
+    *given: Any,
+    seed: int | None = None,
+) -> Any:
+    """What somebody's own class or function makes.
+
+    Args:
+        name: what it goes by.
+        make: the class or function.
+        options: plain values from a configuration.
+        *given: its first arguments.
+        seed: given as `seed`, or as a `generator`, to what has such an argument.
+
+    Raises:
+        ValueError: if it has no such option, or raises anything.
+    """
+    try:
+        taken = set(arguments(make)).difference(options)
+        objects: dict[str, Any] = {"seed": seed} if seed is not None and "seed" in taken else {}
+        if seed is not None and "generator" in taken:
+            objects["generator"] = torch.Generator().manual_seed(seed)
+        return construct(name, make, options, *given, **objects)
+    except Exception as error:  # whatever it is, the sentence is about `name`
+        if isinstance(error, ValueError) and str(error).startswith(f"`{name}`"):
+            raise
+        raise ValueError(f"`{name}` raised {type(error).__name__}: {error}") from error
+
+
+def _takes_any(make: Callable[..., Any]) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(make).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def arguments(make: Callable[..., Any]) -> list[str]:
@@ -175,7 +254,7 @@ def arguments(make: Callable[..., Any]) -> list[str]:
 
 
 def make_machine(
-    kind: str, options: Mapping[str, Any], visible_dim: int, seed: int = 0
+    kind: str, options: Mapping[str, Any], visible_dim: int, seed: int = 0, own: Own = NOTHING
 ) -> BoltzmannMachine:
     """A Boltzmann machine from plain values.
 
@@ -184,16 +263,29 @@ def make_machine(
         options: of its constructor.
         visible_dim: width of its visibles.
         seed: of its weights.
+        own: kinds that are not of this package: each takes the width, then its options.
 
     Raises:
         ValueError: for a name or an option there is not, or a value out of range.
     """
+    if kind in own:
+        base: Any = BoltzmannMachine  # abstract, which is right here
+        machine: BoltzmannMachine = of_own(kind, base, own[kind], options, visible_dim, seed=seed)
+        if machine.visible_dim != visible_dim:
+            raise ValueError(
+                f"`{kind}` made a machine of {machine.visible_dim} visibles for rows of {visible_dim}"
+            )
+        return machine
     generator = torch.Generator().manual_seed(seed)
     return construct(kind, pick("model", kind, MACHINES), options, visible_dim, generator=generator)
 
 
 def make_for_machine(
-    name: str, options: Mapping[str, Any], machine: BoltzmannMachine, seed: int = 0
+    name: str,
+    options: Mapping[str, Any],
+    machine: BoltzmannMachine,
+    seed: int = 0,
+    own: Own = NOTHING,
 ) -> EBLVM:
     """A method that trains a Boltzmann machine, from plain values.
 
@@ -202,10 +294,15 @@ def make_for_machine(
         options: of its constructor.
         machine: what it trains, or (`VAE`) what it stands beside.
         seed: of the weights of networks.
+        own: methods that are not of this package: each takes the machine, then its options.
 
     Raises:
         ValueError: for a name or an option there is not, or a value out of range.
     """
+    if name in own:
+        base: Any = EBLVM
+        learner: EBLVM = of_own(name, base, own[name], options, machine, seed=seed)
+        return learner
     makers = {n: method for n, method in METHODS.items() if method.for_machine is not None}
     method = pick("method", name, makers)
     assert method.for_machine is not None
@@ -213,8 +310,12 @@ def make_for_machine(
     return construct(name, method.for_machine, options, machine, **objects)
 
 
-def make_solver(settings: Mapping[str, Any]) -> Solver:
+def make_solver(settings: Mapping[str, Any], own: Own = NOTHING) -> Solver:
     """A solver from plain values: its kind and arguments.
+
+    Args:
+        settings: `kind`, and its arguments.
+        own: kinds that are not of this package: solvers, classes of them, or functions.
 
     Raises:
         ValueError: for a name or an argument there is not, or a value out of range.
@@ -225,6 +326,8 @@ def make_solver(settings: Mapping[str, Any]) -> Solver:
     """
     options = dict(settings)
     kind = options.pop("kind", "alternating")
+    if kind in own:
+        return of_own(kind, Solver, own[kind], options)  # type: ignore[type-abstract]
     make = pick("solver", kind, SOLVERS)
     if make is not Implicit:
         return construct(kind, make, options)

@@ -1,30 +1,37 @@
 """`bilevel bench`: run a suite of methods, models and data, and report on it."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from bilevel.cli.options import Parser, UsageError, choice, integer
+from bilevel.cli.own import add_code_option, own_of
 from bilevel.cli.running import device_of
 from bilevel.cli.signals import named, status_of
-from bilevel.methods.suite.config import SuiteConfig, load_config
+from bilevel.methods.suite.config import SuiteConfig, load_config, parse_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.presets import SUITES
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import run_suite
-from bilevel.methods.training.settings import nearest
+from bilevel.methods.suite.workers import CrashError
+from bilevel.refusals import nearest
 
 SUMMARY = "compare methods on Boltzmann machines, judged alike"
 _SUITES = ("eblvm",)
 _EXAMPLES = """  bilevel bench eblvm                            about ten minutes
   bilevel bench eblvm --only digits advil cd1    some of its cells
   bilevel bench eblvm --preset full --list       all cells of the papers
+  bilevel bench eblvm --data moons mine.csv --models GaussianRBM-8 \\
+      --methods ml dsm mine.flow:Flow            things of your own
   bilevel bench eblvm --show > mine.json         a configuration to change
-  bilevel bench eblvm --config mine.json --out runs/mine
+  bilevel bench eblvm --config mine.json --out runs/mine --jobs 4
 
 Running the same command again goes on where the last one stopped.
 """
+_GRID = ("data", "models", "methods")
+_TRAINING = ("num_steps", "batch_size")
 
 
 def command(arguments: list[str]) -> int:
@@ -34,10 +41,7 @@ def command(arguments: list[str]) -> int:
     args = parser.read(arguments)
     if args.suite not in _SUITES:
         raise UsageError(f"there is no suite `{args.suite}`; {nearest(args.suite, _SUITES)}")
-    if "preset" in args and "config" in args:
-        raise UsageError("`--preset` and `--config` both name a configuration; choose one")
-    source = getattr(args, "config", None) or SUITES[getattr(args, "preset", "small")]
-    config = load_config(source)
+    config, source = _configuration(args)
     if "seeds" in args:
         config = config.with_seeds(args.seeds)
     if "show" in args:
@@ -47,17 +51,59 @@ def command(arguments: list[str]) -> int:
     only = getattr(args, "only", [])
     if "list" in args:
         return _list(config, only, home)
+    if args.jobs < 1:
+        raise UsageError(f"`--jobs` must be positive, got {args.jobs}")
     device = device_of(getattr(args, "device", "cpu"))
+    addresses = [name for part in _GRID for name in getattr(args, part, [])]
+    own = own_of(config, addresses, args.code)
     print(f"configuration {source}\nwriting to {home.folder}", flush=True)
+    how = {"only": only, "device": device, "observer": _show, "own": own, "jobs": args.jobs}
+    return _run(config, home, own, how)
+
+
+def _configuration(args: argparse.Namespace) -> tuple[SuiteConfig, str]:
+    """The suite that the command line names or spells out, and where it is from."""
+    sources = [name for name in ("preset", "config") if name in args]
+    grid = {part: getattr(args, part) for part in _GRID if part in args}
+    if len(sources) == 2:
+        raise UsageError("`--preset` and `--config` both name a configuration; choose one")
+    training = {name: getattr(args, name) for name in _TRAINING if name in args}
+    if not grid:
+        if training:
+            flag = next(iter(training)).replace("_", "-")
+            raise UsageError(f"`--{flag}` belongs to `--data`, `--models` and `--methods`")
+        source = getattr(args, "config", None) or SUITES[getattr(args, "preset", "small")]
+        return load_config(source), str(source)
+    if sources:
+        raise UsageError(
+            f"`--{sources[0]}` is a configuration, and `--{next(iter(grid))}` is part of another one; "
+            "choose one, or restrict the first by `--only`"
+        )
+    for part in _GRID:
+        if part not in grid:
+            raise UsageError(f"`--{next(iter(grid))}` is one part of a comparison; add `--{part}`")
+    block = {**grid, "training": training}
+    return parse_config(
+        {"name": "mine", "blocks": [block]}, "the command line"
+    ), "of the command line"
+
+
+def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[str, Any]) -> int:
+    """Train what is missing, then write the report of what there is."""
+    status = 0
     try:
-        run_suite(config, home.folder, only=only, device=device, observer=_show)
+        run_suite(config, home.folder, **how)
     except KeyboardInterrupt as stopped:
         status = status_of(stopped)
         what = named(status - 128)
         print(f"bilevel: {what}; the same command goes on from here", file=sys.stderr)
         return status
-    print(f"report: {write_suite_report(home)}")
-    return 0
+    except CrashError as error:
+        print(f"bilevel: {error}", file=sys.stderr)
+        status = 1
+    if home.records():
+        print(f"report: {write_suite_report(home, own)}")
+    return status
 
 
 def _add_options(parser: Parser) -> None:
@@ -70,6 +116,30 @@ def _add_options(parser: Parser) -> None:
         help="a configuration that comes with the package (default: small)",
     )
     parser.add_argument("--config", metavar="FILE", help="a configuration of your own, JSON")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DATA",
+        help="instead: names, .npz, .csv and .parquet files, or rows of your own, package.module:Name",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="with --data: such as RBM-15 or DBM-20-10, or package.module:Name",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="with --data: short names such as ml, cd1, bism-dsm, or package.module:Name",
+    )
+    for name in _TRAINING:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, dest=name, type=integer, metavar="N", help="with --data: of every training"
+        )
+    add_code_option(parser)
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/eblvm-NAME)")
     parser.add_argument(
         "--seeds", type=integer, nargs="+", metavar="N", help="instead of the configuration's"
@@ -85,6 +155,9 @@ def _add_options(parser: Parser) -> None:
         type=choice(["cpu", "cuda"]),
         metavar="cpu|cuda",
         help="(default: cpu, where models this small are fastest)",
+    )
+    parser.add_argument(
+        "--jobs", type=integer, metavar="N", default=1, help="cells trained at once (default: 1)"
     )
     parser.add_argument(
         "--list", action="store_true", help="list the cells and what became of them"
@@ -104,7 +177,7 @@ def _show(number: int, total: int, record: dict[str, Any]) -> None:
 
 
 def _state(record: dict[str, Any]) -> str:
-    if record["status"] == "failed":
-        return f"failed: {record['reason']}"
+    if record["status"] != "finished":
+        return f"{record['status']}: {record['reason']}"
     test = record["test"]
     return f"{test['value']:9.3f} nats ({test['known']}), {record['seconds']:.0f} s"

@@ -1,7 +1,8 @@
 """Tables: the rows a restricted or deep Boltzmann machine is trained on, split, from one entry point.
 
 Digits as AdvIL prepares them, densities on the plane with known entropy, binary tables and faces from
-`.npz` files. A row is a vector; what is split is split before anything is augmented or scaled.
+`.npz` files, and tables of one's own: arrays in `.npz` files, CSV and Parquet files. A row is a vector;
+what is split is split before anything is augmented or scaled.
 """
 
 import difflib
@@ -21,12 +22,14 @@ from torch.nn.functional import pad
 from bilevel.cards import Card
 from bilevel.methods.data.densities import DENSITIES, Density2D, density
 from bilevel.methods.data.images import open_npz, read_array, unknown_source
+from bilevel.methods.data.own_tables import READERS, Split, own_rows, read_rows
 from bilevel.methods.data.pixels import Array
 
 TABLES = ("digits", *DENSITIES)
 _ROWS = 50_000
 _HELD_ROWS = 10_000
 _SPLITS = ("train", "valid", "test")
+_OF_ROWS = ("test", "holdout", "standardised")  # options of rows that are not split yet
 _FACES = (1400, 300, 265)  # the 1,965 Frey faces as BiSM splits them
 
 
@@ -81,8 +84,10 @@ def load_table(
     size: int | None = None,
     holdout: float = 0.0,
     standardised: bool = False,
+    test: float | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Table:
-    """A table by name or from an `.npz` file.
+    """A table by name or from a file.
 
     Args:
         source: one of
@@ -96,14 +101,21 @@ def load_table(
             that file, shape (n, d). If one of train and test is missing, valid takes its place, and
             the note says so;
             `PATH.npz` with an array `images` of bytes, shape (n, height, width): split by order as
-            1400/300/265 (BiSM's Frey faces), pixels divided by 255.
+            1400/300/265 (BiSM's Frey faces), pixels divided by 255;
+            `PATH.npz:NAME`, an array NAME of numbers, or `PATH.csv` or `PATH.parquet`, whose first line
+            names the columns: rows of one's own, shape (n, d), binary if all values are 0 or 1, real
+            otherwise; shuffled and split;
+            `PATH.npz` with arrays `train`, `test` and perhaps `valid`: such rows that are split.
         seed: of all that is drawn: points of a density, the images of `holdout`, the noise of
-            `standardised`.
+            `standardised`, the order of one's own rows.
         size: number of training points of a density; validation and test points do not depend on it.
-        holdout: share of the training digits to set aside as `valid`, before they are shifted.
-            Train shrinks by as much; test stays as it is.
-        standardised: for `images`: add uniform noise of one grey level, then give each pixel mean 0
-            and standard deviation 1 on the training rows (AdvIL's Frey faces), instead of the division.
+        holdout: share of the training rows to set aside as `valid`: of the digits, before they are
+            shifted, or of one's own rows. Train shrinks by as much; test stays as it is.
+        standardised: give each column of one's own rows mean 0 and standard deviation 1 on the training
+            rows. For `images`, instead of the division: add uniform noise of one grey level, then do so
+            (AdvIL's Frey faces).
+        test: share of one's own rows to test on, 0.2 by default.
+        columns: columns of a CSV or Parquet file to take, all by default.
 
     Returns:
         The table.
@@ -112,6 +124,7 @@ def load_table(
         ValueError: if the name is unknown, an option means nothing for this source, or what is there is
             no such table: wrong shapes, values that are not 0 or 1, objects, NaN.
         FileNotFoundError: if there is no such file.
+        ImportError: for CSV and Parquet files, if pandas is missing.
 
     Example:
         >>> table = load_table("digits")
@@ -130,7 +143,14 @@ def load_table(
         same, the others are densities of known entropy in place of scikit-learn's generators.
     """
     text = os.fspath(source)
-    given = {"size": size is not None, "holdout": holdout != 0, "standardised": standardised}
+    given = {
+        "size": size is not None,
+        "holdout": holdout != 0,
+        "standardised": standardised,
+        "test": test is not None,
+        "columns": columns is not None,
+    }
+    split = Split(0.2 if test is None else test, holdout, standardised, seed)
     if text == "digits":
         _refuse_others(text, given, "holdout")
         return _digits(holdout, seed)
@@ -140,9 +160,15 @@ def load_table(
     head, _, name = text.rpartition(":")
     is_named = head.lower().endswith(".npz")
     path = Path(head if is_named else text).expanduser()
-    shape = "of an `.npz` file, as `PATH.npz:NAME` for a binary table in it"
+    shape = (
+        "of an `.npz` file, as `PATH.npz:NAME` for a table in it, or of a `.csv` or `.parquet` file"
+    )
     if not path.exists():
         raise unknown_source(str(path), path, TABLES, shape)
+    if not path.is_dir() and path.suffix.lower() in READERS:
+        _refuse_others(text, given, *_OF_ROWS, "columns")
+        path = path.resolve()
+        return Table(path.stem, str(path), *own_rows(f"`{path}`", read_rows(path, columns), split))
     if path.is_dir() or path.suffix.lower() != ".npz":
         raise ValueError(f"`{path}` is no `.npz` file; give the path {shape}")
     path, name = path.resolve(), name if is_named else ""
@@ -150,14 +176,22 @@ def load_table(
         if "images" in file.files and name in ("", "images"):
             _refuse_others(text, given, "standardised")
             return _faces(path, read_array(path, file, "images"), seed if standardised else None)
+        if name in file.files:
+            _refuse_others(text, given, *_OF_ROWS)
+            rows = own_rows(f"`{name}` in `{path}`", read_array(path, file, name), split)
+            return Table(name, f"{path}:{name}", *rows)
+        if not name and {"train", "test"} <= set(file.files):
+            _refuse_others(text, given, "standardised")
+            parts = {part: read_array(path, file, part) for part in _SPLITS if part in file.files}
+            return Table(path.stem, str(path), *own_rows(f"`{path}`", parts, split))
         _refuse_others(text, given)
         return _binary(path, file, name)
 
 
-def _refuse_others(text: str, given: Mapping[str, bool], meant: str = "") -> None:
+def _refuse_others(text: str, given: Mapping[str, bool], *meant: str) -> None:
     for option, is_given in given.items():
-        if is_given and option != meant:
-            hint = f"; what it takes is `{meant}`" if meant else ""
+        if is_given and option not in meant:
+            hint = f"; what it takes is {', '.join(f'`{each}`' for each in meant)}" if meant else ""
             raise ValueError(f"`{option}` means nothing for `{text}`, leave it out{hint}")
 
 

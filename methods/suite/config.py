@@ -33,6 +33,9 @@ block nor the method says otherwise. All fields are those of the classes below. 
 --config FILE.json --out FOLDER` runs it; FOLDER then holds the whole configuration, every short name
 spelled out (`suite.json`), and the records (`records.jsonl`): these two are enough for
 `bilevel report FOLDER` to make tables and curves, so commit them and leave `cells/` out.
+
+A `source`, a `kind`, a `method` or the `kind` of a solver may be one that is not of this package: the
+address of an object, `package.module:Name`, or the name under which it is given as `own`.
 """
 
 import json
@@ -44,8 +47,10 @@ from typing import Any, Self, final
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from bilevel.methods.machines import MACHINES
 from bilevel.methods.suite.presets import BISM_EXACT, BISM_UNROLLED, METHOD_PRESETS, SUITES
-from bilevel.methods.training.settings import nearest
+from bilevel.plugins import entry_points, is_address
+from bilevel.refusals import nearest
 
 _NAME = r"^[A-Za-z0-9][\w.+-]*$"
 
@@ -54,21 +59,26 @@ _NAME = r"^[A-Za-z0-9][\w.+-]*$"
 class DataConfig(BaseModel, frozen=True, extra="forbid"):
     """Rows to train and test on. A string stands for `{"source": ...}`."""
 
-    source: str = Field(description="what `load_table` takes: a name, PATH.npz or PATH.npz:NAME")
+    source: str = Field(
+        description="what `load_table` takes: a name, PATH.npz, PATH.npz:NAME, PATH.csv or PATH.parquet;"
+        " or rows of your own"
+    )
     name: str = Field("", description="short name; by default the last part of the source")
-    options: dict[str, Any] = Field({}, description="further arguments of `load_table`")
+    options: dict[str, Any] = Field(
+        {}, description="further arguments of `load_table`, or of your own function"
+    )
     image: tuple[int, int] | None = Field(
         None, description="height and width, if a row is an image; known for digits"
     )
+    checksum: str = Field("", description="of rows given as an object, so that others are noticed")
 
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
         value = {"source": value} if isinstance(value, str) else dict(value)
         source = str(value.get("source", ""))
-        value.setdefault(
-            "name", source.rpartition(":")[2] if ".npz:" in source else Path(source).stem
-        )
+        inside = ".npz:" in source or is_address(source)
+        value.setdefault("name", source.rpartition(":")[2] if inside else Path(source).stem)
         if source == "digits":
             value.setdefault("image", (8, 8))
         return value
@@ -76,9 +86,12 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
 
 @final
 class ModelConfig(BaseModel, frozen=True, extra="forbid"):
-    """A Boltzmann machine; the width of its visibles is that of the data."""
+    """A Boltzmann machine; the width of its visibles is that of the data.
 
-    kind: str = Field(description="RBM, GaussianRBM, DBM or GaussianDBM")
+    A string such as `RBM-15` or `DBM-20-10` stands for a kind and the sizes of its hidden layers.
+    """
+
+    kind: str = Field(description="RBM, GaussianRBM, DBM or GaussianDBM, or one of your own")
     name: str = Field(
         "", description="short name; by default the kind and the sizes among the options"
     )
@@ -87,24 +100,44 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="before")
     @classmethod
     def _label(cls, value: Any) -> Any:
-        value = dict(value)
+        value = _sized(value) if isinstance(value, str) else dict(value)
         sizes = [size for size in value.get("options", {}).values() if not isinstance(size, bool)]
         flat = [n for size in sizes for n in (size if isinstance(size, list | tuple) else [size])]
-        value.setdefault("name", "-".join(map(str, [value.get("kind"), *flat])))
+        kind = str(value.get("kind")).rpartition(":")[2]
+        value.setdefault("name", "-".join(map(str, [kind, *flat])))
         return value
+
+
+def _sized(text: str) -> dict[str, Any]:
+    """The entry of a model that is written as its name: `RBM-15`."""
+    kind, *sizes = text.split("-")
+    if kind not in MACHINES or not sizes:
+        if is_address(text) or text in entry_points("model") or kind not in MACHINES:
+            return {"kind": text}
+        raise ValueError(f"`{text}` does not say how large it is; write it as `{text}-15`")
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"`{text}` is no model; write its kind and sizes, such as `{kind}-15`")
+    widths = [int(size) for size in sizes]
+    deep = kind.endswith("DBM")
+    if deep != (len(widths) == 2):
+        raise ValueError(
+            f"a `{kind}` has {'two hidden layers' if deep else 'one hidden layer'}, and `{text}` gives "
+            f"{len(widths)}"
+        )
+    return {"kind": kind, "options": {"latent_dims": widths} if deep else {"latent_dim": widths[0]}}
 
 
 @final
 class MethodConfig(BaseModel, frozen=True, extra="forbid"):
-    """A method with all it needs. A string stands for an entry of `METHOD_PRESETS`."""
+    """A method with all it needs. A string is an entry of `METHOD_PRESETS`, or one of your own."""
 
     name: str = Field(pattern=_NAME, description="short name, unique in a block")
-    method: str = Field(description="name of the class, such as BiSM")
+    method: str = Field(description="name of the class, such as BiSM, or one of your own")
     options: dict[str, Any] = Field({}, description="further arguments of its constructor")
     solver: dict[str, Any] = Field(
         {"kind": "alternating"},
         description="by default what `fit` takes: alternating for all methods but BiSM. Otherwise its "
-        "kind: alternating, unrolled or implicit; beside it the solver's arguments, and for "
+        "kind: alternating, unrolled, implicit or one of your own; beside it its arguments, and for "
         "implicit `linear_solver`: cholesky, conjugate_gradient, neumann, gmres or identity, and its",
     )
     training: dict[str, Any] = Field({}, description="fields of `Training`")
@@ -119,6 +152,12 @@ class MethodConfig(BaseModel, frozen=True, extra="forbid"):
                 value.setdefault("solver", BISM_EXACT if exact else BISM_UNROLLED)
             return value
         short = value.pop("preset")
+        if is_address(str(short)) or (
+            short not in METHOD_PRESETS and short in entry_points("method")
+        ):
+            return {"name": str(short).rpartition(":")[2], "method": short, **value}
+        if ":" in str(short):
+            raise ValueError(f"`{short}` is no address of a method; write `package.module:Name`")
         if short not in METHOD_PRESETS:
             raise ValueError(f"there is no method `{short}`; {nearest(str(short), METHOD_PRESETS)}")
         preset = {"name": short, **METHOD_PRESETS[short]}

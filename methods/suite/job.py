@@ -1,15 +1,30 @@
 """`Job`: a cell of a suite as objects - the table, the machine, the method, the solver."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, cast, final
+
+from torch import Tensor
 
 from bilevel import Solver
-from bilevel.methods.catalogue import construct, make_for_machine, make_machine, make_solver
+from bilevel.methods.catalogue import (
+    METHODS,
+    NOTHING,
+    SOLVERS,
+    Own,
+    called,
+    construct,
+    make_for_machine,
+    make_machine,
+    make_solver,
+)
+from bilevel.methods.data.own_tables import Split, own_rows
 from bilevel.methods.data.tables import Table, load_table
 from bilevel.methods.eblvm import EBLVM
-from bilevel.methods.machines import BoltzmannMachine
+from bilevel.methods.machines import MACHINES, BoltzmannMachine
 from bilevel.methods.suite.config import Cell, DataConfig
+from bilevel.methods.training.json_lines import note
 from bilevel.methods.training.settings import LOWER_ONLY, Training, refuse_idle, validated
+from bilevel.plugins import is_address
 
 
 @final
@@ -34,32 +49,56 @@ class Job:
     training: Training
 
 
-def make_job(cell: Cell, table: Table) -> Job:
+def make_job(cell: Cell, table: Table, own: Own = NOTHING) -> Job:
     """Build what a cell names.
+
+    Args:
+        cell: names.
+        table: its data.
+        own: what of these names is not of this package.
 
     Raises:
         ValueError: for a name or an option there is not, or parts that do not fit; with the cell's name.
     """
     try:
         model, method, width = cell.model, cell.method, table.train.shape[1]
-        machine = make_machine(model.kind, model.options, width, cell.seed)
-        learner = make_for_machine(method.method, method.options, machine, cell.seed)
-        solver = make_solver(method.solver)
+        machine = make_machine(model.kind, model.options, width, cell.seed, own)
+        learner = make_for_machine(method.method, method.options, machine, cell.seed, own)
+        machine = _judged(learner, machine)
+        solver = make_solver(method.solver, own)
         training = _training(cell, learner)
         learner.check(table.train[:1000])
+        learner.check(table.test[:1000])
     except (TypeError, ValueError) as error:
         raise ValueError(f"cell `{cell.name}`: {error}") from error
     return Job(cell, table, machine, learner, solver, training)
 
 
-def make_table(data: DataConfig) -> Table:
+def _judged(learner: EBLVM, machine: BoltzmannMachine) -> BoltzmannMachine:
+    """The machine whose likelihood counts: the learner's; if it has none, the one it stands beside."""
+    trained = learner.latent_model.machine
+    if trained is None and not callable(getattr(learner, "log_likelihood", None)):
+        raise ValueError(
+            f"how likely a `{type(learner).__name__}` makes rows is not known: its energy is no "
+            "Boltzmann machine; give it a method `log_likelihood(v, generator=...)`, shape (n,)"
+        )
+    return machine if trained is None else trained
+
+
+def make_table(data: DataConfig, own: Own = NOTHING) -> Table:
     """Load the rows.
+
+    Args:
+        data: names them.
+        own: tables that are not of this package: rows, or functions that return them, split or not.
 
     Raises:
         ValueError: as `load_table`, with the data's name.
         FileNotFoundError: likewise.
     """
     try:
+        if data.source in own:
+            return _own_table(data, own[data.source])
         return construct("load_table", load_table, data.options, data.source)
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -67,6 +106,40 @@ def make_table(data: DataConfig) -> Table:
         ) from error
     except ValueError as error:
         raise ValueError(f"data `{data.name}`: {error}") from error
+
+
+def at_hand(cell: Cell, own: Own) -> bool:
+    """Whether all that the cell names is of this package, or given; what is not is noted."""
+    method, model = cell.method.method, cell.model.kind
+    makers = {name for name, entry in METHODS.items() if entry.for_machine is not None}
+    ours = (
+        (method, makers),
+        (model, MACHINES),
+        (cell.method.solver.get("kind", "alternating"), SOLVERS),
+    )
+    missing = [name for name, known in ours if name not in known and name not in own]
+    source = cell.data.source
+    if (cell.data.checksum or is_address(source)) and source not in own:
+        missing.append(source)
+    if missing:
+        note(
+            f"`{missing[0]}` is code of somebody's own and was not named, so its models are not drawn; "
+            "the command that ran the suite draws them"
+        )
+    return not missing
+
+
+def _own_table(data: DataConfig, given: Any) -> Table:
+    """Rows of one's own; a function is called with the options, other rows are split by them."""
+    options = dict(data.options)
+    if callable(given) and not isinstance(given, Tensor):
+        given, options = called(data.source, given, options), {}
+    if isinstance(getattr(given, "train", None), Tensor):
+        if options:
+            raise ValueError(f"`{data.source}` is a `Table`, split already; leave the options out")
+        return cast(Table, given)
+    split = construct(data.source, Split, options)
+    return Table(data.name, data.source, *own_rows(f"`{data.source}`", given, split))
 
 
 def _training(cell: Cell, learner: EBLVM) -> Training:

@@ -7,7 +7,8 @@ tractable either (two hidden layers), the mean field $\mu(v)$ of the posterior b
 $$ \log p(v) \ge -E(v, \mu) + H(\mu) - \log Z , $$
 
 the same for every method, whether or not it learned a posterior of its own. A VAE, which has no machine,
-is judged by its importance-weighted bound.
+is judged by its importance-weighted bound, a method of somebody's own without one by what its
+`log_likelihood` says.
 """
 
 import math
@@ -17,6 +18,7 @@ from typing import Literal, Protocol, TypeAlias, cast, final
 import torch
 from torch import Tensor
 
+from bilevel.methods.catalogue import METHODS
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.likelihood import annealed_importance_sampling, bracket, linear_schedule
 from bilevel.methods.machines import BoltzmannMachine
@@ -25,7 +27,11 @@ from bilevel.methods.suite.config import EvaluationConfig
 from bilevel.methods.suite.job import Job
 
 Known: TypeAlias = Literal[
-    "exact", "annealed estimate", "variational lower bound", "importance-weighted lower bound"
+    "exact",
+    "annealed estimate",
+    "variational lower bound",
+    "importance-weighted lower bound",
+    "told by the method",
 ]
 _FREE_ENERGY_UNITS = 15  # of a first hidden layer that is summed out for every row
 
@@ -36,8 +42,8 @@ class Judgement:
     """A mean test log-likelihood in nats.
 
     Attributes:
-        known: how: "exact", "annealed estimate" (log Z from annealed chains), "variational lower bound"
-            or "importance-weighted lower bound".
+        known: how: "exact", "annealed estimate" (log Z from annealed chains), "variational lower bound",
+            "importance-weighted lower bound" or "told by the method", by its own `log_likelihood`.
         value: the number.
         standard_error: of the annealed log Z in it, `None` without one.
         lower: a bound from below: log Z from chains that start at the model, plus three standard errors.
@@ -66,7 +72,7 @@ def heldout_likelihood(job: Job, evaluation: EvaluationConfig, *, final: bool) -
     v = learner.check(job.table.test)
     with learner.evaluating():
         if learner.latent_model.machine is None:
-            return _weighted(learner, v, evaluation, final)
+            return _weighted(job, v, evaluation, final)
         tractable = len(machine.latent_dims) == 1 or machine.latent_dims[0] <= _FREE_ENERGY_UNITS
         known: Known = "exact" if tractable else "variational lower bound"
         bound = machine.free_energy if tractable else lambda rows: _mean_field_bound(machine, rows)
@@ -117,13 +123,15 @@ class _Bounded(Protocol):
     def log_likelihood(self, v: Tensor, *, generator: torch.Generator) -> Tensor: ...
 
 
-def _weighted(learner: EBLVM, v: Tensor, evaluation: EvaluationConfig, final: bool) -> Judgement:
-    if final:
+def _weighted(job: Job, v: Tensor, evaluation: EvaluationConfig, final: bool) -> Judgement:
+    ours = job.cell.method.method in METHODS
+    if final or not ours:
         generator = torch.Generator(v.device).manual_seed(evaluation.seed)
-        values = cast(_Bounded, learner).log_likelihood(v, generator=generator)
+        values = cast(_Bounded, job.learner).log_likelihood(v, generator=generator)
     else:
-        values = -learner.energy(v)
-    return Judgement("importance-weighted lower bound", float(values.double().mean()))
+        values = -job.learner.energy(v)
+    known: Known = "importance-weighted lower bound" if ours else "told by the method"
+    return Judgement(known, float(values.double().mean()))
 
 
 def _mean_field_bound(machine: BoltzmannMachine, v: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.files import read_bytes, write_text
+from bilevel.methods.catalogue import NOTHING, Own
 from bilevel.methods.data.tables import Table
 from bilevel.methods.report.page import page
 from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
-from bilevel.methods.suite.job import Job, make_table
+from bilevel.methods.suite.job import Job, at_hand, make_table
 from bilevel.methods.suite.runner import trained
 from bilevel.methods.suite.tables import Group, as_html, groups, markdown, meanings
 
@@ -40,7 +41,7 @@ _SAMPLES = (
 )
 
 
-def write_suite_report(home: SuiteFolder) -> Path:
+def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
     """Write `tables.md`, the figures and `report.html` into a suite's folder.
 
     Curves and tables need the records alone; what shows a model is drawn from the first seed whose
@@ -48,6 +49,8 @@ def write_suite_report(home: SuiteFolder) -> Path:
 
     Args:
         home: the suite; it may be half finished.
+        own: what of its configuration is not of this package; without it, cells that need it are not
+            drawn.
 
     Returns:
         The path of the page.
@@ -68,7 +71,7 @@ def write_suite_report(home: SuiteFolder) -> Path:
     tables: dict[str, Table] = {}
     for group in found:
         parts.append(f"<h2>{html.escape(group.title)}</h2>{_notes(config, group)}{as_html(group)}")
-        for title, path, caption in _draw(home, config, group, records, tables):
+        for title, path, caption in _draw(home, config, group, records, tables, own):
             image = base64.b64encode(read_bytes(path)).decode()
             parts.append(
                 f"<h3>{html.escape(title)}</h3>"
@@ -112,6 +115,7 @@ def _draw(
     group: Group,
     records: list[dict[str, Any]],
     tables: dict[str, Table],
+    own: Own,
 ) -> list[Picture]:
     """The pictures there can be of one group."""
     stem = f"{group.data}-{group.model}"
@@ -124,7 +128,7 @@ def _draw(
 
     caption = _CURVES if group.ceiling is None else _CURVES + _CEILING
     figures.draw_curves(group, records, add("curves", caption))
-    jobs = _trained(home, config, group, records, tables)
+    jobs = _trained(home, config, group, records, tables, own)
     if not jobs:
         return pictures
     job = next(iter(jobs.values()))
@@ -143,16 +147,17 @@ def _trained(
     group: Group,
     records: list[dict[str, Any]],
     tables: dict[str, Table],
+    own: Own,
 ) -> dict[str, Job]:
     """By method: the first seed that finished and whose model is there."""
     finished = {record["cell"] for record in records if record["status"] == "finished"}
     found: dict[str, Job] = {}
     for cell in config.cells():
         here = cell.parts[:2] == (group.data, group.model) and cell.name in finished
-        if here and cell.method.name not in found and _is_kept(home, cell):
+        if here and cell.method.name not in found and _is_kept(home, cell) and at_hand(cell, own):
             if cell.data.name not in tables:
-                tables[cell.data.name] = make_table(cell.data)
-            job = trained(cell, tables[cell.data.name], home.cell_folder(cell))
+                tables[cell.data.name] = make_table(cell.data, own)
+            job = trained(cell, tables[cell.data.name], home.cell_folder(cell), own)
             if job is not None:
                 found[cell.method.name] = job
     return found

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
@@ -17,14 +17,24 @@ import torch
 
 import bilevel
 from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
+from bilevel.files import write_text
+from bilevel.methods.catalogue import NOTHING, Own
 from bilevel.methods.data.tables import Table
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
 from bilevel.methods.suite.job import Job, make_job, make_table
 from bilevel.methods.suite.judge import heldout_likelihood, independent
 from bilevel.methods.suite.trace import Trace
+from bilevel.methods.suite.workers import (
+    CrashError,
+    Outcome,
+    RunCell,
+    crash_of,
+    in_processes,
+)
 from bilevel.methods.training.run import Run, versions
 from bilevel.methods.training.saved import read_into
+from bilevel.refusals import whole
 
 Callbacks = Sequence[Callable[[Step], object]]
 Observer = Callable[[int, int, dict[str, Any]], object]
@@ -38,12 +48,16 @@ def run_suite(
     device: str = "cpu",
     callbacks: Callbacks = (),
     observer: Observer = lambda number, total, record: None,
+    own: Own = NOTHING,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Run what is missing. Whatever stops it, calling it again goes on.
 
     Every cell is built once before the first is trained, so a configuration that cannot work is refused
     at once. A cell that was stopped midway resumes from its last checkpoint, to the bit. A cell whose
-    training fails (a loss becomes NaN) is recorded as failed, and the others are run.
+    training fails (a loss becomes NaN) is recorded as failed, and the others are run. One that ends by
+    an error of another kind is not recorded: `crash.txt` in its folder says where, the others are run,
+    and the next call tries it again.
 
     Args:
         config: the suite.
@@ -52,7 +66,10 @@ def run_suite(
         device: where to train, such as "cuda".
         callbacks: called with every `Step` of every training.
         observer: called with the number of the cell, the number of cells and the cell's record, after
-            each; those that were finished before included.
+            each; those that were finished before come first.
+        own: methods, models, data and solvers that are not of this package, by the names they have in
+            the configuration.
+        jobs: how many cells are trained at once, each in a process of its own.
 
     Returns:
         The records of these cells, in order.
@@ -61,23 +78,120 @@ def run_suite(
         ValueError: for a configuration that cannot work, or another one than the folder's.
         FileNotFoundError: if there is no such data file.
         CheckpointError: if a cell's checkpoint cannot be resumed from.
+        CrashError: after all others were run, if some crashed.
     """
+    if whole("jobs", jobs) > 1 and tuple(callbacks):
+        raise ValueError("`callbacks` cannot be called in other processes; leave `jobs` out")
     cells = config.cells(only)
     tables: dict[str, Table] = {}
     for cell in cells:  # refuse before the first step
-        make_job(cell, _table(cell.data, tables))
+        job = make_job(cell, _table(cell.data, tables, own), own)
+        _refuse_few(job)
     home = SuiteFolder(folder)
     home.claim(config)
     finished = {record["cell"]: record for record in home.records()}
-    records = []
-    for number, cell in enumerate(cells, start=1):
-        if cell.name not in finished:
-            job = make_job(cell, _table(cell.data, tables))
-            finished[cell.name] = run_cell(job, home.cell_folder(cell), device, callbacks)
-            home.append(finished[cell.name])
-        records.append(finished[cell.name])
-        observer(number, len(cells), records[-1])
-    return records
+    done = [finished[cell.name] for cell in cells if cell.name in finished]
+    for number, record in enumerate(done, start=1):
+        observer(number, len(cells), record)
+    missing = [cell for cell in cells if cell.name not in finished]
+    given: dict[str, Any] = {
+        "folder": str(folder),
+        "device": device,
+        "own": dict(own),
+        "jobs": jobs,
+    }
+    if jobs > 1:
+        outcomes = in_processes(missing, jobs, cell_runner, given)
+    else:
+        outcomes = _one_by_one(missing, cell_runner(**given, tables=tables, callbacks=callbacks))
+    with contextlib.closing(outcomes):
+        crashes = _collect(outcomes, home, finished, observer, len(done), len(cells))
+    if crashes:
+        raise _crashed(crashes, len(cells))
+    return [finished[cell.name] for cell in cells]
+
+
+def _refuse_few(job: Job) -> None:
+    rows, batch = len(job.table.train), job.training.batch_size
+    if batch > rows:
+        raise ValueError(
+            f"cell `{job.cell.name}`: `batch_size` is {batch}, but there are only {rows} rows to train "
+            "on; give a smaller one in `training`"
+        )
+
+
+def _one_by_one(cells: Iterable[Cell], run: RunCell) -> Generator[tuple[Cell, Outcome], None, None]:
+    for cell in cells:
+        try:
+            outcome = Outcome(run(cell))
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:
+            outcome = crash_of(error)
+        yield cell, outcome
+
+
+def _collect(
+    outcomes: Iterable[tuple[Cell, Outcome]],
+    home: SuiteFolder,
+    finished: dict[str, dict[str, Any]],
+    observer: Observer,
+    before: int,
+    total: int,
+) -> dict[str, str]:
+    """Write and tell the records as they come; return why the others crashed."""
+    crashes: dict[str, str] = {}
+    for number, (cell, outcome) in enumerate(outcomes, start=before + 1):
+        report = home.cell_folder(cell) / "crash.txt"
+        record = outcome.record
+        if record is None:
+            crashes[cell.name] = outcome.reason
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_text(report, outcome.trace or outcome.reason)
+            record = {"cell": cell.name, "status": "crashed", "reason": outcome.reason}
+        else:
+            report.unlink(missing_ok=True)
+            finished[cell.name] = record
+            home.append(record)
+        observer(number, total, record)
+    return crashes
+
+
+def _crashed(crashes: Mapping[str, str], total: int) -> CrashError:
+    name, reason = next(iter(crashes.items()))
+    return CrashError(
+        f"{len(crashes)} of {total} cells crashed, the first `{name}`: {reason}; `crash.txt` in its "
+        "folder says where, and the next run tries again"
+    )
+
+
+def cell_runner(
+    folder: str,
+    device: str,
+    own: Own,
+    jobs: int,
+    tables: dict[str, Table] | None = None,
+    callbacks: Callbacks = (),
+) -> RunCell:
+    """What trains and judges a cell; made once in every process.
+
+    Args:
+        folder: of the suite.
+        device: where to train.
+        own: what is not of this package.
+        jobs: how many cells are trained at once, for the record.
+        tables: data that are loaded already.
+        callbacks: called with every `Step`.
+    """
+    known: dict[str, Table] = {} if tables is None else tables
+    home = SuiteFolder(folder)
+
+    def run(cell: Cell) -> dict[str, Any]:
+        job = make_job(cell, _table(cell.data, known, own), own)
+        record = run_cell(job, home.cell_folder(cell), device, callbacks)
+        return record if jobs == 1 else {**record, "jobs": jobs}
+
+    return run
 
 
 def run_cell(
@@ -169,20 +283,20 @@ def commit() -> str | None:
     return None
 
 
-def _table(data: DataConfig, known: dict[str, Table]) -> Table:
+def _table(data: DataConfig, known: dict[str, Table], own: Own = NOTHING) -> Table:
     """The rows, loaded once."""
     key = json.dumps(data.model_dump(mode="json"), sort_keys=True)
     if key not in known:
-        known[key] = make_table(data)
+        known[key] = make_table(data, own)
     return known[key]
 
 
-def trained(cell: Cell, table: Table, folder: Path) -> Job | None:
+def trained(cell: Cell, table: Table, folder: Path, own: Own = NOTHING) -> Job | None:
     """A cell with the model it ended with, `None` where that was not kept."""
     weights = Run(folder).model_path / "weights.safetensors"
     if not weights.exists():
         return None
-    job = make_job(cell, table)
+    job = make_job(cell, table, own)
     read_into(job.learner, Run(folder).model_path)
     job.learner.eval()
     return job

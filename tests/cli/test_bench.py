@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bilevel import cli
 from bilevel.cli import main
@@ -56,6 +57,10 @@ def test_the_command_runs_lists_and_reports(file: Path, capsys: Capture) -> None
         (["eblvm", "--config", "none.json"], "none.json"),
         (["eblvm", "--preset", "small", "--config", "tiny.json"], "choose one"),
         (["eblvm", "--seeds", "-1"], "not negative"),
+        (["eblvm", "--data", "moons", "--methods", "ml"], "add `--models`"),
+        (["eblvm", "--num-steps", "3"], "`--num-steps` belongs to `--data`"),
+        (["eblvm", "--config", "tiny.json", "--data", "moons"], "choose one"),
+        (["eblvm", "--jobs", "0"], "`--jobs` must be positive"),
     ],
 )
 def test_bad_arguments_are_one_helpful_sentence(
@@ -65,3 +70,42 @@ def test_bad_arguments_are_one_helpful_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+HERE = "tests.methods.suite.own_things"
+
+
+def test_a_comparison_is_written_on_the_command_line(tmp_path: Path, capsys: Capture) -> None:
+    """Rows from a CSV file, a machine and a method by their addresses, beside what is known by name."""
+    rows = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).tolist()
+    table = tmp_path / "mine.csv"
+    table.write_text("a,b\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    parts = ["--data", str(table), "--models", f"{HERE}:four"]
+    methods = ["--methods", "ml", f"{HERE}:Denoiser", "--num-steps", "3", "--batch-size", "20"]
+    folder = tmp_path / "out"
+    bench = ["bench", "eblvm", *parts, *methods, "--out", str(folder)]
+    assert main(bench) == 0
+    out = capsys.readouterr().out
+    assert "[2/2] mine/four/Denoiser/seed0" in out
+    shown = json.loads((folder / "suite.json").read_text())["blocks"][0]
+    assert shown["methods"][1]["method"] == f"{HERE}:Denoiser"
+    assert shown["training"] == {"num_steps": 3, "batch_size": 20}
+
+
+def test_a_file_that_names_code_does_not_run_it(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the command line allows its module."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "was_run.py").write_text("raise RuntimeError('it was run')\n")
+    content = {"name": "tiny", "blocks": [{**BLOCK, "methods": ["was_run:Method"]}]}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(content))
+    bench = ["bench", "eblvm", "--config", str(path), "--out", str(tmp_path / "out")]
+    assert main(bench) == cli.BAD_USAGE
+    assert "add `--code was_run`" in capsys.readouterr().err
+    assert main([*bench, "--code", "was"]) == cli.BAD_USAGE
+    assert "add `--code was_run`" in capsys.readouterr().err
+    assert main([*bench, "--code", "was_run"]) == cli.BAD_USAGE
+    assert "importing `was_run` raised RuntimeError: it was run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
