@@ -23,8 +23,7 @@ _SUITES = ("eblvm",)
 _EXAMPLES = """  bilevel bench eblvm                            about ten minutes
   bilevel bench eblvm --only digits advil cd1    some of its cells
   bilevel bench eblvm --preset full --list       all cells of the papers
-  bilevel bench eblvm --data moons mine.csv --models GaussianRBM-8 \\
-      --methods ml dsm mine.flow:Flow            things of your own
+  bilevel bench eblvm --data mine.csv --models RBM-8 --methods ml mine.flow:Flow
   bilevel bench eblvm --show > mine.json         a configuration to change
   bilevel bench eblvm --config mine.json --out runs/mine --jobs 4
 
