@@ -13,8 +13,10 @@ from bilevel.cli.signals import named, status_of
 from bilevel.methods.suite.config import SuiteConfig, load_config, parse_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.presets import SUITES
+from bilevel.methods.suite.ranking import as_plain, rankings, rankings_plain
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import run_suite
+from bilevel.methods.suite.tables import for_terminal, groups
 from bilevel.methods.suite.workers import CrashError
 from bilevel.refusals import nearest
 
@@ -101,8 +103,19 @@ def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[
         print(f"bilevel: {error}", file=sys.stderr)
         status = 1
     if home.records():
+        _tables(home)
         print(f"report: {write_suite_report(home, own)}")
     return status
+
+
+def _tables(home: SuiteFolder) -> None:
+    """What was found, for a terminal: a star marks the best."""
+    records = home.records()
+    found = groups(records, [cell.name for cell in home.config().cells()])
+    for group in found:
+        print(f"\n{group.title} ({group.device})\n{as_plain(*for_terminal(group))}")
+    ranked = rankings(records)
+    print(rankings_plain(ranked) + ("\n" if ranked else ""))
 
 
 def _add_options(parser: Parser) -> None:

@@ -14,6 +14,7 @@ from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.job import Job, at_hand, make_table
+from bilevel.methods.suite.ranking import rankings, rankings_html, rankings_markdown
 from bilevel.methods.suite.runner import trained
 from bilevel.methods.suite.tables import Group, as_html, groups, markdown, meanings
 
@@ -66,7 +67,8 @@ def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
             f"the suite in `{home.folder}` has no finished cells yet; run it with `bilevel bench eblvm`"
         )
     found = groups(records, [cell.name for cell in config.cells()])
-    write_text(home.folder / "tables.md", markdown(found))
+    ranked = rankings(records)
+    write_text(home.folder / "tables.md", markdown(found) + rankings_markdown(ranked))
     parts = [f'<p class="lead">{html.escape(_what(config, records))}</p>']
     tables: dict[str, Table] = {}
     for group in found:
@@ -82,6 +84,7 @@ def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
         f"<dt>{html.escape(title)}</dt><dd>{html.escape(meaning)}</dd>"
         for title, meaning in meanings(found).items()
     )
+    parts.append(rankings_html(ranked))
     parts += [f"<h2>How to read the tables</h2><dl>{terms}</dl>", _methods(records)]
     target = home.folder / "report.html"
     write_text(target, page(f"Suite {config.name}", "\n".join(parts)))

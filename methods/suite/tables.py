@@ -44,6 +44,12 @@ class Row:
     steps_per_second: float | None
     failures: tuple[str, ...]
 
+    @property
+    def variance(self) -> float:
+        """Square of the standard error of `value`: over the seeds, and of annealed estimates."""
+        parts = (self.spread or 0.0, self.standard_error or 0.0)
+        return sum(part**2 for part in parts) / max(1, self.seeds)
+
 
 @final
 @dataclass(frozen=True)
@@ -75,6 +81,19 @@ class Group:
         """Data and model."""
         return f"{self.data}, {self.model}"
 
+    @property
+    def best(self) -> frozenset[str]:
+        """The method of the highest likelihood, and those that seeds do not tell from it."""
+        known = [(row, row.value) for row in self.rows if row.value is not None]
+        if len(known) < 2:
+            return frozenset()
+        top, highest = max(known, key=lambda pair: pair[1])
+        return frozenset(
+            row.method
+            for row, value in known
+            if highest - value <= 2 * (top.variance + row.variance) ** 0.5
+        )
+
 
 def groups(records: Iterable[CellRecord], order: Sequence[str] = ()) -> list[Group]:
     """The records as tables.
@@ -99,7 +118,7 @@ def _group(data: str, model: str, methods: Mapping[str, list[CellRecord]]) -> Gr
         for record in everything
         if record["method"]["method"] == "MaximumLikelihood" and record["status"] == "finished"
     ]
-    devices = [f"{record['device']}, threads: {record['threads']}" for record in everything]
+    devices = [_device(record) for record in everything]
     return Group(
         data,
         model,
@@ -109,6 +128,11 @@ def _group(data: str, model: str, methods: Mapping[str, list[CellRecord]]) -> Gr
         statistics.mean(exact) if exact else None,
         "; ".join(dict.fromkeys(devices)),
     )
+
+
+def _device(record: CellRecord) -> str:
+    several = f", {record['jobs']} cells at a time" if record.get("jobs", 1) > 1 else ""
+    return f"{record['device']}, threads: {record['threads']}{several}"
 
 
 def _row(method: str, records: Sequence[CellRecord]) -> Row:
@@ -181,7 +205,9 @@ _COLUMNS = (
     _Column("method", "", lambda row, group: row.method),
     _Column(
         "test log-likelihood",
-        "nats per row, mean over the seeds; ± is the standard deviation over the seeds",
+        "nats per row, mean over the seeds; ± is the standard deviation over the seeds. Marked: the "
+        "highest, and those less than two standard errors below it, of seeds and annealed estimates; "
+        "with one seed it is not known how much is chance",
         _value,
     ),
     _Column(
@@ -207,7 +233,8 @@ _COLUMNS = (
     _Column("steps", "of the upper level", lambda row, group: _count(row.steps)),
     _Column(
         "seconds",
-        "of one training, without evaluation and without the first step",
+        "of one training, without evaluation and without the first step; of cells that were trained at "
+        "the same time (above the table) these say nothing about speed",
         lambda row, group: _count(row.seconds),
     ),
     _Column(
@@ -252,11 +279,17 @@ def markdown(found: Sequence[Group]) -> str:
     parts = []
     for group in found:
         head, lines = table(group)
+        lines = [[line[0], _marked(group, line, "**"), *line[2:]] for line in lines]
         rows = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
         drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         failed = "".join(f"\nFailed: {sentence}\n" for sentence in failures(group))
         parts.append(f"**{group.title}** ({group.device})\n\n{drawn}\n{failed}")
     return "\n".join(parts)
+
+
+def _marked(group: Group, line: Sequence[str], mark: str) -> str:
+    """The likelihood in a line, between marks if it is among the best."""
+    return f"{mark}{line[1]}{mark}" if line[0] in group.best else line[1]
 
 
 def as_html(group: Group) -> str:
@@ -265,7 +298,10 @@ def as_html(group: Group) -> str:
     top = "".join(f"<th>{html.escape(title)}</th>" for title in head)
     body = "".join(
         f'<tr><th scope="row" class="run">{html.escape(line[0])}</th>'
-        + "".join(f'<td class="number">{html.escape(text)}</td>' for text in line[1:])
+        + "".join(
+            f'<td class="number">{_strong(html.escape(text), k == 0 and line[0] in group.best)}</td>'
+            for k, text in enumerate(line[1:])
+        )
         + "</tr>"
         for line in lines
     )
@@ -274,3 +310,20 @@ def as_html(group: Group) -> str:
         f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
         f"{failed}"
     )
+
+
+def _strong(text: str, best: bool) -> str:
+    return f"<strong>{text}</strong>" if best else text
+
+
+_SHORT = ("method", "test log-likelihood", "below exact ML", "known as", "seeds", "seconds")
+
+
+def for_terminal(group: Group) -> tuple[list[str], list[list[str]]]:
+    """The head and the lines of a table that fits a terminal; a star marks the best."""
+    head, lines = table(group)
+    kept = [k for k, title in enumerate(head) if title in _SHORT]
+    starred = [
+        [line[0], line[1] + (" *" if line[0] in group.best else "  "), *line[2:]] for line in lines
+    ]
+    return [head[k] for k in kept], [[line[k] for k in kept] for line in starred]
