@@ -9,6 +9,7 @@ import torch
 
 from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
+from bilevel.cli.loggers import loggers_of
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, print_results
 from bilevel.cli.progress import Progress, stages
@@ -43,6 +44,7 @@ class Plan:
         features: what evaluations during training judge samples by, `default_features(images)` if not
             given.
         kept: settings that a run which is continued was begun with.
+        log_to: names of loggers.
     """
 
     model: EBLVM
@@ -56,6 +58,7 @@ class Plan:
     overwrite: bool = False
     features: FeatureNetwork | None = None
     kept: dict[str, Any] = field(default_factory=dict)
+    log_to: list[str] = field(default_factory=list)
 
     @property
     def training(self) -> Training:
@@ -136,7 +139,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
     """The number of the last step, and the history."""
     images = plan.images
     progress = Progress(training, first)
-    notes = {
+    notes: dict[str, Any] = {
         "data": images.source,
         "data_options": images.options,
         "name": images.name,
@@ -144,6 +147,9 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
         "solver": plan.solver_options,
         "device": plan.device,
     }
+    if plan.log_to:
+        notes["log_to"] = plan.log_to
+    loggers = loggers_of(plan.log_to, plan.run.folder)  # a missing package is refused first
     look = None
     if training.evaluate_every is not None:
         with stages() as stage:
@@ -160,6 +166,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
             overwrite=plan.overwrite,
             notes=notes,
             evaluate=look,
+            loggers=loggers,
             progress=False,  # the command's own is among the callbacks
             **plan.settings,
         )

@@ -117,6 +117,7 @@ def _start(args: argparse.Namespace) -> int:
         options,
         device,
         overwrite=overwrite,
+        log_to=getattr(args, "log_to", []),
     )
     if "dry_run" in args:
         from bilevel.cli.dry_run import dry_run  # imported here: only `--dry-run` needs it
@@ -207,7 +208,8 @@ def _resume(args: argparse.Namespace) -> int:
     model = rebuilt(method, config["model"], run.config_path).to(device)
     longer, kept = _given(args, _LENGTH), config["training"]
     _refuse_other_rates(args, {**kept, **longer})
-    plan = Plan(model, images, run, longer, solver, {}, device, resume=True, kept=kept)
+    logs = getattr(args, "log_to", notes.get("log_to", []))
+    plan = Plan(model, images, run, longer, solver, {}, device, resume=True, kept=kept, log_to=logs)
     return carry_out(plan, report="no_report" not in args)
 
 
@@ -245,7 +247,7 @@ def _refuse_conflicts(args: argparse.Namespace, config: dict[str, Any]) -> None:
         elif name in own:
             same = json.loads(json.dumps(value)) == json.loads(json.dumps(own[name]))
         else:
-            same = name in ("run", "resume", "no_report", "data", "device")
+            same = name in ("run", "resume", "no_report", "data", "device", "log_to")
         if not same:
             said = "METHOD" if name == "method" else as_flag(name)
             raise UsageError(

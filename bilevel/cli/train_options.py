@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from bilevel.cli import solver as solvers
+from bilevel.cli.loggers import LOGGERS
 from bilevel.cli.options import (
     Parser,
     Setting,
@@ -177,6 +178,13 @@ def _add_run(parser: Parser) -> None:
     )
     group.add_argument(
         "--no-report", action="store_true", help="train only: no evaluation, pictures and report"
+    )
+    group.add_argument(
+        "--log-to",
+        nargs="+",
+        type=choice(list(LOGGERS)),
+        metavar="|".join(LOGGERS),
+        help="keep numbers and pictures there too, in the run's folder",
     )
     group.add_argument(
         "--dry-run",

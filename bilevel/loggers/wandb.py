@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from bilevel.files import read_text, write_text
 from bilevel.loggers.base import Logger
+
+_COLUMNS = 8
 
 
 @final
@@ -19,8 +22,8 @@ class WandB(Logger):
     environment variable `WANDB_MODE=offline`) keeps it in the folder for `wandb sync`.
 
     Args:
-        folder: where the package writes its files, and where the run's id is kept, by which a resumed
-            training goes on in the same run.
+        folder: the package writes into its sub-folder `wandb`. There lies the run's id too, by which a
+            resumed training goes on in the same run.
         **options: of `wandb.init`, such as `project`, `name`, `mode`.
 
     Raises:
@@ -41,20 +44,20 @@ class WandB(Logger):
         self._run: Any = None
 
     def begin(self, configuration: Mapping[str, Any], taken: int) -> None:
-        path = self.folder / "id.txt"
+        path = self.folder / "wandb" / "id.txt"
         known = {"id": read_text(path).strip()} if taken and path.is_file() else {}
         self._open(config=dict(configuration), resume="allow", **known)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, self._run.id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._open().log(dict(values), step=step)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-        pictures = [
-            self._wandb.Image(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in pixels
-        ]
-        self._open().log({name: pictures}, step=step)
+        pixels = _side_by_side(images).mul(255).round().byte().numpy()
+        grey = pixels.shape[2] == 1
+        picture = self._wandb.Image(pixels[:, :, 0] if grey else pixels)
+        self._open().log({name: picture}, step=step)
 
     def close(self) -> None:
         if self._run is not None:
@@ -66,3 +69,11 @@ class WandB(Logger):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._run = self._wandb.init(dir=os.fspath(self.folder), **{**self.options, **more})
         return self._run
+
+
+def _side_by_side(images: Tensor) -> Tensor:
+    """One picture, eight images in a row: (height, width, channels)."""
+    n, channels, height, width = images.shape
+    filled = torch.cat([images, images.new_zeros(-n % _COLUMNS, channels, height, width)])
+    rows: Tensor = filled.unflatten(0, (-1, _COLUMNS)).permute(0, 3, 1, 4, 2)
+    return rows.reshape(-1, _COLUMNS * width, channels)

@@ -26,6 +26,7 @@ class Notes(BaseModel, extra="allow", strict=True):
     solver: dict[str, bool | int | float | str | None] = Field({})
     device: str | None = None
     evaluations: dict[str, Any] = Field({})
+    log_to: list[str] = Field([])
 
 
 @final

@@ -1,6 +1,9 @@
 """A planned run on the command line: evaluated, advised, or only counted."""
 
 import copy
+import sys
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,15 @@ from bilevel.methods.training.run import Run
 from tests.runs import SHORT, assert_equal, data, greedy, made, small
 
 
-def plan(folder: Path, model: BiDVL | None = None, **settings: Any) -> Plan:
+def plan(
+    folder: Path, model: BiDVL | None = None, log_to: Sequence[str] = (), **settings: Any
+) -> Plan:
     images = Images("noise", "noise.npz", data(100), data(70), None, None, "made up")
     model = made() if model is None else model
     features = FeatureNetwork("pixels", nn.Flatten(), dim=64)
     every = {**SHORT, **settings}
-    return Plan(model, images, Run(folder), every, Alternating(), features=features)
+    run = Run(folder)
+    return Plan(model, images, run, every, Alternating(), features=features, log_to=[*log_to])
 
 
 def test_the_command_line_evaluates_and_keeps_the_best(tmp_path, capsys):
@@ -42,6 +48,34 @@ def test_the_command_line_evaluates_and_keeps_the_best(tmp_path, capsys):
     assert best["frechet"] == min(first["frechet"], last["frechet"])
     assert "pixels, 64 features" in run.config()["notes"]["evaluations"]["features"]
     assert "[frechet " in capsys.readouterr().out
+
+
+def test_log_to_refuses_a_missing_package_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install 'bilevel\[wandb\]'"):
+        carry_out(plan(tmp_path / "r", small(), log_to=["wandb"]), report=False)
+    assert not (tmp_path / "r").exists()
+
+
+def test_log_to_goes_to_the_folder_of_the_run(tmp_path, monkeypatch):
+    made: Any = types.ModuleType("torch.utils.tensorboard")
+    said: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            said.append(folder)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: said.append((name, *args))
+
+    made.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made)
+    planned = plan(tmp_path / "r", small(), log_to=["tensorboard"], max_seconds=1e-9)
+    assert carry_out(planned, report=False) == 0
+    assert said[0] == str(tmp_path / "r" / "tensorboard")
+    assert {"add_text", "add_scalar", "add_images"} <= {call[0] for call in said[1:]}
+    assert planned.run.config()["notes"]["log_to"] == ["tensorboard"]
+    assert planned.run.stopped() == "stopped by the clock (`max_seconds` 1e-09) at step 1 of 6"
 
 
 def test_the_command_line_gives_the_advice(tmp_path):
