@@ -25,12 +25,14 @@ from bilevel.methods.likelihood.fisher import (
     rademacher,
 )
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
+from bilevel.methods.likelihood.plane import PlaneDensity, plane_density
 
 __all__ = [
     "Bracket",
     "Estimate",
     "FisherDivergence",
     "LogPartition",
+    "PlaneDensity",
     "VariationalBound",
     "annealed_importance_sampling",
     "bracket",
@@ -42,6 +44,7 @@ __all__ = [
     "gibbs_samples",
     "linear_schedule",
     "log_likelihood",
+    "plane_density",
     "rademacher",
     "reverse_annealed_importance_sampling",
     "salakhutdinov_schedule",
