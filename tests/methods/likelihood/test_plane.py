@@ -46,7 +46,7 @@ def test_the_density_is_one_on_its_cells_and_lies_where_it_is() -> None:
 
 
 def test_a_box_that_cuts_the_density_is_remarked() -> None:
-    with pytest.warns(UserWarning, match="density is 61% of its highest value"):
+    with pytest.warns(UserWarning, match="density is 62% of its highest value"):
         plane_density(lambda v: v.square().sum(1) / 2, ((-1.0, 8.0), (-8.0, 8.0)), size=200)
     bounded = ScoreMatching(torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Flatten(0)))
     bounded.visible_range = (0.0, 1.0)

@@ -18,13 +18,13 @@ def round_energy(v: Tensor) -> Tensor:
 
 
 def test_the_shading_is_the_density_the_right_way_up() -> None:
-    figure = plot_density(round_energy, box=((-5.0, 5.0), (-6.0, 6.0)), size=60)
+    figure = plot_density(round_energy, box=((-5.0, 5.0), (-6.0, 6.0)), size=240)
     (image,) = figure.axes[0].images
     shade = np.asarray(image.get_array())
     row, column = np.unravel_index(shade.argmax(), shade.shape)
     assert image.origin == "lower"
-    assert -6 + 12 * (row + 0.5) / 60 == pytest.approx(-2, abs=0.2)
-    assert -5 + 10 * (column + 0.5) / 60 == pytest.approx(1, abs=0.2)
+    assert -6 + 12 * (row + 0.5) / 240 == pytest.approx(-2, abs=0.2)
+    assert -5 + 10 * (column + 0.5) / 240 == pytest.approx(1, abs=0.2)
     assert shade.max() == pytest.approx(1 / np.pi, rel=0.02)
     assert image.get_extent() == [-5, 5, -6, 6]
 
