@@ -4,6 +4,7 @@ Nothing is imported that was not named by whoever runs the process: the command 
 addresses that stand on it, and packages that were installed say in their entry points what they offer.
 """
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -59,8 +60,9 @@ def imported(address: str) -> Any:
     for part in path.split("."):
         member = getattr(found, part, _NONE)
         if member is _NONE:
-            names = [name for name in vars(found) if not name.startswith("_")]
-            hint = nearest(part, names[:20]) if names else "there is nothing public in it"
+            names = [name for name in vars(found) if name.isidentifier() and name[0] != "_"]
+            close = difflib.get_close_matches(part, names, n=1)
+            hint = nearest(part, close or names[:20]) if names else "there is nothing public in it"
             raise ValueError(f"`{address}`: there is no `{part}` in `{module}`; {hint}")
         found = member
     return found

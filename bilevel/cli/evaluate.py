@@ -8,7 +8,7 @@ from bilevel.cli.features import WHICH, feature_network
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.outcome import draw, measured, print_results, report
 from bilevel.cli.progress import stages
-from bilevel.cli.runs import existing, images_of, load_model
+from bilevel.cli.runs import add_model_option, existing, images_of, load_model
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.features import default_features
 from bilevel.methods.report.report import save_results
@@ -34,8 +34,8 @@ def command(arguments: list[str]) -> int:
     features = feature_network(args.features) if "features" in args else None
     more = {"samples": args.samples} if "samples" in args else {}
     with stages() as stage:
+        model = load_model(run, getattr(args, "model", None))
         images = images_of(run, getattr(args, "data", None), stage)
-        model = load_model(run)
         model.statistics = getattr(args, "statistics", model.statistics)
         strangers = _strangers(args.ood, images, getattr(args, "samples", _STRANGERS), stage)
         seen = default_features(images, stage) if features is None else features
@@ -65,6 +65,7 @@ def command(arguments: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("evaluate", SUMMARY, "RUN [options]", _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
+    add_model_option(parser)
     parser.add_argument(
         "--data", metavar="NAME|PATH", help="other images (default: those it was trained on)"
     )

@@ -1,14 +1,18 @@
 """Run folders on the command line: finding, naming and loading them."""
 
+import functools
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilevel.cli.options import UsageError
+from bilevel.cli.options import Parser, UsageError
 from bilevel.methods import EBLVM
-from bilevel.methods.catalogue import IMAGE_METHODS
+from bilevel.methods.catalogue import METHODS, called, of_own, pick
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.training.run import Run
+from bilevel.methods.training.saved import filled, read_about
+from bilevel.plugins import imported
 from bilevel.refusals import nearest
 from bilevel.reporting import Report, silent
 
@@ -38,26 +42,66 @@ def existing(folder: str) -> Run:
     raise UsageError(f"there is no run in `{folder}`; {hint}")
 
 
-def load_model(run: Run) -> EBLVM:
+def add_model_option(parser: Parser) -> None:
+    """`--model`."""
+    parser.add_argument(
+        "--model",
+        metavar="CODE",
+        help="package.module:Name of the code that makes the model again, if its networks or its method "
+        "are your own",
+    )
+
+
+def load_model(run: Run, code: str | None = None) -> EBLVM:
     """The trained model of a run.
 
+    Args:
+        run: the folder.
+        code: the address of what makes the model again: a class of a method, or a function without
+            arguments (or what it returns) that gives the untrained model, or the arguments of the
+            constructor by name. It is imported; no file of the run can ask for that.
+
     Raises:
-        UsageError: if its training never ended, or the method is not known here.
+        UsageError: if its training never ended, or its code is needed and was not named.
+        ValueError: if that makes another model.
+        ImportError: if it cannot be imported.
     """
-    config = run.config()
-    name = str(config["method"]).lower()
-    if name not in IMAGE_METHODS:
-        raise UsageError(
-            f"`{run.folder}` holds a `{config['method']}`, which cannot be loaded here"
-        )
     if not (run.model_path / "model.json").exists():
         raise UsageError(
             f"the training in `{run.folder}` has not ended, so there is no model yet; continue it with "
             f"`bilevel train --run {run.folder} --resume`"
         )
-    model = IMAGE_METHODS[name].kind.load(run.model_path)
-    model.eval()
-    return model
+    about = read_about(run.model_path)
+    if code is not None:
+        return _made_by(code, run, about["method"])
+    if about["method"] not in METHODS:
+        raise UsageError(
+            f"`{run.folder}` holds a `{about['method']}`, which is no method of this package; name its "
+            f"code: `--model package.module:{about['method']}`"
+        )
+    if about["recipe"] is None:
+        raise UsageError(
+            f"the `{about['method']}` in `{run.folder}` is made of networks of your own; name the "
+            "function that makes it: `--model package.module:function`"
+        )
+    return METHODS[about["method"]].kind.load(run.model_path)
+
+
+def _made_by(code: str, run: Run, method: str) -> EBLVM:
+    found: Any = imported(code)
+    base: Any = EBLVM
+    learner: EBLVM
+    load = getattr(found, "load", None)
+    if inspect.isclass(found) and callable(load):
+        learner = load(run.model_path)
+        return learner
+    made = called(code, found, {}) if inspect.isroutine(found) else found
+    if not isinstance(made, Mapping):
+        learner = filled(of_own(code, base, made, {}), run.model_path)
+        return learner
+    kind = pick("method", method, METHODS).kind
+    learner = called(code, functools.partial(kind.load, run.model_path, **made), {})
+    return learner
 
 
 def images_of(run: Run, source: str | None = None, stage: Report = silent) -> Images:
@@ -72,6 +116,12 @@ def images_of(run: Run, source: str | None = None, stage: Report = silent) -> Im
         UsageError: if the run does not tell.
     """
     config = run.config()
+    shape = config.get("data", {}).get("shape", [])
+    if len(shape) == 2:
+        raise UsageError(
+            f"`{run.folder}` was trained on rows of {shape[1]} numbers, and `evaluate` measures images; "
+            "`bilevel bench eblvm` judges models of rows"
+        )
     notes: dict[str, Any] = config.get("notes", {})
     recorded: str | None = notes.get("data")
     if source is None and recorded is None:
@@ -84,7 +134,6 @@ def images_of(run: Run, source: str | None = None, stage: Report = silent) -> Im
             if name not in inspect.signature(load_images).parameters:
                 raise UsageError(f"`{run.config_path}` has an unknown `data_options.{name}`")
         return load_images(recorded, **options, report=stage)
-    shape = config.get("data", {}).get("shape", [])
     if len(shape) != 4:
         return load_images(str(source), report=stage)
     return load_images(str(source), side=shape[3], channels=shape[1], report=stage)

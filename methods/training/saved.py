@@ -134,6 +134,23 @@ def loaded(
             f"the model in `{folder}` was made of your own modules; pass them again: "
             f"`{name}.load(folder, energy=..., ...)`"
         )
+    return filled(model, folder)
+
+
+def filled(model: AnyModel, folder: str | os.PathLike[str]) -> AnyModel:
+    """The model, untrained before, as it was saved, in evaluation mode.
+
+    Args:
+        model: of the same method and networks as the saved one.
+        folder: where that was saved.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is another method's, or the weights are damaged or of other networks.
+    """
+    about, name = read_about(folder), type(model).__name__
+    if about["method"] != name:
+        raise ValueError(f"`{folder}` holds a `{about['method']}`, and what was made is a `{name}`")
     module = cast(nn.Module, model)
     read_into(module, folder)
     model.standardised = bool(about.get("standardised", False))
