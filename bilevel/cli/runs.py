@@ -11,7 +11,7 @@ from bilevel.methods import EBLVM
 from bilevel.methods.catalogue import METHODS, called, of_own, pick
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.training.run import Run
-from bilevel.methods.training.saved import filled, read_about
+from bilevel.methods.training.saved import read_about, restored_into
 from bilevel.plugins import imported
 from bilevel.refusals import nearest
 from bilevel.reporting import Report, silent
@@ -97,7 +97,7 @@ def _made_by(code: str, run: Run, method: str) -> EBLVM:
         return learner
     made = called(code, found, {}) if inspect.isroutine(found) else found
     if not isinstance(made, Mapping):
-        learner = filled(of_own(code, base, made, {}), run.model_path)
+        learner = restored_into(of_own(code, base, made, {}), run.model_path)
         return learner
     kind = pick("method", method, METHODS).kind
     learner = called(code, functools.partial(kind.load, run.model_path, **made), {})

@@ -134,10 +134,10 @@ def loaded(
             f"the model in `{folder}` was made of your own modules; pass them again: "
             f"`{name}.load(folder, energy=..., ...)`"
         )
-    return filled(model, folder)
+    return restored_into(model, folder)
 
 
-def filled(model: AnyModel, folder: str | os.PathLike[str]) -> AnyModel:
+def restored_into(model: AnyModel, folder: str | os.PathLike[str]) -> AnyModel:
     """The model, untrained before, as it was saved, in evaluation mode.
 
     Args:

@@ -67,7 +67,7 @@ def test_networks_of_ones_own_are_sampled(run: Path, capsys: Capture) -> None:
         (None, "is made of networks of your own; name the function that makes it: `--model"),
         (
             "networkz",
-            "there is no `networkz` in `tests.cli.test_own_runs`; did you mean `networks`",
+            "did you mean `networks`?",
         ),
         ("other", "holds a `BiDVL`, and what was made is a `VAE`"),
         ("wrong_parts", ":wrong_parts` raised TypeError: BiDVL"),
