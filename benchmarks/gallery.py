@@ -81,9 +81,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=IMAGES, metavar="FOLDER")
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
-    fresh = torch.get_rng_state()
     for name in options.only:
-        torch.set_rng_state(fresh)  # each as if it were run alone
         path = options.into / f"{name}.png"
         if name in DRAWN:
             figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")

@@ -65,6 +65,7 @@ def accuracy(weights: Tensor, training: Data, test: Data) -> float:
 
 def main(num_steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """The weight of every example, and which labels are wrong."""
+    torch.manual_seed(seed)  # first weights of the classifiers
     training, validation, test, wrong = load(seed)
     problem = Cleaning(len(wrong))
     for step in train(
