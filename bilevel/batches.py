@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bilevel.errors import CheckpointError
-from bilevel.loaders import Repeated, Stateful
+from bilevel.loaders import Repeated, Stateful, knows_its_place
 from bilevel.refusals import SEEDS, shown, whole
 
 _AT_ONCE = 4096  # rows looked at together
@@ -180,8 +180,7 @@ def as_source(name: str, data: Any, batch_size: int | None, seed: int) -> Source
     loader = isinstance(data, Iterable) and (isinstance(data, DataLoader) or not single)
     if not loader:
         raise TypeError(f"`{name}` {_WANTED}; got {shown(data)}. {_advice(data)}")
-    stateful = all(callable(getattr(data, n, None)) for n in ("state_dict", "load_state_dict"))
-    return Stateful(data) if stateful else Repeated(data)
+    return Stateful(data) if knows_its_place(data) else Repeated(data)
 
 
 def _has_rows(data: Any) -> bool:

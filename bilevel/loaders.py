@@ -4,7 +4,8 @@ A place is kept as what was random at the start of an epoch and how many batches
 resume, the epoch is started again and as many batches are skipped. What is random is what the loader,
 its samplers and its data set hold: `torch.Generator`s, an epoch number (`set_epoch`), a sampler's own
 `state_dict`. Data that draw from the global generators, or keep their randomness elsewhere, cannot be
-resumed; `state_dict` then refuses.
+resumed; `state_dict` then refuses. With a seed of its own, a stream has the global generators in this
+process start from that and the number of the batch, so that what is drawn from them can be had again.
 """
 
 import random
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bilevel.errors import CheckpointError
+from bilevel.global_random import drawn_from, global_states, seeded
 
 _WATCHED = 4  # batches at the start of each epoch that are watched for draws of global generators
 _OWN = "torch.utils.data"
@@ -29,13 +31,21 @@ class Repeated:
 
     Args:
         iterable: yields the batches of one epoch each time it is iterated.
+        seed: seeds the global generators while a batch is read, and tells parts that count epochs
+            (`set_epoch`) of each new one; without, both are left to the caller.
+
+    Attributes:
+        epochs: how many have ended.
 
     Raises:
         ValueError: when asked for a batch, if an epoch is empty.
     """
 
-    def __init__(self, iterable: Iterable[Any]) -> None:
+    def __init__(self, iterable: Iterable[Any], *, seed: int | None = None) -> None:
+        self.epochs = 0
         self._iterable = iterable
+        self._seed = seed
+        self._taken = 0  # batches, in all epochs
         self._epoch: Iterator[Any] | None = None
         self._drawn = 0
         self._start: dict[str, Any] = {}
@@ -45,32 +55,48 @@ class Repeated:
         if self._epoch is None:
             self._begin()
         assert self._epoch is not None
-        watched = self._drawn < _WATCHED and self._global is None
-        before = _global_states() if watched else {}
+        watched = self._drawn < _WATCHED and self._global is None and self._seed is None
+        before = global_states() if watched else {}
         try:
-            batch = next(self._epoch)
+            with seeded(self._seed, self._taken, 1):
+                batch = next(self._epoch)
         except StopIteration:
             if self._drawn == 0:
-                raise ValueError(
-                    "the data are empty: an epoch gave no batch (an iterator can be read once only; "
-                    "give the iterable it came from)"
-                ) from None
+                raise ValueError(self._empty()) from None
+            self._end()
             self._begin()
-            self._drawn = 0
             return next(self)
         if watched:
-            self._global = _drawn_from(before)
+            self._global = drawn_from(before)
         self._drawn += 1
+        self._taken += 1
         return batch
+
+    def _empty(self) -> str:
+        what = "the data are empty"
+        if self._taken:
+            what = f"the data ended after {self._taken} batches"
+        return (
+            f"{what}: an epoch gave no batch (an iterator can be read once only; give the iterable it "
+            "came from)"
+        )
+
+    def _end(self) -> None:
+        self.epochs += 1
+        self._drawn = 0
+        for part in _numbered(_parts(self._iterable)) if self._seed is not None else []:
+            part.set_epoch(int(part.epoch) + 1)
 
     def _begin(self) -> None:
         self._start = self._random()
-        if isinstance(self._iterable, DataLoader):  # draws a seed for its workers, used or not
-            self._epoch = iter(self._iterable)
+        # a `DataLoader` draws a seed for its workers, used or not
+        if self._seed is not None or isinstance(self._iterable, DataLoader):
+            with seeded(self._seed, self._taken, 0):
+                self._epoch = iter(self._iterable)
             return
-        before = _global_states()
+        before = global_states()
         self._epoch = iter(self._iterable)
-        self._global = self._global or _drawn_from(before)
+        self._global = self._global or drawn_from(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Batches drawn in this epoch, and what is random in it, at its start and now.
@@ -78,7 +104,7 @@ class Repeated:
         Raises:
             CheckpointError: if the order or the content of the batches could not be restored.
         """
-        reason = unresumable(self._iterable)
+        reason = unresumable(self._iterable, seeded=self._seed is not None)
         if reason is None and self._global is not None:
             reason = (
                 f"the data draw from {self._global} global generator while they are read (a random "
@@ -89,7 +115,10 @@ class Repeated:
             raise CheckpointError(reason)
         now = self._random()
         start = now if self._epoch is None else self._start
-        return {"drawn": self._drawn, "start": start, "now": now["generators"]}
+        place = {"drawn": self._drawn, "start": start, "now": now["generators"]}
+        if self._seed is not None:
+            place |= {"epochs": self.epochs, "taken": self._taken}
+        return place
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the saved epoch again and skip the batches that were drawn.
@@ -97,20 +126,12 @@ class Repeated:
         Raises:
             CheckpointError: if an epoch has fewer batches now than were drawn then.
         """
-        parts, generators = _parts(self._iterable), _generators(self._iterable)
-        start, now = _understood(state["start"]), _as_list(state["now"])
-        if len(start["generators"]) != len(generators):
-            raise CheckpointError(
-                f"the data had {len(start['generators'])} random generators when the checkpoint was "
-                f"written and have {len(generators)} now; resume with the same data"
-            )
-        _restore(generators, start["generators"])
-        for part, saved in zip(_stateful(parts), start["states"], strict=True):
-            part.load_state_dict(saved)
-        for part, epoch in zip(_numbered(parts), start["epochs"], strict=True):
-            part.set_epoch(epoch)
+        now = _as_list(state["now"])
+        restore_parts(self._iterable, _understood(state["start"]))
         self._epoch = None
         self._drawn = 0
+        self.epochs = state.get("epochs", 0)
+        self._taken = state.get("taken", state["drawn"]) - state["drawn"]
         for _ in range(state["drawn"]):
             next(self)
         if self._drawn != state["drawn"]:
@@ -118,15 +139,10 @@ class Repeated:
                 f"the checkpoint was written {state['drawn']} batches into an epoch, which has fewer "
                 "now; resume with the same data"
             )
-        _restore(generators, now)  # two streams may share one generator
+        _restore(_generators(self._iterable), now)  # two streams may share one generator
 
     def _random(self) -> dict[str, Any]:
-        parts = _parts(self._iterable)
-        return {
-            "generators": [g.get_state() for g in _generators(self._iterable)],
-            "states": [part.state_dict() for part in _stateful(parts)],
-            "epochs": [int(part.epoch) for part in _numbered(parts)],
-        }
+        return random_parts(self._iterable)
 
 
 @final
@@ -137,11 +153,15 @@ class Stateful:
         iterable: as `torchdata`'s `StatefulDataLoader`: iterated after `load_state_dict`, it goes on
             where `state_dict` was taken.
 
+    Attributes:
+        epochs: how many have ended since this was made.
+
     Raises:
         ValueError: when asked for a batch, if an epoch is empty.
     """
 
     def __init__(self, iterable: Any) -> None:
+        self.epochs = 0
         self._iterable = iterable
         self._epoch: Iterator[Any] | None = None
 
@@ -152,6 +172,7 @@ class Stateful:
             for batch in self._epoch:
                 return batch
             self._epoch = None
+            self.epochs += 1
         raise ValueError("the data are empty: an epoch gave no batch")
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,8 +185,20 @@ class Stateful:
         self._epoch = None
 
 
-def unresumable(iterable: Any) -> str | None:
+def knows_its_place(iterable: Any) -> bool:
+    """Whether an iterable is to be asked for its place, and goes on there once it is given back.
+
+    A streaming data set of Hugging Face has the methods too, but would begin every later epoch there.
+    """
+    return _has_state(iterable) and not _numbered([iterable])
+
+
+def unresumable(iterable: Any, *, seeded: bool = False) -> str | None:
     """Why the batches could not be read again in the same order, `None` if they can.
+
+    Args:
+        iterable: a loader or another iterable.
+        seeded: whether the global generators of this process are seeded while it is read.
 
     Example:
         >>> unresumable(DataLoader([1, 2, 3], shuffle=True))[:56]
@@ -175,7 +208,8 @@ def unresumable(iterable: Any) -> str | None:
     for part in _parts(iterable):
         kind = type(part).__name__
         own = type(part).__module__.startswith(_OWN)
-        if isinstance(part, Sampler) and own and getattr(part, "generator", 0) is None:
+        unseeded = isinstance(part, Sampler) and own and getattr(part, "generator", 0) is None
+        if unseeded and not seeded:
             return (
                 "this `DataLoader` shuffles from torch's global generator, so the run could not be "
                 f"resumed; {give}" + (f" (`{kind}`, too)" if kind != "RandomSampler" else "")
@@ -193,7 +227,7 @@ def unresumable(iterable: Any) -> str | None:
                 "hold, so the run could not be resumed; use a `torch.Generator`"
             )
     if isinstance(iterable, DataLoader) and iterable.num_workers:
-        if iterable.generator is None:
+        if iterable.generator is None and not seeded:
             return (
                 "the workers of this `DataLoader` get their seeds from torch's global generator, so "
                 f"the run could not be resumed; {give}"
@@ -202,6 +236,11 @@ def unresumable(iterable: Any) -> str | None:
             return (
                 "the workers of this `DataLoader` outlive an epoch and with them random numbers that no "
                 "checkpoint holds, so the run could not be resumed; use `persistent_workers=False`"
+            )
+        if not getattr(iterable, "in_order", True):
+            return (
+                "the workers of this `DataLoader` hand in their batches in any order "
+                "(`in_order=False`), so the run could not be resumed; leave that out"
             )
     return None
 
@@ -257,7 +296,13 @@ def _has_state(part: Any) -> bool:
 
 
 def _stateful(parts: list[Any]) -> list[Any]:
-    return [part for part in parts[1:] if _has_state(part)]
+    """The parts, but for the whole, that give their state at the start of an epoch and take it back."""
+    return [part for part in parts[1:] if _has_state(part) and not _counting(part)]
+
+
+def _counting(part: Any) -> bool:
+    """Whether the number of the epoch is all that a data set needs to start one again."""
+    return isinstance(part, Dataset) and bool(_numbered([part]))
 
 
 def _numbered(parts: list[Any]) -> list[Any]:
@@ -272,6 +317,35 @@ def _restore(generators: list[torch.Generator], states: list[Tensor]) -> None:
         generator.set_state(state.cpu())
 
 
+def random_parts(iterable: Any) -> dict[str, Any]:
+    """What is random in a loader or a data set, as it is now."""
+    parts = _parts(iterable)
+    return {
+        "generators": [g.get_state() for g in _generators(iterable)],
+        "states": [part.state_dict() for part in _stateful(parts)],
+        "epochs": [int(part.epoch) for part in _numbered(parts)],
+    }
+
+
+def restore_parts(iterable: Any, saved: dict[str, Any]) -> None:
+    """Give a loader or a data set back what `random_parts` told.
+
+    Raises:
+        CheckpointError: if it has another number of generators now.
+    """
+    parts, generators = _parts(iterable), _generators(iterable)
+    if len(saved["generators"]) != len(generators):
+        raise CheckpointError(
+            f"the data had {len(saved['generators'])} random generators when the checkpoint was "
+            f"written and have {len(generators)} now; resume with the same data"
+        )
+    _restore(generators, saved["generators"])
+    for part, state in zip(_stateful(parts), saved["states"], strict=True):
+        part.load_state_dict(state)
+    for part, epoch in zip(_numbered(parts), saved["epochs"], strict=True):
+        part.set_epoch(epoch)
+
+
 def _understood(start: Any) -> dict[str, Any]:
     """What a checkpoint holds of an epoch's start; earlier ones hold one generator's state."""
     if isinstance(start, dict):
@@ -283,21 +357,3 @@ def _as_list(states: Any) -> list[Tensor]:
     if states is None:
         return []
     return [states] if isinstance(states, Tensor) else states
-
-
-# ---------------------------------------------------------------------- global generators
-
-
-def _global_states() -> dict[str, Any]:
-    numpy: Any = np.random.get_state(legacy=False)["state"]  # noqa: NPY002 (the one that others draw from)
-    return {
-        "torch's": bytes(torch.get_rng_state().numpy()),
-        "NumPy's": [v.tobytes() if isinstance(v, np.ndarray) else v for v in numpy.values()],
-        "Python's": random.getstate(),
-    }
-
-
-def _drawn_from(before: dict[str, Any]) -> str | None:
-    """Whose global generator moved since `before`."""
-    now = _global_states()
-    return next((name for name in now if now[name] != before[name]), None)
