@@ -106,6 +106,11 @@ class Batches:
         Raises:
             CheckpointError: if the data have another number of rows than then.
         """
+        if "length" not in state:
+            raise CheckpointError(
+                "the checkpoint was written with data of another kind, read as a stream or augmented; "
+                "resume with the same data and arguments"
+            )
         if state["length"] != self.length:
             raise CheckpointError(
                 f"the checkpoint was written with {state['length']} rows of data, "

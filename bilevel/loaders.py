@@ -36,6 +36,7 @@ class Repeated:
 
     Attributes:
         epochs: how many have ended.
+        last: the last batch, as it came.
 
     Raises:
         ValueError: when asked for a batch, if an epoch is empty.
@@ -43,6 +44,7 @@ class Repeated:
 
     def __init__(self, iterable: Iterable[Any], *, seed: int | None = None) -> None:
         self.epochs = 0
+        self.last: Any = None
         self._iterable = iterable
         self._seed = seed
         self._taken = 0  # batches, in all epochs
@@ -70,6 +72,7 @@ class Repeated:
             self._global = drawn_from(before)
         self._drawn += 1
         self._taken += 1
+        self.last = batch if self._seed is not None else None
         return batch
 
     def _empty(self) -> str:

@@ -20,14 +20,14 @@ from bilevel.methods.models.sampling import samples_of
 from bilevel.methods.models.saying import lines_of
 from bilevel.methods.networks.units import Change
 from bilevel.methods.samplers import Sampler
-from bilevel.methods.training.fit import Evaluate, History, fit
+from bilevel.methods.training.fit import Augment, Evaluate, History, feeding, fit
 from bilevel.methods.training.optimizers import adam, trainable
 from bilevel.methods.training.preconditions import settled
 from bilevel.methods.training.progress import Wish, showing
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.saved import built, loaded, write_model
 from bilevel.methods.training.settings import Training
-from bilevel.methods.training.standardising import Units, in_units_of_data, standardised
+from bilevel.methods.training.standardising import Units, in_units_of_data
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
@@ -101,12 +101,13 @@ class EBLVM(Problem):
         evaluate: Evaluate | None = None,
         progress: Wish = "auto",
         loggers: Iterable[Logger] = (),
+        augment: Augment | None = None,
         **settings: Any,
     ) -> History:
         """Train the model in place; with `ema` it has the averaged weights at the end.
 
         Args:
-            data: visibles, or what `check` makes visibles of; bytes stay bytes until a batch is drawn.
+            data: what `check` takes, `Images`, a `Table`, a data set, a loader, an iterable of batches.
             solver: how the hypergradient is computed; `default_solver()` if not given.
             callbacks: called with every `Step`; one that returns `True` ends the training.
             run: folder to write config, metrics and checkpoints to; nothing is written without.
@@ -116,11 +117,11 @@ class EBLVM(Problem):
             optimizers: the upper and lower optimizer(s), if not the method's own.
             notes: plain values to keep in `config.json`, such as where the data came from.
             evaluate: called every `evaluate_every` steps with a copy of the model; returns numbers by
-                name. The best copy is kept in `run/best`, by the number that the setting `best` names,
-                such as "log_likelihood" or "lowest my_number".
+                name. The best copy is kept in `run/best`, by the number that the setting `best` names.
             progress: "auto" shows a bar on a terminal and in a notebook, `True` also prints lines
                 elsewhere, `False` shows nothing.
             loggers: told all numbers and some pictures, such as `bilevel.loggers.TensorBoard(folder)`.
+            augment: makes of each batch another of its shape, `(visibles, generator) -> visibles`.
             **settings: any field of `Training`, such as `num_steps`, `batch_size`, `seed`.
 
         Returns:
@@ -129,7 +130,7 @@ class EBLVM(Problem):
         Raises:
             ValueError: for bad data or settings, before the first step.
             FileExistsError: if `run` already holds a run.
-            CheckpointError: if a run is resumed with settings other than its own.
+            CheckpointError: if a run is resumed with other settings, or data cannot be read again.
             DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         """
         destination = Destination(run, resume, overwrite, notes)
@@ -143,12 +144,11 @@ class EBLVM(Problem):
         )
         with (
             showing(progress, training, destination.taken) as bars,
-            standardised(self, self.admit(data), training.standardise) as rows,
+            feeding(self, data, training, destination, augment, "batch_size" in settings) as feed,
         ):
             return fit(
                 self,
-                rows,
-                training,
+                feed,
                 destination=destination,
                 solver=solver,
                 optimizers=optimizers,
@@ -351,9 +351,9 @@ class EBLVM(Problem):
         return self.as_visibles(self.admit(v))
 
     @final
-    def admit(self, data: Any) -> Tensor:
+    def admit(self, data: Any, numbers: list[int] | None = None) -> Tensor:
         """Refuse what `check` refuses; the rest on the model's device, bytes as bytes."""
-        return self.latent_model.visibles.admitted_bytes(data, next(self.parameters()))
+        return self.latent_model.visibles.admitted_bytes(data, next(self.parameters()), numbers)
 
     @final
     def as_visibles(self, rows: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def listed_shapes(rows: list[Tensor], numbers: list[int] | None) -> str:
     other = next(i for i, row in enumerate(rows) if row.shape != rows[0].shape)
     first, second = (0, other) if numbers is None else (numbers[0], numbers[other])
     return (
-        f"row {first} has the shape {tuple(rows[0].shape)}, row {second} {tuple(rows[other].shape)}; bring "
-        "them to one where they are read (for images, `torchvision.transforms.Resize((32, 32))`)"
+        f"row {first} has the shape {tuple(rows[0].shape)}, row {second} {tuple(rows[other].shape)}; "
+        "bring them to one where they are read (for images, `torchvision.transforms.Resize((32, 32))`)"
     )
 
 

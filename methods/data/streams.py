@@ -35,7 +35,8 @@ Admit: TypeAlias = Callable[[Any, list[int] | None], Tensor]
 class Reading(Protocol):
     """What a stream is read from: a source that counts its epochs."""
 
-    epochs: int
+    @property
+    def epochs(self) -> int: ...
 
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -122,6 +123,7 @@ class Stream:
         rows: how many there are, if that is known.
         per_epoch: batches of an epoch, if that is known.
         batches: whether the data come in batches of their own.
+        once: whether they can be read once only.
     """
 
     def __init__(
@@ -135,7 +137,9 @@ class Stream:
         rows: int | None = None,
         per_epoch: int | None = None,
         batches: bool = False,
+        once: bool = False,
     ) -> None:
+        self._once = once
         self.kind, self.rows, self.per_epoch, self.batches = kind, rows, per_epoch, batches
         self._reading = reading
         self._taken, self._admit, self._convert = taken, admit, convert
@@ -165,6 +169,11 @@ class Stream:
         Raises:
             CheckpointError: with what to change.
         """
+        if self._once:
+            raise CheckpointError(
+                f"a {self.kind} can be read once only, so the run could not be resumed from a "
+                "checkpoint; give an object whose `__iter__` starts it again, or leave out `run`"
+            )
         self._reading.state_dict()
 
     def __next__(self) -> Tensor:
@@ -198,8 +207,8 @@ class Stream:
         self._last = self._admitted(again)
         if _checksum(self._last) != state["last"]:
             raise CheckpointError(
-                f"the {self.kind} does not give the batches again that it gave before the checkpoint, so "
-                "the run cannot be resumed to the bit; give its shuffling a seed, and the same data"
+                f"the {self.kind} does not give the batches again that it gave before the checkpoint, "
+                "so the run cannot be resumed to the bit; give its shuffling a seed, and the same data"
             )
 
     def _read(self) -> Tensor:
@@ -210,8 +219,9 @@ class Stream:
             if "default_collate" not in str(error):
                 raise
             raise TypeError(
-                f"the loader cannot make a batch of its rows ({str(error).split(';')[-1].strip()}); give "
-                "`fit` the data set itself, which may hold pictures, or make them tensors first"
+                "the loader cannot make a batch of its rows "
+                f"({str(error).split(';')[-1].strip()}); give `fit` the data set itself, which may hold "
+                "pictures, or make them tensors first"
             ) from error
         self._last = self._admitted(given)
         return self._convert(self._last)
@@ -267,8 +277,9 @@ def as_stream(
             raise TypeError(f"the {kind} has rows by number, but no length; give it a `__len__`")
         if count < batch_size:
             raise ValueError(f"`batch_size` is {batch_size}, but there are only {count} visibles")
-        rows, steps = Rows(data, batch_size, seed), count // batch_size
-        return Stream(rows, _items, admit, convert, kind=kind, rows=count, per_epoch=steps)
+        per_epoch = count // batch_size
+        rows = Rows(data, batch_size, seed)
+        return Stream(rows, _items, admit, convert, kind=kind, rows=count, per_epoch=per_epoch)
     if streamed:
         count = _length(data)
         steps = None if not count or count < batch_size else count // batch_size
@@ -279,7 +290,10 @@ def as_stream(
     _refuse_single(data)
     reading = Stateful(data) if knows_its_place(data) else Repeated(data, seed=seed)
     steps = None if knows_its_place(data) else _length(data) or None
-    return Stream(reading, _batch, admit, convert, kind=kind, per_epoch=steps, batches=True)
+    once = isinstance(data, Iterator) and not knows_its_place(data)
+    return Stream(
+        reading, _batch, admit, convert, kind=kind, per_epoch=steps, batches=True, once=once
+    )
 
 
 _IN_MEMORY = (Tensor, np.ndarray, list, tuple, str, bytes, Mapping, set, frozenset, type)
@@ -301,8 +315,9 @@ def _length(data: Any) -> int | None:
 def _refuse_single(data: Any) -> None:
     """Refuse a loader whose last batch would have a single row: sooner than after an epoch."""
     size, rows = getattr(data, "batch_size", None), _length(getattr(data, "dataset", None))
-    whole = not isinstance(size, int) or rows is None or getattr(data, "drop_last", True)
-    if not whole and rows % size == 1 and not isinstance(data.dataset, IterableDataset):
+    if not isinstance(size, int) or rows is None or isinstance(data.dataset, IterableDataset):
+        return
+    if rows % size == 1 and not getattr(data, "drop_last", True):
         raise ValueError(
             f"the last of the loader's batches would have a single row ({rows} rows in batches of "
             f"{size}), and a batch needs at least 2; use `drop_last=True`"
@@ -313,8 +328,8 @@ def _batch(given: Any) -> tuple[Any, None]:
     rows = visibles_of(given)
     if not isinstance(rows, (Tensor, np.ndarray)):
         raise TypeError(
-            f"a batch is a tensor or an array of rows, got a `{type(rows).__name__}`; single rows go into "
-            "a `torch.utils.data.Dataset`, which `fit` takes"
+            f"a batch is a tensor or an array of rows, got a `{type(rows).__name__}`; single rows go "
+            "into a `torch.utils.data.Dataset`, which `fit` takes"
         )
     return rows, None
 
@@ -336,7 +351,7 @@ def _stacked(items: list[Any], numbers: list[int] | None) -> Tensor:
 
 
 def _checksum(rows: Tensor) -> int:
-    return zlib.crc32(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(rows.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 @final

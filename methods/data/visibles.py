@@ -7,7 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.batches import not_finite
+from bilevel.batches import indices, not_finite
+from bilevel.devices import brought
 from bilevel.methods.data.containers import as_tensor
 from bilevel.methods.data.images import scaled
 
@@ -42,7 +43,7 @@ class Visibles:
         """Whether the model is a density over real numbers, which has a gradient."""
         return self.table is None and not (self.binary or self.bits)
 
-    def admitted(self, data: Any, like: Tensor) -> Tensor:
+    def admitted(self, data: Any, like: Tensor, numbers: list[int] | None = None) -> Tensor:
         """Visibles that were looked at, on the device and in the dtype of `like`.
 
         It looks at every value, for which a GPU has to wait: it is for what a person asks, not for
@@ -51,6 +52,7 @@ class Visibles:
         Args:
             data: a tensor, or what `as_tensor` makes one of.
             like: a parameter of the model.
+            numbers: of these rows, where they are some of a data set's.
 
         Raises:
             TypeError: if they are no tensor, or whole numbers that need a scale.
@@ -64,14 +66,17 @@ class Visibles:
             refuse_integers(data, self)
             whole: Tensor = data.to(like)
             return whole
-        refuse_holes(data)
-        rows: Tensor = data.to(like)
+        refuse_holes(data, numbers=numbers)
+        # looked at where they are: a GPU that they go to would have to wait
+        rows: Tensor = data.to(like.dtype)
         if torch.finfo(rows.dtype).max < torch.finfo(data.dtype).max:
-            refuse_holes(rows, f" as {_name(rows.dtype)}, which has no room for them")
+            narrow = f" as {_name(rows.dtype)}, which has no room for them"
+            refuse_holes(rows, narrow, numbers)
         refuse_values(rows, self)
-        return rows
+        there: Tensor = brought(rows, like.device)
+        return there
 
-    def admitted_bytes(self, data: Any, like: Tensor) -> Tensor:
+    def admitted_bytes(self, data: Any, like: Tensor, numbers: list[int] | None = None) -> Tensor:
         """As `admitted`, but images of bytes stay bytes where the model's values lie in [-1, 1].
 
         Raises:
@@ -82,8 +87,9 @@ class Visibles:
         images = self.range == (-1, 1) or (self.range is None and rows.ndim == 4)
         if rows.dtype == torch.uint8 and self.table is None and images:
             refuse_shape(rows, self.shape)
-            return rows.to(like.device)
-        return self.admitted(rows, like)
+            there: Tensor = brought(rows, like.device)
+            return there
+        return self.admitted(rows, like, numbers)
 
     def as_numbers(self, rows: Tensor, like: Tensor) -> Tensor:
         """Admitted rows as the networks take them: bytes scaled to [-1, 1], in the dtype of `like`."""
@@ -147,13 +153,21 @@ def refuse_shape(v: Tensor, wanted: tuple[int, ...] | None) -> None:
         )
 
 
-def refuse_holes(v: Tensor, seen: str = "") -> None:
+def refuse_holes(v: Tensor, seen: str = "", numbers: list[int] | None = None) -> None:
     """Refuse NaN and infinity.
+
+    Args:
+        v: the visibles.
+        seen: what is to be said of where they were seen.
+        numbers: of the rows, if they are not 0, 1, 2 and so on.
 
     Raises:
         ValueError: with the number of rows that hold any, and which.
     """
     count, which = not_finite(v)
+    if count and numbers is not None:
+        bad = [not_finite(row[None])[0] > 0 for row in v]
+        which = indices(sorted(n for n, wrong in zip(numbers, bad, strict=True) if wrong))
     if count:
         raise ValueError(f"{count} of {len(v)} visibles hold NaN or infinity{seen} ({which})")
 

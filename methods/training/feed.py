@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from bilevel.methods.data.streams import Stream, as_stream
 from bilevel.methods.training.preconditions import refuse_small
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.settings import Training
-from bilevel.methods.training.standardising import remark, standardised
+from bilevel.methods.training.standardising import Standardised, remark, standardised
 from bilevel.methods.training.trainable import Trainable
 from bilevel.refusals import shown
 
@@ -51,7 +51,6 @@ def feeding(
     data: Any,
     training: Training,
     destination: Destination,
-    *,
     augment: Augment | None = None,
     sized: bool = False,
 ) -> Iterator[Feed]:
@@ -78,7 +77,7 @@ def feeding(
     if stream is not None:
         yield _augmented(_streamed(model, stream, training, destination, sized), model, augment)
         return
-    with standardised(model, model.admit(data), training.standardise) as rows:
+    with standardised(cast(Standardised, model), model.admit(data), training.standardise) as rows:
         refuse_small(rows, training)
         source = Batches(rows, training.batch_size, seed=training.seed, convert=model.as_visibles)
         per_epoch = len(rows) // training.batch_size
@@ -108,7 +107,7 @@ def _streamed(
                 "set it where they are made (`DataLoader(..., batch_size=...)`) and leave it out here"
             )
         training = training.model_copy(update={"batch_size": size})
-    remark(model, first, whole=False)
+    remark(cast(Standardised, model), first, whole=False)
     about = {"shape": [stream.rows or 0, *first.shape[1:]], "kind": stream.kind.strip("`")}
     steps = stream.per_epoch
     epoch = (lambda step: step // steps) if steps else (lambda step: stream.epochs)
@@ -122,7 +121,11 @@ def _augmented(feed: Feed, model: Trainable, augment: Augment | None) -> Feed:
     if augment is None:
         return feed
     source = Augmented(feed.source, augment, feed.training.seed, model.device)
-    model.admit(source.changed(feed.some), None)
+    changed = source.changed(feed.some)
+    try:
+        model.admit(changed)
+    except ValueError as error:
+        raise ValueError(f"`augment` returned what the model does not take: {error}") from error
     return Feed(source, feed.some, feed.training, feed.epoch, feed.about)
 
 
@@ -178,8 +181,8 @@ class Augmented:
         had, has = ((tuple(v.shape), v.dtype, str(v.device)) for v in (batch, new))
         if had != has:
             raise ValueError(
-                f"`augment` must return visibles as it got them, of shape {had[0]}, {had[1]} on {had[2]}; "
-                f"got {has[0]}, {has[1]} on {has[2]}"
+                f"`augment` must return visibles as it got them, of shape {had[0]}, {had[1]} on "
+                f"{had[2]}; got {has[0]}, {has[1]} on {has[2]}"
             )
         return new.detach()
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from bilevel import Batches, DivergenceError, Solver, Step
+from bilevel import DivergenceError, Solver, Step
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.loggers.base import Logger, check_loggers
+from bilevel.methods.training.feed import Augment as Augment
+from bilevel.methods.training.feed import Feed
+from bilevel.methods.training.feed import feeding as feeding
 from bilevel.methods.training.history import History as History
 from bilevel.methods.training.history import record as record
 from bilevel.methods.training.journal import Journal
@@ -33,8 +33,7 @@ from bilevel.optimizers import Optimizers
 
 def fit(
     model: Trainable,
-    data: Tensor,
-    training: Training,
+    feed: Feed,
     *,
     destination: Destination,
     solver: Solver | None = None,
@@ -43,9 +42,9 @@ def fit(
     evaluate: Evaluate | None = None,
     loggers: Iterable[Logger] = (),
 ) -> History:
-    """Train `model` on checked data; see `EBLVM.fit`.
+    """Train `model` on what is fed to it; see `EBLVM.fit`.
 
-    `evaluate` is called every `training.evaluate_every` steps with a copy of the model (of the moving
+    `evaluate` is called every `evaluate_every` steps with a copy of the model (of the moving
     average, if there is one) and returns numbers by name. Training does not notice: it is the same to
     the bit without. The best copy by `training.best` is kept in `run/best`.
 
@@ -59,26 +58,26 @@ def fit(
         MemoryError: if memory runs out, with the batch size that would fit.
     """
     solver = model.default_solver() if solver is None else solver
-    told = check_loggers(loggers)
-    check_start(data, training, destination, evaluated=evaluate is not None)
+    told, training = check_loggers(loggers), feed.training
+    check_start(training, destination, evaluated=evaluate is not None)
     folder, resume = destination.folder, destination.resume
     if folder is not None and is_main():
         folder.claim(resume=resume, overwrite=destination.overwrite)
         if resume:
             refuse_changes(folder, training)
-    model.probe(model.as_visibles(data[:2]))
+    model.probe(feed.some[:2])
     steps = training_steps(
         model,
-        Batches(data, training.batch_size, seed=training.seed, convert=model.as_visibles),
+        feed.source,
         training,
         solver,
         optimizers if optimizers is not None else model.optimizers(training),
-        per_epoch=len(data) // training.batch_size,
+        epoch=feed.epoch,
         resume=folder.checkpoint_path if folder is not None and resume else None,
-        check_every=1 if data.device.type == "cpu" else 20,  # on a GPU each look waits
+        check_every=1 if model.device.type == "cpu" else 20,  # on a GPU each look waits
     )
-    configuration = _configuration(model, training, solver, data, destination.notes)
-    logged = Logged(told, training, _some(model, data))
+    configuration = _configuration(model, feed, solver, destination.notes)
+    logged = Logged(told, training, feed.some)
     journal, called = Journal(model, training, folder, evaluate, logged), list(callbacks)
     ended = False
     try:
@@ -86,7 +85,7 @@ def fit(
         if folder is not None and not resume and is_main():
             folder.begin(configuration)
         while not ended:
-            with _advised(model, training, solver, tuple(data.shape[1:])):
+            with _advised(model, training, solver, tuple(feed.some.shape[1:])):
                 step = next(steps, None)
             if step is None:
                 break
@@ -103,26 +102,19 @@ def fit(
     return replace(journal.close(), solver=solver)
 
 
-def _some(model: Trainable, data: Tensor) -> Tensor:
-    """Some rows from all over the data, as the networks take them."""
-    rows = torch.linspace(0, len(data) - 1, min(len(data), 32)).long()
-    return model.as_visibles(data[rows.to(data.device)])
-
-
 def _configuration(
     model: Trainable,
-    training: Training,
+    feed: Feed,
     solver: Solver,
-    data: Tensor,
     notes: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run's configuration as plain values."""
     return {
         "method": type(model).__name__,
         "model": model.recipe,
-        "training": training.model_dump(mode="json"),
+        "training": feed.training.model_dump(mode="json"),
         "solver": repr(solver),
-        "data": {"shape": list(data.shape)},
+        "data": feed.about,
         "notes": notes or {},
     }
 

@@ -52,19 +52,12 @@ def settled(
     return training
 
 
-def check_start(
-    data: Tensor,
-    training: Training,
-    destination: Destination,
-    *,
-    evaluated: bool,
-) -> None:
-    """Refuse settings that do not fit each other, the data or the number of processes.
+def check_start(training: Training, destination: Destination, *, evaluated: bool) -> None:
+    """Refuse settings that do not fit each other or the number of processes.
 
     Raises:
         ValueError: with what to change.
     """
-    refuse_small(data, training)
     if training.batch_size % (ranks := world_size()):
         raise ValueError(
             f"`batch_size` is that of all processes together, and {training.batch_size} cannot be "

@@ -109,7 +109,7 @@ def standardised(model: Standardised, rows: Tensor, wanted: bool) -> Iterator[Te
             known how to rewrite them.
     """
     if not wanted:
-        _remark(model, rows)
+        remark(model, rows)
         yield rows
         return
     if model.rewritings() is None:
@@ -141,8 +141,14 @@ def _units(rows: Tensor) -> Units:
     return Units(mean, deviation.masked_fill(still, 0.0))
 
 
-def _remark(model: Standardised, rows: Tensor) -> None:
-    """Say what was seen where rows are far from standard or a column is constant."""
+def remark(model: Standardised, rows: Tensor, *, whole: bool = True) -> None:
+    """Say what was seen where rows are far from standard or a column is constant.
+
+    Args:
+        model: that is to be trained.
+        rows: of the data.
+        whole: whether they are all of them; a column may be constant in one batch by chance.
+    """
     if model.visible_range is not None or rows.ndim != 2 or not rows.is_floating_point():
         return
     units = _units(rows)
@@ -157,15 +163,15 @@ def _remark(model: Standardised, rows: Tensor) -> None:
             f"from {deviation.min():.3g} to {deviation.max():.3g}, and models start as for 0 and 1"
         )
     constant = (units.deviation == 0).nonzero()[:, 0].tolist()
-    if constant:
+    if constant and whole:
         seen.append(
             f"{_columns(constant)} constant, whose density grows without bound; leave it out"
         )
     if not seen:
         return
-    known = model.rewritings() is not None
+    known = whole and model.rewritings() is not None
     advice = "train with `standardise=True`" if known else "scale the rows"
-    warnings.warn(f"{'; '.join(seen)}: {advice}", stacklevel=5)
+    warnings.warn(f"{'; '.join(seen)}: {advice}", stacklevel=7)
 
 
 def _columns(which: list[int]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -27,7 +27,7 @@ def training_steps(
     optimizers: tuple[Optimizers, Optimizers],
     *,
     check_every: int,
-    per_epoch: int = 1,
+    epoch: Callable[[int], int] = lambda step: step,
     resume: str | os.PathLike[str] | None = None,
 ) -> Iterator[Step]:
     """The steps of a training, none of them taken yet.
@@ -39,7 +39,7 @@ def training_steps(
         solver: how the hypergradient is computed.
         optimizers: of the upper and the lower level.
         check_every: steps between two looks for NaN.
-        per_epoch: steps of an epoch, for the schedule of the learning rates.
+        epoch: how many epochs have ended after so many steps, for the schedule of the learning rates.
         resume: checkpoint to go on from.
     """
     upper, lower = optimizers
@@ -58,8 +58,8 @@ def training_steps(
         solver=solver,
         lower_steps=training.lower_steps if two_levels else 0,
         order=training.order,
-        upper_scheduler=_schedulers(upper, training, per_epoch),
-        lower_scheduler=_schedulers(lower, training, per_epoch) if lower_moves else (),
+        upper_scheduler=_schedulers(upper, training, epoch),
+        lower_scheduler=_schedulers(lower, training, epoch) if lower_moves else (),
         clip_upper=training.clip_upper,
         clip_lower=training.clip_lower,
         seed=training.seed,
@@ -72,7 +72,9 @@ def training_steps(
     )
 
 
-def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> list[LambdaLR]:
+def _schedulers(
+    optimizers: Optimizers, training: Training, epoch: Callable[[int], int]
+) -> list[LambdaLR]:
     """The learning rate of upper step t, as a factor of the initial one.
 
     "exponential": decay^e in epoch e, set at the start of the epoch (the official code); with a decay of
@@ -81,7 +83,7 @@ def _schedulers(optimizers: Optimizers, training: Training, per_epoch: int) -> l
     """
 
     def exponential(step: int) -> float:
-        return training.decay ** (step // per_epoch)
+        return training.decay ** epoch(step)
 
     def cosine(step: int) -> float:
         falling = (1 + math.cos(math.pi * min(step / training.num_steps, 1))) / 2

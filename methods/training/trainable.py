@@ -53,6 +53,9 @@ class Trainable(Protocol):
     def variables(self, level: Any) -> Mapping[str, Tensor]:
         """The variables of a level, by name."""
 
+    def admit(self, data: Any, numbers: list[int] | None = None) -> Tensor:
+        """Refuse data it does not take, naming rows by these numbers."""
+
     def as_visibles(self, rows: Tensor) -> Tensor:
         """Rows as the networks take them."""
 
