@@ -20,7 +20,7 @@ def global_states() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, *numbers: int) -> Iterator[None]:
+def reseeded(seed: int | None, *numbers: int) -> Iterator[None]:
     """Let the global generators of this process start from numbers inside, and go on as before after.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bilevel.errors import CheckpointError
-from bilevel.global_random import drawn_from, global_states, seeded
+from bilevel.global_random import drawn_from, global_states, reseeded
 
 _WATCHED = 4  # batches at the start of each epoch that are watched for draws of global generators
 _OWN = "torch.utils.data"
@@ -60,7 +60,7 @@ class Repeated:
         watched = self._drawn < _WATCHED and self._global is None and self._seed is None
         before = global_states() if watched else {}
         try:
-            with seeded(self._seed, self._taken, 1):
+            with reseeded(self._seed, self._taken, 1):
                 batch = next(self._epoch)
         except StopIteration:
             if self._drawn == 0:
@@ -94,7 +94,7 @@ class Repeated:
         self._start = self._random()
         # a `DataLoader` draws a seed for its workers, used or not
         if self._seed is not None or isinstance(self._iterable, DataLoader):
-            with seeded(self._seed, self._taken, 0):
+            with reseeded(self._seed, self._taken, 0):
                 self._epoch = iter(self._iterable)
             return
         before = global_states()

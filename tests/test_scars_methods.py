@@ -153,9 +153,6 @@ MISTAKES: dict[str, tuple[Callable[[], EBLVM], Any]] = {
     "truth values": (MODELS["bidvl"][0], pictures() > 0),
     "images for a machine": (MODELS["cd"][0], bits().view(8, 2, 3)),
     "one visible": (MODELS["cd"][0], bits()[0]),
-    "a loader": (MODELS["cd"][0], DataLoader(TensorDataset(bits()), 4)),
-    "a loader of rows": (MODELS["cd"][0], DataLoader(bits(), 4)),  # type: ignore[arg-type]
-    "a data set": (MODELS["cd"][0], TensorDataset(bits())),
     "two tensors": (MODELS["cd"][0], (bits(), torch.zeros(8))),
     "masked values": (MODELS["cd"][0], np.ma.masked_less(bits().numpy(), 1).filled),
     "complex numbers": (MODELS["cd"][0], bits().to(torch.complex64)),
@@ -201,8 +198,12 @@ def test_what_is_no_table_is_refused_in_a_sentence(data: Any, words: str) -> Non
 
 
 def test_a_data_set_of_the_library_is_told_its_part() -> None:
+    """`fit` takes its training part; elsewhere there are two that could be meant."""
     with pytest.raises(TypeError, match=r"`data\.train`"):
-        BiDVL.for_images(SHAPE, latent_dim=2, width=4).fit(load_images("digits"), num_steps=1)
+        BiDVL.for_images(SHAPE, latent_dim=2, width=4).energy(load_images("digits"))
+    for data in (DataLoader(TensorDataset(bits()), 4), TensorDataset(bits())):
+        with pytest.raises(TypeError, match=r"`torch\.stack\(\[row\[0\] for row in data"):
+            ContrastiveDivergence(RBM(WIDTH, 3)).energy(data)
 
 
 def test_other_containers_are_taken_as_they_are() -> None:

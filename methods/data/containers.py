@@ -97,13 +97,13 @@ def _no_array(data: Any) -> str:
         rows = "data.dataset" if loader else "data"
         if not (isinstance(source, Sized) and len(source) and hasattr(source, "__getitem__")):
             return (
-                f"{said}, whose rows come as a stream; collect those to train on in one tensor, such as "
-                "with `torch.stack`"
+                f"{said}, whose rows come as a stream; `fit` takes it, and here some of its rows go into "
+                "one tensor, such as with `torch.stack`"
             )
         row = source[0]
         first = "row[0]" if isinstance(row, (tuple, list)) else "row"
         return (
-            f"{said}; a model draws batches of its own from one tensor that holds all rows: pass "
+            f"{said}; `fit` takes it, and here its rows go into one tensor: pass "
             f"`torch.stack([{first} for row in {rows}])`"
         )
     if isinstance(getattr(data, "train", None), Tensor):

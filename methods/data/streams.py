@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bilevel.batches import Batches, Source
 from bilevel.errors import CheckpointError
-from bilevel.global_random import seeded
+from bilevel.global_random import reseeded
 from bilevel.loaders import (
     Repeated,
     Stateful,
@@ -32,7 +32,7 @@ Admit: TypeAlias = Callable[[Any, list[int] | None], Tensor]
 """Looks at visibles, which it is given with their row numbers if they have any."""
 
 
-class Reading(Protocol):
+class BatchReader(Protocol):
     """What a stream is read from: a source that counts its epochs."""
 
     @property
@@ -44,7 +44,7 @@ class Reading(Protocol):
 
 
 @final
-class Rows:
+class RowReader:
     """Batches of a data set whose rows have numbers, in a fresh random order every epoch.
 
     It is the order of `Batches`. What a row draws from global generators is seeded batch by batch.
@@ -72,7 +72,7 @@ class Rows:
     def __next__(self) -> tuple[list[int], list[Any]]:
         numbers: list[int] = next(self._order).tolist()
         together = getattr(self._data, "__getitems__", None)
-        with seeded(self._seed, self._taken):
+        with reseeded(self._seed, self._taken):
             read = [self._data[i] for i in numbers] if together is None else together(numbers)
         self._taken += 1
         return numbers, list(read)
@@ -128,7 +128,7 @@ class Stream:
 
     def __init__(
         self,
-        reading: Reading,
+        reading: BatchReader,
         taken: Callable[[Any], tuple[Any, list[int] | None]],
         admit: Admit,
         convert: Callable[[Tensor], Tensor],
@@ -278,7 +278,7 @@ def as_stream(
         if count < batch_size:
             raise ValueError(f"`batch_size` is {batch_size}, but there are only {count} visibles")
         per_epoch = count // batch_size
-        rows = Rows(data, batch_size, seed)
+        rows = RowReader(data, batch_size, seed)
         return Stream(rows, _items, admit, convert, kind=kind, rows=count, per_epoch=per_epoch)
     if streamed:
         count = _length(data)

@@ -12,12 +12,12 @@ from bilevel import Batches
 from bilevel.batches import Source
 from bilevel.distributed import world_size
 from bilevel.errors import CheckpointError
-from bilevel.global_random import seeded
+from bilevel.global_random import reseeded
 from bilevel.methods.data.streams import Stream, as_stream
 from bilevel.methods.training.preconditions import refuse_small
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.settings import Training
-from bilevel.methods.training.standardising import Standardised, remark, standardised
+from bilevel.methods.training.standardising import Standardised, remark_units, standardised
 from bilevel.methods.training.trainable import Trainable
 from bilevel.refusals import shown
 
@@ -107,7 +107,7 @@ def _streamed(
                 "set it where they are made (`DataLoader(..., batch_size=...)`) and leave it out here"
             )
         training = training.model_copy(update={"batch_size": size})
-    remark(cast(Standardised, model), first, whole=False)
+    remark_units(cast(Standardised, model), first, whole=False)
     about = {"shape": [stream.rows or 0, *first.shape[1:]], "kind": stream.kind.strip("`")}
     steps = stream.per_epoch
     epoch = (lambda step: step // steps) if steps else (lambda step: stream.epochs)
@@ -174,7 +174,7 @@ class Augmented:
             ValueError: if it has another shape, dtype or device.
         """
         self._generator.manual_seed(hash((self._seed, self._taken, 3)) % 2**62)
-        with seeded(self._seed, self._taken, 2):
+        with reseeded(self._seed, self._taken, 2):
             new = self._augment(batch.clone(), self._generator)
         if not isinstance(new, Tensor):
             raise TypeError(f"`augment` must return a tensor of visibles, got {shown(new)}")

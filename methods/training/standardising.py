@@ -109,7 +109,7 @@ def standardised(model: Standardised, rows: Tensor, wanted: bool) -> Iterator[Te
             known how to rewrite them.
     """
     if not wanted:
-        remark(model, rows)
+        remark_units(model, rows)
         yield rows
         return
     if model.rewritings() is None:
@@ -141,7 +141,7 @@ def _units(rows: Tensor) -> Units:
     return Units(mean, deviation.masked_fill(still, 0.0))
 
 
-def remark(model: Standardised, rows: Tensor, *, whole: bool = True) -> None:
+def remark_units(model: Standardised, rows: Tensor, *, whole: bool = True) -> None:
     """Say what was seen where rows are far from standard or a column is constant.
 
     Args:
