@@ -97,8 +97,8 @@ def _no_array(data: Any) -> str:
         rows = "data.dataset" if loader else "data"
         if not (isinstance(source, Sized) and len(source) and hasattr(source, "__getitem__")):
             return (
-                f"{said}, whose rows come as a stream; `fit` takes it, and here some of its rows go into "
-                "one tensor, such as with `torch.stack`"
+                f"{said}, whose rows come as a stream; `fit` takes it, and here some of its rows go "
+                "into one tensor, such as with `torch.stack`"
             )
         row = source[0]
         first = "row[0]" if isinstance(row, (tuple, list)) else "row"
