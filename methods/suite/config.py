@@ -101,6 +101,8 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def _label(cls, value: Any) -> Any:
         value = _sized(value) if isinstance(value, str) else dict(value)
+        if "options" not in value and "-" in str(value.get("kind")):
+            value |= _sized(str(value["kind"]))
         sizes = [size for size in value.get("options", {}).values() if not isinstance(size, bool)]
         flat = [n for size in sizes for n in (size if isinstance(size, list | tuple) else [size])]
         kind = str(value.get("kind")).rpartition(":")[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bilevel.methods.data.tables import Table
-from bilevel.methods.suite import SuiteFolder, run_suite
+from bilevel.methods.suite import SuiteFolder, compare, load_suite, run_suite
 from bilevel.methods.suite.config import ModelConfig
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.workers import CrashError
@@ -191,3 +191,32 @@ def test_what_cannot_be_sent_is_refused(tmp_path: Path) -> None:
         run_suite(suite(methods=[f"{HERE}:x"]), tmp_path, own=own, jobs=2)
     with pytest.raises(ValueError, match="`callbacks` cannot be called in other processes"):
         run_suite(suite(), tmp_path, callbacks=[no_steps], jobs=2)
+
+
+# ---------------------------------------------------------------------- from Python
+
+
+def test_objects_are_compared_from_python(tmp_path: Path) -> None:
+    """Names and objects mixed; the folder remembers which rows it was."""
+    rows = own_things.points()
+    parts: dict[str, Any] = {
+        "models": {"four": own_things.four, "small": "GaussianRBM-2"},
+        "methods": {"ours": own_things.Denoiser, "dsm": "dsm"},
+        "training": {"num_steps": 2, "batch_size": 20},
+    }
+    records = compare({"mine": rows}, folder=tmp_path, **parts)
+    assert [record["cell"] for record in records] == [
+        f"mine/{model}/{method}/seed0" for model in ("four", "small") for method in ("ours", "dsm")
+    ]
+    assert load_suite(tmp_path) == records
+    assert compare({"mine": rows.numpy()}, folder=tmp_path, **parts) == records
+    with pytest.raises(ValueError, match=r"`blocks.0.data.0.checksum` was"):
+        compare({"mine": rows + 1}, folder=tmp_path, **parts)
+    with pytest.raises(
+        ValueError, match="are lists of names, or mappings of a name to each object"
+    ):
+        compare([rows], folder=tmp_path, **parts)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="two of these are called `four`"):
+        compare({"four": rows}, folder=tmp_path, **parts)
+    with pytest.raises(FileNotFoundError, match=r"holds no suite"):
+        load_suite(tmp_path / "cells")
