@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.own import add_code_option, own_of
+from bilevel.cli.progress import stages
 from bilevel.cli.running import device_of
 from bilevel.cli.signals import named, status_of
 from bilevel.methods.suite.config import SuiteConfig, load_config, parse_config
@@ -93,7 +94,8 @@ def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[
     """Train what is missing, then write the report of what there is."""
     status = 0
     try:
-        run_suite(config, home.folder, **how)
+        with stages() as stage:
+            run_suite(config, home.folder, **how, report=stage)
     except KeyboardInterrupt as stopped:
         status = status_of(stopped)
         what = named(status - 128)
@@ -104,7 +106,10 @@ def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[
         status = 1
     if home.records():
         _tables(home)
-        print(f"report: {write_suite_report(home, own)}")
+        with stages() as stage:
+            stage("drawing figures and writing the report", 0, 0)
+            page = write_suite_report(home, own)
+        print(f"report: {page}")
     return status
 
 

@@ -25,6 +25,7 @@ from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.models.chunks import chunked
 from bilevel.methods.suite.config import EvaluationConfig
 from bilevel.methods.suite.job import Job
+from bilevel.reporting import Report, silent
 
 Known: TypeAlias = Literal[
     "exact",
@@ -60,14 +61,18 @@ class Judgement:
     starts: Literal["exact", "gibbs"] | None = None
 
 
-def heldout_likelihood(job: Job, evaluation: EvaluationConfig, *, final: bool) -> Judgement:
+def heldout_likelihood(
+    job: Job, evaluation: EvaluationConfig, *, final: bool, report: Report = silent
+) -> Judgement:
     """Judge the model in its present state.
 
     Args:
         job: with the learner as far as it is trained.
         evaluation: how.
         final: with all chains in both directions, or quickly, for a point of a curve.
+        report: told which stage it is at and how far.
     """
+    report("judging", 0, 0)
     learner, machine = job.learner, job.machine
     v = learner.check(job.table.test)
     with learner.evaluating():
@@ -81,11 +86,16 @@ def heldout_likelihood(job: Job, evaluation: EvaluationConfig, *, final: bool) -
             return Judgement(known, unnormalised - float(machine.log_partition()))
         if tractable:
             known = "annealed estimate"
-        return _annealed(job, unnormalised, known, evaluation, final)
+        return _annealed(job, unnormalised, known, evaluation, final, report)
 
 
 def _annealed(
-    job: Job, unnormalised: float, known: Known, evaluation: EvaluationConfig, final: bool
+    job: Job,
+    unnormalised: float,
+    known: Known,
+    evaluation: EvaluationConfig,
+    final: bool,
+    report: Report,
 ) -> Judgement:
     machine, data = job.machine, job.learner.check(job.table.train)
     if not math.isfinite(unnormalised):
@@ -95,7 +105,12 @@ def _annealed(
     if not final:
         schedule = linear_schedule(evaluation.trace_temperatures)
         log_z = annealed_importance_sampling(
-            machine, temperatures=schedule, num_chains=chains, base=base, generator=generator
+            machine,
+            temperatures=schedule,
+            num_chains=chains,
+            base=base,
+            generator=generator,
+            report=report,
         )
         return Judgement(known, unnormalised - log_z.value, log_z.standard_error)
     both = bracket(
@@ -106,6 +121,7 @@ def _annealed(
         base=base,
         generator=generator,
         burn_in=evaluation.burn_in,
+        report=report,
     )
     return Judgement(
         known,

@@ -35,6 +35,7 @@ from bilevel.methods.suite.workers import (
 from bilevel.methods.training.run import Run, versions
 from bilevel.methods.training.saved import read_into
 from bilevel.refusals import whole
+from bilevel.reporting import Report, silent, tracked
 
 Callbacks = Sequence[Callable[[Step], object]]
 Observer = Callable[[int, int, dict[str, Any]], object]
@@ -50,6 +51,7 @@ def run_suite(
     observer: Observer = lambda number, total, record: None,
     own: Own = NOTHING,
     jobs: int = 1,
+    report: Report = silent,
 ) -> list[dict[str, Any]]:
     """Run what is missing. Whatever stops it, calling it again goes on.
 
@@ -70,6 +72,8 @@ def run_suite(
         own: methods, models, data and solvers that are not of this package, by the names they have in
             the configuration.
         jobs: how many cells are trained at once, each in a process of its own.
+        report: told which cell it is at, in which stage and how far; with several `jobs`, how many cells
+            have ended.
 
     Returns:
         The records of these cells, in order.
@@ -84,7 +88,7 @@ def run_suite(
         raise ValueError("`callbacks` cannot be called in other processes; leave `jobs` out")
     cells = config.cells(only)
     tables: dict[str, Table] = {}
-    for cell in cells:  # refuse before the first step
+    for cell in tracked(cells, "checking every cell", report):  # refuse before the first step
         job = make_job(cell, _table(cell.data, tables, own), own)
         _refuse_few(job)
     home = SuiteFolder(folder)
@@ -102,13 +106,26 @@ def run_suite(
     }
     if jobs > 1:
         outcomes = in_processes(missing, jobs, cell_runner, given)
+        told = _both(observer, report, f"cells, {jobs} at once")
+        report(f"cells, {jobs} at once", len(done), len(cells))
     else:
-        outcomes = _one_by_one(missing, cell_runner(**given, tables=tables, callbacks=callbacks))
+        here = cell_runner(**given, tables=tables, callbacks=callbacks, report=report)
+        outcomes, told = _one_by_one(missing, here), observer
     with contextlib.closing(outcomes):
-        crashes = _collect(outcomes, home, finished, observer, len(done), len(cells))
+        crashes = _collect(outcomes, home, finished, told, len(done), len(cells))
     if crashes:
         raise _crashed(crashes, len(cells))
     return [finished[cell.name] for cell in cells]
+
+
+def _both(observer: Observer, report: Report, what: str) -> Observer:
+    """Both are told that a cell has ended."""
+
+    def told(number: int, total: int, record: dict[str, Any]) -> None:
+        observer(number, total, record)
+        report(what, number, total)
+
+    return told
 
 
 def _refuse_few(job: Job) -> None:
@@ -172,6 +189,7 @@ def cell_runner(
     jobs: int,
     tables: dict[str, Table] | None = None,
     callbacks: Callbacks = (),
+    report: Report = silent,
 ) -> RunCell:
     """What trains and judges a cell; made once in every process.
 
@@ -182,20 +200,25 @@ def cell_runner(
         jobs: how many cells are trained at once, for the record.
         tables: data that are loaded already.
         callbacks: called with every `Step`.
+        report: told which cell it is at, in which stage and how far.
     """
     known: dict[str, Table] = {} if tables is None else tables
     home = SuiteFolder(folder)
 
     def run(cell: Cell) -> dict[str, Any]:
         job = make_job(cell, _table(cell.data, known, own), own)
-        record = run_cell(job, home.cell_folder(cell), device, callbacks)
+        record = run_cell(job, home.cell_folder(cell), device, callbacks, report)
         return record if jobs == 1 else {**record, "jobs": jobs}
 
     return run
 
 
 def run_cell(
-    job: Job, folder: Path, device: str = "cpu", callbacks: Callbacks = ()
+    job: Job,
+    folder: Path,
+    device: str = "cpu",
+    callbacks: Callbacks = (),
+    report: Report = silent,
 ) -> dict[str, Any]:
     """Train and judge one cell, from its last checkpoint if there is one.
 
@@ -204,35 +227,46 @@ def run_cell(
         folder: the cell's run folder.
         device: where to train.
         callbacks: called with every `Step`.
+        report: told in which stage it is and how far.
 
     Returns:
         The record: plain values.
     """
-    evaluation = job.cell.block.evaluation
+    evaluation, training = job.cell.block.evaluation, job.training
+
+    def stage(what: str, done: int, total: int) -> None:
+        report(f"{job.cell.name}: {what}", done, total)
+
     job.learner.to(device)
     run = Run(folder)
     trace = Trace(
         folder / "trace.jsonl",
         job.training,
         evaluation.points,
-        lambda: heldout_likelihood(job, evaluation, final=False).value,
+        lambda: heldout_likelihood(job, evaluation, final=False, report=stage).value,
     )
     outcome: dict[str, Any] = {}
     resume = run.checkpoint_path.exists()
     try:
         if not resume:
             trace.begin()
+        stage("compiling the first step" if training.compile else "first step", 0, 0)
         job.learner.fit(
             job.table.train,
             solver=job.solver,
-            callbacks=[*callbacks, trace],
+            callbacks=[
+                lambda step: stage("training", step.number, training.num_steps),
+                *callbacks,
+                trace,
+            ],
             run=folder,
             resume=resume,
             overwrite=not resume,
+            progress=False,
             # the trace ends the run: its clock does not start again when a run is resumed
-            **{**job.training.model_dump(), "max_seconds": None},
+            **{**training.model_dump(), "max_seconds": None},
         )
-        test = heldout_likelihood(job, evaluation, final=True)
+        test = heldout_likelihood(job, evaluation, final=True, report=stage)
         outcome = {"test": asdict(test)}
         if not isfinite(test.value):
             outcome["reason"] = f"the test log-likelihood is {test.value}"

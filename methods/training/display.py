@@ -6,7 +6,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, final
 
 from bilevel.distributed import is_main
@@ -128,7 +128,8 @@ class Lines(Display):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._line, self._what = "", ""
-        self._began = self._due = 0.0
+        self._began: dict[str, float] = {}  # when each work was first shown
+        self._due: dict[str, float] = {}  # when the next line of each is
         self._said = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -137,7 +138,9 @@ class Lines(Display):
         if what != self._what:
             now = time.monotonic()
             self._said = self._said if self._what else now  # nothing was going on
-            self._what, self._began, self._due = what, now, self._said + _SOON
+            self._due[what] = max(self._due.get(what, 0.0), self._said + _SOON)
+            self._began.setdefault(what, now)
+            self._what = what
         self._line = _line(what, done, total, left) if what else ""
         if self._thread is None and what:
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -150,10 +153,12 @@ class Lines(Display):
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY):
-            now = time.monotonic()
-            if self._line and now >= self._due:
-                self._said, self._due = now, now + max(_SELDOM, (now - self._began) / 4)
-                print(f"{self._line} ...", file=self._stream, flush=True)
+            now, what = time.monotonic(), self._what
+            if self._line and now >= self._due[what]:
+                pause = max(_SELDOM, (now - self._began[what]) / 4)
+                self._said, self._due[what] = now, now + pause
+                with suppress(OSError, ValueError):  # nobody reads any more
+                    print(f"{self._line} ...", file=self._stream, flush=True)
 
 
 @final
@@ -166,18 +171,20 @@ class Stages:
 
     def __init__(self, display: Display) -> None:
         self.display = display
-        self._what = ""
-        self._first, self._began, self._shown = 0, 0.0, 0.0
+        self._what, self._shown = "", 0.0
+        self._starts: dict[str, tuple[int, float]] = {}  # how far each was at first, and when
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show this stage, at most five times a second."""
         now = time.monotonic()
-        if what != self._what:
-            self._what, self._first, self._began = what, done, now
-        elif now - self._shown < EVERY and done < total:
+        if what == self._what and now - self._shown < EVERY and done < total:
             return
+        if what not in self._starts or done <= self._starts[what][0]:
+            self._starts[what] = done, now
+        self._what = what
+        first, began = self._starts[what]
         self._shown = now
-        taken, passed = done - self._first, now - self._began
+        taken, passed = done - first, now - began
         known = taken > 0 and passed > 1.0
         left = f"{duration((total - done) * passed / taken)} left" if known else ""
         self.display.show(what, done, total, left=left)
