@@ -3,7 +3,7 @@
 from bilevel import Alternating
 from bilevel.cli.options import Parser, check_training, integer, number
 from bilevel.cli.running import Plan, carry_out, device_of
-from bilevel.cli.runs import fresh
+from bilevel.cli.runs import fresh, spelled
 from bilevel.methods import BiDVL
 from bilevel.methods.data.images import load_images
 from bilevel.methods.presets import DIGITS
@@ -46,6 +46,13 @@ def command(arguments: list[str]) -> int:
     folder = args.run if "run" in args else fresh("demo")
     overwrite = "overwrite" in args
     plan = Plan(
-        model, images, Run(folder), settings, Alternating(), device=device, overwrite=overwrite
+        model,
+        images,
+        Run(folder),
+        settings,
+        Alternating(),
+        device=device,
+        overwrite=overwrite,
+        command=spelled("demo", arguments),
     )
     return carry_out(plan)

@@ -11,7 +11,7 @@ from bilevel.cli.progress import stages
 from bilevel.cli.runs import add_model_option, existing, images_of, load_model
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.features import default_features
-from bilevel.methods.report.report import save_results
+from bilevel.methods.report.saved import save_results
 from bilevel.reporting import Report
 
 SUMMARY = "measure a trained model: samples, reconstructions, outliers"

@@ -26,7 +26,8 @@ from bilevel.methods.report.pictures import (
     save_grid,
     save_reconstructions,
 )
-from bilevel.methods.report.report import save_results, saved_pictures, saved_results, write_report
+from bilevel.methods.report.report import write_report
+from bilevel.methods.report.saved import save_results, saved_pictures, saved_results
 from bilevel.methods.training.measures import result_rows
 from bilevel.methods.training.run import Run
 from bilevel.reporting import Report, silent
@@ -122,9 +123,9 @@ def _draw_images(
         save_reconstructions(*pairs, folder / "reconstructions.png")
 
 
-def report(run: Run) -> Path:
-    """The report of a run, from what lies in its folder."""
-    return write_report(run, saved_results(run), saved_pictures(run))
+def report(run: Run, path: str | None = None) -> Path:
+    """The report of a run, from what lies in its folder; there, if `path` names no other file."""
+    return write_report(run, saved_results(run), saved_pictures(run), path)
 
 
 def print_results(results: Mapping[str, float], space: str | None = None) -> None:

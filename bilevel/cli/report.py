@@ -7,8 +7,8 @@ from bilevel.cli import outcome
 from bilevel.cli.options import Parser, UsageError
 from bilevel.cli.progress import stages
 from bilevel.cli.runs import existing
-from bilevel.files import replacing
-from bilevel.methods.report.report import saved_pictures, saved_results, write_comparison
+from bilevel.methods.report.comparison import write_comparison
+from bilevel.methods.report.saved import saved_pictures, saved_results
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.training.json_lines import note
@@ -41,7 +41,7 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
     """The page, written."""
     stage("drawing the pages", 0, 0)
     if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
-        return _placed(write_suite_report(SuiteFolder(args.runs[0])), args)
+        return write_suite_report(SuiteFolder(args.runs[0]), path=getattr(args, "out", None))
     several = len(args.runs) > 1  # of runs/*, what is no run is left out
     folders = [
         name
@@ -59,14 +59,4 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
     if len(runs) > 1:
         beside = runs[0].folder.parent / "comparison.html"
         return write_comparison(runs, getattr(args, "out", beside))
-    return _placed(outcome.report(runs[0]), args)
-
-
-def _placed(page: Path, args: argparse.Namespace) -> Path:
-    """The page, copied to `--out` if that was given."""
-    if "out" in args:
-        target = Path(args.out)
-        with replacing(target, page.stat().st_size) as file:
-            file.write(page.read_bytes())
-        return target
-    return page
+    return outcome.report(runs[0], getattr(args, "out", None))

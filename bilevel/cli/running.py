@@ -45,6 +45,7 @@ class Plan:
             given.
         kept: settings that a run which is continued was begun with.
         log_to: names of loggers.
+        command: what was typed.
     """
 
     model: EBLVM
@@ -59,6 +60,7 @@ class Plan:
     features: FeatureNetwork | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     log_to: list[str] = field(default_factory=list)
+    command: str | None = None
 
     @property
     def training(self) -> Training:
@@ -146,6 +148,7 @@ def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int,
         "note": images.note,
         "solver": plan.solver_options,
         "device": plan.device,
+        "command": plan.command,
     }
     if plan.log_to:
         notes["log_to"] = plan.log_to

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def fresh(stem: str) -> Path:
     while (HOME / f"{stem}-{n}").exists():
         n += 1
     return HOME / f"{stem}-{n}"
+
+
+def spelled(command: str, arguments: list[str]) -> str:
+    """A command as it can be typed again.
+
+    Example:
+        >>> spelled("train", ["vae", "--data", "my images"])
+        "bilevel train vae --data 'my images'"
+    """
+    return shlex.join(["bilevel", command, *arguments])
 
 
 def existing(folder: str) -> Run:

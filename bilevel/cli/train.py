@@ -20,7 +20,7 @@ from bilevel.cli.options import (
 )
 from bilevel.cli.progress import stages
 from bilevel.cli.running import Plan, carry_out, device_of
-from bilevel.cli.runs import existing, fresh, images_of
+from bilevel.cli.runs import existing, fresh, images_of, spelled
 from bilevel.cli.wording import as_flag
 from bilevel.distributed import from_main, is_main, processes
 from bilevel.methods.catalogue import IMAGE_METHODS
@@ -44,7 +44,7 @@ def command(arguments: list[str]) -> int:
     with processes(_device(args)) as device, _main_speaks():
         if device is not None:
             args.device = device
-        return _resume(args) if "resume" in args else _start(args)
+        return _resume(args) if "resume" in args else _start(args, spelled("train", arguments))
 
 
 def _device(args: argparse.Namespace) -> str | None:
@@ -64,7 +64,7 @@ def _main_speaks() -> Iterator[None]:
         yield
 
 
-def _start(args: argparse.Namespace) -> int:
+def _start(args: argparse.Namespace, command: str) -> int:
     preset = PRESETS[args.preset] if "preset" in args else None
     method = IMAGE_METHODS[_method(args, preset)]
     source = getattr(args, "data", None if preset is None else preset.data)
@@ -118,6 +118,7 @@ def _start(args: argparse.Namespace) -> int:
         device,
         overwrite=overwrite,
         log_to=getattr(args, "log_to", []),
+        command=command,
     )
     if "dry_run" in args:
         from bilevel.cli.dry_run import dry_run  # imported here: only `--dry-run` needs it

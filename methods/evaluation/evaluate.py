@@ -105,9 +105,10 @@ def evaluate(
         By name: `frechet` (samples to test images), `frechet_train` (to training images, as FIDs are
         published), `kid`, `precision`, `recall`, `density`, `coverage`; with labels
         `smallest_class_share` and `classifier_accuracy`; each distance and share with a `..._reference`,
-        that of the training images, what a perfect model would get. `rmse`; `rmse_pca`, of as many
-        principal components as the model has latents (not if `samples` is given: it tells nothing
-        about the model). `auroc_uniform`, `auroc_constant`, `auroc_inverted`, `auroc_shuffled` and
+        that of the training images, what a perfect model would get. `rmse`; `rmse_mean`, of the mean
+        training image in place of every reconstruction, and `rmse_pca`, of as many principal
+        components as the model has latents (not if `samples` is given: they tell nothing about the
+        model). `auroc_uniform`, `auroc_constant`, `auroc_inverted`, `auroc_shuffled` and
         `auroc_<name>` of `outside`. If the model has batch norm, `frechet` and `rmse` under its other
         policy: `frechet_batch` and `rmse_batch`, or `..._running`.
 
@@ -152,9 +153,11 @@ def evaluate(
         with suppress(NotImplementedError):
             results[f"rmse_{other}"] = rmse(other)
     latents = model.latent_model.latent_dim
-    if latents is not None and samples is None and "rmse" in results:
-        report("principal components, as good a linear way", 0, 0)
-        results["rmse_pca"] = pca_rmse(train, test, latents)
+    if samples is None and "rmse" in results:
+        results["rmse_mean"] = mean_rmse(train, test)
+        if latents is not None:
+            report("principal components, as good a linear way", 0, 0)
+            results["rmse_pca"] = pca_rmse(train, test, latents)
     if seen.head is not None:
         results["classifier_accuracy"] = seen.accuracy
     others = {name: at_most(v, most) for name, v in (outside or {}).items()}
@@ -164,6 +167,13 @@ def evaluate(
         for name, v in _strangers(test, others, generator):
             results[f"auroc_{name}"] = _auroc(inside, _energies(model, v, report, name))
     return results
+
+
+def mean_rmse(train: Tensor, test: Tensor) -> float:
+    """RMSE of test images if every one is taken for the mean of the training images."""
+    rows = _rows(test)
+    refuse_undefined(rows, "the test images")
+    return float(np.sqrt(np.square(rows - _rows(train).mean(0)).mean()))
 
 
 def pca_rmse(train: Tensor, test: Tensor, components: int, seed: int = 0) -> float:

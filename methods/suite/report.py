@@ -1,15 +1,14 @@
 """The report of a suite: tables, figures and one self-contained HTML page, from its folder."""
 
-import base64
-import html
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from bilevel.files import read_bytes, write_text
+from bilevel.files import write_text
 from bilevel.methods.catalogue import NOTHING, Own
 from bilevel.methods.data.tables import Table
-from bilevel.methods.report.page import page
+from bilevel.methods.report import page as html
 from bilevel.methods.suite import figures
 from bilevel.methods.suite.config import Cell, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder
@@ -42,7 +41,9 @@ _SAMPLES = (
 )
 
 
-def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
+def write_suite_report(
+    home: SuiteFolder, own: Own = NOTHING, path: str | os.PathLike[str] | None = None
+) -> Path:
     """Write `tables.md`, the figures and `report.html` into a suite's folder.
 
     Curves and tables need the records alone; what shows a model is drawn from the first seed whose
@@ -52,6 +53,7 @@ def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
         home: the suite; it may be half finished.
         own: what of its configuration is not of this package; without it, cells that need it are not
             drawn.
+        path: file to write the page to, instead of `report.html`.
 
     Returns:
         The path of the page.
@@ -69,26 +71,54 @@ def write_suite_report(home: SuiteFolder, own: Own = NOTHING) -> Path:
     found = groups(records, [cell.name for cell in config.cells()])
     ranked = rankings(records)
     write_text(home.folder / "tables.md", markdown(found) + rankings_markdown(ranked))
-    parts = [f'<p class="lead">{html.escape(_what(config, records))}</p>']
+    target = home.folder / "report.html" if path is None else Path(path)
+    parts = [f'<p class="lead">{html.text(_what(config, records))}</p>']
     tables: dict[str, Table] = {}
     for group in found:
-        parts.append(f"<h2>{html.escape(group.title)}</h2>{_notes(config, group)}{as_html(group)}")
-        for title, path, caption in _draw(home, config, group, records, tables, own):
-            image = base64.b64encode(read_bytes(path)).decode()
-            parts.append(
-                f"<h3>{html.escape(title)}</h3>"
-                f'<img class="curves" alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
-                f"<p>{html.escape(caption)}</p>"
-            )
-    terms = "".join(
-        f"<dt>{html.escape(title)}</dt><dd>{html.escape(meaning)}</dd>"
-        for title, meaning in meanings(found).items()
-    )
+        pictures = _draw(home, config, group, records, tables, own)
+        shown = [_picture(group, number, *picture) for number, picture in enumerate(pictures)]
+        parts.append(
+            html.section(group.title, "".join([_notes(config, group), as_html(group), *shown]))
+        )
     parts.append(rankings_html(ranked))
-    parts += [f"<h2>How to read the tables</h2><dl>{terms}</dl>", _methods(records)]
-    target = home.folder / "report.html"
-    write_text(target, page(f"Suite {config.name}", "\n".join(parts)))
+    pairs = [(title, html.text(meaning)) for title, meaning in meanings(found).items()]
+    parts.append(html.section("How to read the tables", html.terms(pairs)))
+    parts.append(html.section("How it was made", _origin(home, records, target)))
+    parts.append(_methods(records))
+    write_text(target, html.page(f"Suite {config.name}", "\n".join(parts)))
     return target
+
+
+def _picture(group: Group, number: int, title: str, file: Path, caption: str) -> str:
+    """A figure of a group; the first, its curves, is seen at once."""
+    kind = "chart figure" if number == 0 else "figure"
+    seen = html.image(file, f"{title} of {group.title}. {caption}", kind)
+    drawn = html.figure(html.scrolling(f"{title} of {group.title}", seen), caption)
+    return f"<h3>{html.text(title)}</h3>{drawn}"
+
+
+def _origin(home: SuiteFolder, records: list[dict[str, Any]], page: Path) -> str:
+    """Dates, versions and links."""
+    times = sorted(record["time"] for record in records if "time" in record)
+    span = " to ".join(dict.fromkeys(html.date(time) for time in times[:1] + times[-1:]))
+    versions = dict.fromkeys(
+        f"bilevel {record['versions'].get('bilevel', '?')}, commit {record['commit'] or 'unknown'}, "
+        f"torch {record['versions'].get('torch', '?')}"
+        for record in records
+    )
+    machines = dict.fromkeys(f"{r['device']}, threads: {r['threads']}" for r in records)
+    files = [
+        html.link(home.folder / name, page, name)
+        for name in ("suite.json", "records.jsonl", "tables.md")
+    ]
+    return html.terms(
+        [
+            ("Cells ended", span or html.date(None)),
+            ("Versions", html.text("; ".join(versions))),
+            ("Machine", html.text("; ".join(machines))),
+            ("Files", ", ".join(files)),
+        ]
+    )
 
 
 def _what(config: SuiteConfig, records: list[dict[str, Any]]) -> str:
@@ -109,7 +139,7 @@ def _notes(config: SuiteConfig, group: Group) -> str:
         if group.data in [data.name for data in block.data]
         and group.model in [model.name for model in block.models]
     ]
-    return "".join(f"<p>{html.escape(note)}</p>" for note in notes if note)
+    return "".join(f"<p>{html.text(note)}</p>" for note in notes if note)
 
 
 def _draw(
@@ -172,7 +202,7 @@ def _is_kept(home: SuiteFolder, cell: Cell) -> bool:
 
 def _methods(records: list[dict[str, Any]]) -> str:
     """What every method was, with all its settings, once per group."""
-    parts = ["<h2>Methods and settings</h2>"]
+    parts = []
     seen: dict[str, dict[str, Any]] = {}
     for record in records:
         seen.setdefault(record["cell"].rpartition("/")[0], record)
@@ -188,12 +218,5 @@ def _methods(records: list[dict[str, Any]]) -> str:
             "commit": record["commit"],
             **record["versions"],
         }
-        lines = "".join(
-            f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>'
-            for key, value in settings.items()
-        )
-        parts.append(
-            f"<details><summary>{html.escape(name)}</summary>"
-            f'<div class="wide"><table><tbody>{lines}</tbody></table></div></details>'
-        )
-    return "\n".join(parts)
+        parts.append(html.folded(name, html.settings_table(settings)))
+    return html.folded("Methods and settings", "\n".join(parts))

@@ -4,18 +4,14 @@ import contextlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import bilevel
 from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
 from bilevel.files import write_text
 from bilevel.methods.catalogue import NOTHING, Own
@@ -32,7 +28,8 @@ from bilevel.methods.suite.workers import (
     crash_of,
     in_processes,
 )
-from bilevel.methods.training.run import Run, versions
+from bilevel.methods.training.origin import commit, now, versions
+from bilevel.methods.training.run import Run
 from bilevel.methods.training.saved import read_into
 from bilevel.refusals import whole
 from bilevel.reporting import Report, silent, tracked
@@ -294,7 +291,7 @@ def _heading(job: Job, device: str) -> dict[str, Any]:
         "seed": cell.seed,
         "solver": repr(job.solver),
         "training": job.training.model_dump(mode="json"),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "commit": commit(),
         "versions": {name: versions()[name] for name in ("bilevel", "torch", "python")},
         "device": versions()["device"] if device != "cpu" else f"cpu ({platform.machine()})",
@@ -302,19 +299,6 @@ def _heading(job: Job, device: str) -> dict[str, Any]:
         "independent": independent(job),
         "ceiling": None if density is None else -density.entropy,
     }
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the checkout this package is imported from, if it is one."""
-    root = Path(bilevel.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    with contextlib.suppress(OSError):
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-    return None
 
 
 def _table(data: DataConfig, known: dict[str, Table], own: Own = NOTHING) -> Table:

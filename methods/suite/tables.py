@@ -295,7 +295,7 @@ def _marked(group: Group, line: Sequence[str], mark: str) -> str:
 def as_html(group: Group) -> str:
     """One table as HTML, and what failed."""
     head, lines = table(group)
-    top = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    top = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     body = "".join(
         f'<tr><th scope="row" class="run">{html.escape(line[0])}</th>'
         + "".join(
@@ -307,7 +307,8 @@ def as_html(group: Group) -> str:
     )
     failed = "".join(f"<p>Failed: {html.escape(text)}</p>" for text in failures(group))
     return (
-        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="wide" role="region" tabindex="0" aria-label="{html.escape(group.title)}">'
+        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{failed}"
     )
 

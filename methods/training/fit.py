@@ -94,6 +94,7 @@ def fit(
             ended = _ended(step, training, any(stops))
             journal.write(step, ended=ended)
     except DivergenceError as error:
+        journal.diverged()
         if folder is not None and folder.checkpoint_path.exists():
             error.add_note(f"The last good checkpoint is `{folder.checkpoint_path}`")
         raise

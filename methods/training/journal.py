@@ -83,6 +83,11 @@ class Journal:
         if looked and side is not None:
             self.logged.pictures(side, step.number)
 
+    def diverged(self) -> None:
+        """Record that no step came after the last, because a loss was not finite."""
+        if self._last is not None and self.folder is not None and is_main():
+            self.folder.stop(self._last.number, "divergence")
+
     def close(self) -> History:
         """Leave the model as it is to be used, save it, and tell what was recorded."""
         self.model.eval()

@@ -85,6 +85,12 @@ def _of_energies(short: str, text: str) -> Measure:
     return Measure(f"Energy: images or {short}", _AUROC.format(text), "high", style="decimals")
 
 
+_STRANGERS = {
+    "auroc_uniform": ("noise", "uniform noise"),
+    "auroc_constant": ("one colour", "one of a single colour"),
+    "auroc_inverted": ("negatives", "its negative"),
+    "auroc_shuffled": ("shuffled", "one with its pixels shuffled"),
+}
 _MEASURES = {
     **_of_samples(
         "frechet",
@@ -170,10 +176,7 @@ _MEASURES = {
         )
         for policy, text in _POLICIES.items()
     },
-    "auroc_uniform": _of_energies("noise", "uniform noise"),
-    "auroc_constant": _of_energies("one colour", "one of a single colour"),
-    "auroc_inverted": _of_energies("negatives", "its negative"),
-    "auroc_shuffled": _of_energies("shuffled", "one with its pixels shuffled"),
+    **{name: _of_energies(short, what) for name, (short, what) in _STRANGERS.items()},
 }
 _TRAINING = {
     "seconds": Measure("Training: seconds", "time spent in training steps", "low"),
@@ -189,10 +192,15 @@ def direction_of(name: str) -> Literal["low", "high"] | None:
     return None if measure is None else measure.better
 
 
+def stranger(name: str) -> str:
+    """The images that an `auroc_...` tells from the data, as the object of a sentence."""
+    return _STRANGERS[name][1] if name in _STRANGERS else f"one of {name.removeprefix('auroc_')}"
+
+
 def measures_of(results: Mapping[str, float]) -> dict[str, Measure]:
     """What is known about the results, in the order to show them; references are not results."""
     strangers = {
-        name: _of_energies(name.removeprefix("auroc_"), f"one of {name.removeprefix('auroc_')}")
+        name: _of_energies(name.removeprefix("auroc_"), stranger(name))
         for name in results
         if name.startswith("auroc_") and name not in _MEASURES
     }

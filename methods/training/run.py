@@ -1,14 +1,11 @@
 """`Run`: the folder of one training run - config, metrics, checkpoints, pictures, report."""
 
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
-
-import torch
 
 import bilevel
 from bilevel.checkpoint import glance
@@ -23,6 +20,7 @@ from bilevel.methods.training.json_lines import (
     write_document,
     write_lines,
 )
+from bilevel.methods.training.origin import origin
 from bilevel.methods.training.schemas import Best, Config
 
 _CLOCK = ("seconds",)  # differs from run to run: the checksums of two equal runs are equal
@@ -107,8 +105,7 @@ class Run:
             file.unlink(missing_ok=True)
         for folder in (self.best_path, *self._beside_best()):
             shutil.rmtree(folder, ignore_errors=True)
-        record = {**config, "versions": versions()}
-        write_document(self.config_path, record)
+        write_document(self.config_path, {**config, **origin()})
 
     def config(self) -> dict[str, Any]:
         """The configuration of the run.
@@ -122,13 +119,13 @@ class Run:
         return read_document(self.config_path, Config)
 
     def prolong(self, training: dict[str, Any]) -> None:
-        """Record that a run goes on: its number of steps and its time, and that it is not stopped."""
+        """Record that a run goes on: after which step, to what length, and that it is not stopped."""
         config = self.config()
-        length = {name: training[name] for name in _LENGTH}
-        stopped = config.pop("stopped", None) is not None
-        if stopped or any(config["training"].get(n) != value for n, value in length.items()):
-            config["training"] |= length
-            write_document(self.config_path, config)
+        config.pop("stopped", None)
+        config["training"] |= {name: training[name] for name in _LENGTH}
+        if self._newest is not None:
+            config["resumed"] = [*config.get("resumed", []), self._newest]
+        write_document(self.config_path, config)
 
     def stop(self, step: int, by: str) -> None:
         """Record that the training ended before its last step.
@@ -373,14 +370,3 @@ def _second_name(path: Path, name: Path) -> None:
     except OSError:
         with replacing(name, path.stat().st_size) as copy, open(path, "rb") as file:
             shutil.copyfileobj(file, copy)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its configuration."""
-    return {
-        "bilevel": bilevel.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }

@@ -25,6 +25,7 @@ class Notes(BaseModel, extra="allow", strict=True):
     note: str | None = None
     solver: dict[str, bool | int | float | str | None] = Field({})
     device: str | None = None
+    command: str | None = None
     evaluations: dict[str, Any] = Field({})
     log_to: list[str] = Field([])
 
@@ -48,6 +49,9 @@ class Config(BaseModel, extra="allow", strict=True):
     solver: str | None = None
     data: DataShape | None = None
     notes: Notes = Field(Notes())
+    began: str | None = None
+    resumed: list[int] = Field([])
+    commit: str | None = None
     versions: dict[str, str] = Field({})
     stopped: Stopped | None = None
 

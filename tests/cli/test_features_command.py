@@ -8,7 +8,7 @@ import pytest
 from bilevel.cli import main
 from bilevel.cli.features import feature_network
 from bilevel.methods import BiDVL
-from bilevel.methods.report.report import feature_space
+from bilevel.methods.report.saved import feature_space
 from bilevel.methods.training.run import Run
 from tests.methods.evaluation.known import digits
 
