@@ -82,12 +82,7 @@ def _start(args: argparse.Namespace, command: str) -> int:
             "`--best` says which evaluated model is kept; give `--evaluate-every N` with it"
         )
     device = device_of(getattr(args, "device", None))
-    overwrite = "overwrite" in args
-    if "run" in args and Run(args.run).exists and not overwrite:
-        raise UsageError(
-            f"`{args.run}` already holds a run; continue it with `--resume`, replace it with "
-            "`--overwrite`, or name another folder"
-        )
+    _refuse_taken(args)
     loading = {**(preset.loading if preset else {}), **_given(args, LOADING)}
     with stages() as stage:
         images = load_images(source, **loading, report=stage)
@@ -116,7 +111,7 @@ def _start(args: argparse.Namespace, command: str) -> int:
         solver,
         options,
         device,
-        overwrite=overwrite,
+        overwrite="overwrite" in args,
         log_to=getattr(args, "log_to", []),
         command=command,
     )
@@ -125,6 +120,15 @@ def _start(args: argparse.Namespace, command: str) -> int:
 
         return dry_run(plan)
     return carry_out(plan, report="no_report" not in args)
+
+
+def _refuse_taken(args: argparse.Namespace) -> None:
+    """A folder that holds a run, unless that is to be replaced."""
+    if "run" in args and Run(args.run).exists and "overwrite" not in args:
+        raise UsageError(
+            f"`{args.run}` already holds a run; continue it with `--resume`, replace it with "
+            "`--overwrite`, or name another folder"
+        )
 
 
 def _method(args: argparse.Namespace, preset: Preset | None) -> str:

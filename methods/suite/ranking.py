@@ -191,7 +191,7 @@ def rankings_html(found: Sequence[Ranking]) -> str:
     """All rankings as a section of a page; nothing if there are none."""
     parts = []
     for ranking in found:
-        top = "".join(f"<th>{title}</th>" for title in _HEAD)
+        top = "".join(f'<th scope="col">{title}</th>' for title in _HEAD)
         body = "".join(
             f'<tr><th scope="row">{html.escape(name)}</th>'
             + "".join(f'<td class="number">{text}</td>' for text in rest)
@@ -200,7 +200,8 @@ def rankings_html(found: Sequence[Ranking]) -> str:
         )
         parts.append(
             f"<h3>{html.escape(_title(ranking))}</h3>"
-            f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="wide" role="region" tabindex="0" aria-label="Ranking">'
+            f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
             f"<p>{html.escape(ranking.verdict)}</p>"
         )
     return f"<h2>Ranking</h2><p>{_MEANING}</p>{''.join(parts)}" if parts else ""
