@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -12,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 _NAMED = 4  # variables or networks that are listed by name; more are counted
 _LONG = 72  # characters of one value
 _STYLE = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;font-weight:normal;"
+_NAME = f"{_STYLE}opacity:.65;white-space:nowrap"
 
 
 @final
@@ -42,12 +44,12 @@ class Card:
     def html(self) -> str:
         """The same as HTML, in the colours of the page it is put into."""
         lines = "".join(
-            f'<tr><th scope="row" style="{_STYLE}opacity:.65">{html.escape(name)}</th>'
-            f'<td style="{_STYLE}">{html.escape(value)}</td></tr>'
+            f'<tr><th scope="row" style="{_NAME}">{_marked(name)}</th>'
+            f'<td style="{_STYLE}">{_marked(value)}</td></tr>'
             for name, value in self.rows
         )
         table = f'<table style="border-collapse:collapse">{lines}</table>' if lines else ""
-        return f"<div><b>{html.escape(self.title)}</b>{self.picture}{table}</div>"
+        return f"<div><b>{_marked(self.title)}</b>{self.picture}{table}</div>"
 
 
 def digits(value: Any) -> str:
@@ -129,6 +131,11 @@ def curves(lines: Mapping[str, Iterable[tuple[float, float]]]) -> str:
             "</figcaption></figure>"
         )
     return f"<div>{''.join(parts)}</div>" if parts else ""
+
+
+def _marked(text: str) -> str:
+    """Text as HTML, what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _counted(held: Mapping[str, Tensor]) -> str:

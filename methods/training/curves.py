@@ -51,7 +51,7 @@ def _shown_figure() -> "type[Figure]":
     class ShownFigure(Figure):
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
-            self.savefig(file, format="png")
+            self.savefig(file, format="png", dpi=72)  # saved in a notebook, too: keep it small
             return file.getvalue()
 
     return ShownFigure

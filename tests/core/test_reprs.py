@@ -157,6 +157,7 @@ def test_cards_escape_what_they_hold() -> None:
     html = Card("<b>", [("<i>", "<u>")]).html()
     for tag in ("<i>", "<u>", "<b><b>"):
         assert tag not in html
+    assert "<code>F(x)</code>" in Card("of `F(x)`").html()
     drawn = curves({"a<b": [(1, 2.0), (2, float("nan")), (3, 4.0)], "short": [(1, 1.0)]})
     assert drawn.count("<polyline") == 1
     assert "a<b" not in drawn
