@@ -33,7 +33,10 @@ def lines_of(model: LatentModel | None, values: Mapping[str, Any]) -> str:
         rows["machine"] = repr(model.machine)
     rows["latent"] = _latent(model)
     slow = {"sample": "sample (by Langevin dynamics)"} if model.draws_by_chains else {}
-    rows["can"] = ", ".join(slow.get(ability, ability) for ability in model.abilities())
+    can = [slow.get(ability, ability) for ability in model.abilities()]
+    if "energy" in can and model.visibles.real:
+        can.insert(1, "score")
+    rows["can"] = ", ".join(can)
     return "\n".join(f"{name}: {value}" for name, value in rows.items() if value)
 
 

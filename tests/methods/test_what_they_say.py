@@ -40,6 +40,8 @@ def test_a_learner_says_what_it_is_and_can(name: str) -> None:
     model.probe(v)
     can = model.latent_model.abilities()
     said = repr(model).replace("sample (by Langevin dynamics)", "sample")
+    assert ("score, " in said) == model.latent_model.visibles.real
+    said = said.replace("score, ", "")
     assert f"\n  can       {', '.join(can)}\n" in said
     for ability in can:
         OFFERED[ability](model, v)
