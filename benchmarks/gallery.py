@@ -97,7 +97,7 @@ def main() -> None:
             figure.savefig(path)
         else:
             WHOLE[name](path)
-            Image.open(path).reduce(2).quantize(64).save(path)
+            Image.open(path).reduce(2).quantize(128).save(path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from bilevel.methods.report import plot_density
 from bilevel.methods.samplers import HamiltonianMonteCarlo, Langevin
 
 MOONS = density("moons")  # on the unit square, blurred with a deviation of 0.03
-BOX = (-0.3, 1.3), (-0.2, 1.2)
+BOX = (-0.2, 1.2), (0.0, 1.0)
 
 
 class Energy(nn.Module):
@@ -81,7 +81,7 @@ def main(num_steps: int, moves: int, path: Path) -> None:
     figure = plot_density(
         model, data=test[:1000], samples=samples["HamiltonianMonteCarlo"], box=BOX
     )
-    figure.savefig(path)
+    figure.savefig(path, dpi=240)
     print(
         f"Test log-likelihood {reached:.3f} nats, of the moons' own density {log_prob.mean():.3f}. "
         f"On the moons lie 99.0% of the data, {shares['Langevin']:.1%} of samples by Langevin dynamics "

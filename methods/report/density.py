@@ -58,7 +58,7 @@ def plot_density(
     box = _box(model, panels) if box is None else box
     shade = plane_density(model, box, size=size).log_density.exp().T.cpu().numpy()
     (left, right), (low, high) = box
-    figure = Figure(figsize=(3.4 * (1 + len(panels)) + 0.6, 3.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.4 * (1 + len(panels)) + 0.6, _height(box)), dpi=150, layout="constrained")
     axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     extent = (left, right, low, high)
     for each in axes:
@@ -72,9 +72,15 @@ def plot_density(
     return figure
 
 
+def _height(box: Box) -> float:
+    """Inches of a panel and its title, as high as the box is."""
+    (left, right), (low, high) = box
+    return min(8.0, max(1.5, 3.0 * (high - low) / (right - left) + 0.5))
+
+
 def _scatter(axes: "Axes", name: str, points: Tensor) -> None:
     x, y = points.detach()[:_DOTS].float().cpu().unbind(1)
-    axes.scatter(x.numpy(), y.numpy(), s=2.5, color="#d9652b", alpha=0.7, linewidths=0)
+    axes.scatter(x.numpy(), y.numpy(), s=4, color="#e2601c", alpha=0.9, linewidths=0)
     shown = f"{name}, {min(_DOTS, len(points)):,} points"
     axes.set_title(shown, fontsize=11, loc="left")
 
