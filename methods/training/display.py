@@ -72,6 +72,7 @@ class Bar(Display):
             column("fields[left]", style="dim"),
             console=Console(file=stream),
             transient=transient,
+            refresh_per_second=5,
             redirect_stdout=stream is sys.stdout,  # else it would go where the bar is
         )
         self._task: Any = None

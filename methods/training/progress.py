@@ -63,9 +63,10 @@ class Progress:
 
     def __exit__(self, failure: object, *_: object) -> None:
         if self._bar is not None and self._last is not None:
-            ended = None if failure else why_stopped(self._last, self.training)
+            by = None if failure else why_stopped(self._last, self.training)
             spent = f"{duration(self._last.seconds)} spent"
-            self._show(self._bar, self._last, f"stopped by {ended}, {spent}" if ended else spent)
+            short = "" if by is None else f"stopped by {by.partition(' (')[0]}, "
+            self._show(self._bar, self._last, short + spent)
         if self._beside is not None:
             self._beside.close(kept=self._last is not None)
 
