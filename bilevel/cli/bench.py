@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bilevel.cli.bench_solvers import run_solvers
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.own import add_code_option, own_of
 from bilevel.cli.progress import stages
@@ -21,14 +22,15 @@ from bilevel.methods.suite.tables import for_terminal, groups
 from bilevel.methods.suite.workers import CrashError
 from bilevel.refusals import nearest
 
-SUMMARY = "compare methods on Boltzmann machines, judged alike"
-_SUITES = ("eblvm",)
+SUMMARY = "compare methods on Boltzmann machines, or solvers, judged alike"
+_SUITES = ("eblvm", "solvers")
 _EXAMPLES = """  bilevel bench eblvm                            about ten minutes
   bilevel bench eblvm --only digits advil cd1    some of its cells
   bilevel bench eblvm --preset full --list       all cells of the papers
   bilevel bench eblvm --data mine.csv --models RBM-8 --methods ml mine.flow:Flow
   bilevel bench eblvm --show > mine.json         a configuration to change
   bilevel bench eblvm --config mine.json --out runs/mine --jobs 4
+  bilevel bench solvers --solvers cholesky unrolled-5 mine.solvers:Mine
 
 Running the same command again goes on where the last one stopped.
 """
@@ -43,6 +45,11 @@ def command(arguments: list[str]) -> int:
     args = parser.read(arguments)
     if args.suite not in _SUITES:
         raise UsageError(f"there is no suite `{args.suite}`; {nearest(args.suite, _SUITES)}")
+    if args.suite == "solvers":
+        return run_solvers(args)
+    for name in ("problems", "solvers"):
+        if name in args:
+            raise UsageError(f"`--{name}` is for `bilevel bench solvers`")
     config, source = _configuration(args)
     if "seeds" in args:
         config = config.with_seeds(args.seeds)
@@ -156,6 +163,18 @@ def _add_options(parser: Parser) -> None:
         parser.add_argument(
             flag, dest=name, type=integer, metavar="N", help="with --data: of every training"
         )
+    parser.add_argument(
+        "--problems",
+        nargs="+",
+        metavar="PROBLEM",
+        help="of solvers: quadratic, ridge, logistic, or package.module:Name",
+    )
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        metavar="SOLVER",
+        help="of solvers: such as unrolled-5, or package.module:Name",
+    )
     add_code_option(parser)
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/eblvm-NAME)")
     parser.add_argument(

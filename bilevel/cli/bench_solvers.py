@@ -1,0 +1,161 @@
+"""`bilevel bench solvers`: hypergradients against the truth, and what they cost."""
+
+import argparse
+import inspect
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bilevel import Problem, Solver
+from bilevel.check.cases import CASES, Case
+from bilevel.check.comparing_solvers import SolverRecord, measure_solver
+from bilevel.cli.options import UsageError
+from bilevel.files import write_text
+from bilevel.methods.catalogue import called, make_solver, of_own
+from bilevel.methods.suite.ranking import as_plain
+from bilevel.plugins import entry_points, imported, is_address, plugged
+from bilevel.problem import refuse_no_problem
+from bilevel.refusals import nearest
+
+_SOLVERS: Mapping[str, Mapping[str, Any]] = {
+    "alternating": {"kind": "alternating"},
+    "unrolled-5": {"kind": "unrolled", "num_steps": 5},
+    "unrolled-20": {"kind": "unrolled", "num_steps": 20},
+    "cholesky": {"kind": "implicit", "linear_solver": "cholesky"},
+    "conjugate-gradient": {"kind": "implicit", "linear_solver": "conjugate_gradient"},
+    "gmres": {"kind": "implicit", "linear_solver": "gmres"},
+    "neumann-20": {
+        "kind": "implicit",
+        "linear_solver": "neumann",
+        "num_steps": 20,
+        "step_size": 0.1,
+    },
+    "identity": {"kind": "implicit", "linear_solver": "identity"},
+}
+_HEAD = ("solver", "relative error", "cosine", "ms per call", "products")
+_EXACT = 1e-5  # a relative error that counts as right
+_NOTES = (
+    "The error is that of the hypergradient at the lower level's solution, against finite differences, "
+    "the largest over the seeds; * marks errors below 1e-5. Milliseconds of one call, and products of "
+    "Hessians with vectors (or unrolled steps) in it: medians."
+)
+
+
+def run_solvers(args: argparse.Namespace) -> int:
+    """Measure every solver on every problem, print and write what came out."""
+    for name in ("preset", "config", "data", "models", "methods", "only", "show"):
+        if name in args:
+            raise UsageError(
+                f"`--{name}` is for `bilevel bench eblvm`; of solvers there are `--problems`, "
+                "`--solvers` and `--seeds`"
+            )
+    if args.jobs != 1:
+        raise UsageError("solvers are timed, so one runs at a time; leave `--jobs` out")
+    problems = getattr(args, "problems", list(CASES))
+    solvers = {_short(name): _solver(name) for name in getattr(args, "solvers", list(_SOLVERS))}
+    seeds = getattr(args, "seeds", [0])
+    cases = {(name, seed): _case(name, seed) for name in problems for seed in seeds}
+    if "list" in args:
+        print("\n".join(f"{_short(name)}/{solver}" for name in problems for solver in solvers))
+        return 0
+    folder = Path(getattr(args, "out", "runs/solvers"))
+    records: list[SolverRecord] = []
+    for name in problems:
+        for solver, made in solvers.items():
+            for seed in seeds:
+                found = measure_solver(cases[name, seed], made, _short(name), solver, seed)
+                records.append(found)
+        print(f"{_short(name)}\n{as_plain(_HEAD, _lines(records, _short(name)))}\n", flush=True)
+        for failed in (r for r in records if r.problem == _short(name) and r.cosine is None):
+            print(f"{failed.solver} gave no answer: {failed.verdict}\n")
+    print(_NOTES)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record.plain()) + "\n" for record in records)
+    write_text(folder / "records.jsonl", lines)
+    write_text(folder / "tables.md", _markdown(records))
+    print(f"tables: {folder / 'tables.md'}")
+    return 0
+
+
+def _short(name: str) -> str:
+    return name.rpartition(":")[2] if is_address(name) else name
+
+
+def _found(what: str, name: str, known: Iterable[str]) -> Any:
+    """An object of one's own by its address or entry point."""
+    if is_address(name):
+        return imported(name)
+    if name in entry_points(what):
+        return plugged(what, name)
+    raise UsageError(
+        f"there is no {what} `{name}`; {nearest(name, known)} One of your own is `package.module:Name`"
+    )
+
+
+def _solver(name: str) -> Solver:
+    if name in _SOLVERS:
+        return make_solver(_SOLVERS[name])
+    base: Any = Solver
+    solver: Solver = of_own(name, base, _found("solver", name, _SOLVERS), {})
+    return solver
+
+
+def _case(name: str, seed: int) -> Case:
+    """A problem at a point, from a seed if it takes one.
+
+    Raises:
+        UsageError: if it is no problem.
+    """
+    if name in CASES:
+        return CASES[name](seed)
+    found = _found("problem", name, CASES)
+    if not isinstance(found, (nn.Module, tuple)):
+        if not callable(found) or (inspect.isclass(found) and not issubclass(found, nn.Module)):
+            found = (found,)
+        else:
+            found = called(name, found, {}, seed=seed)
+    case = Case(*found) if isinstance(found, tuple) else Case(found)
+    try:
+        problem: Problem = case.problem
+        refuse_no_problem(problem)
+    except TypeError as error:
+        raise UsageError(f"`{name}`: {error}") from None
+    return case
+
+
+def _lines(records: Sequence[SolverRecord], problem: str) -> list[list[str]]:
+    """The lines of a problem's table, a solver each, over the seeds."""
+    rows: dict[str, list[SolverRecord]] = {}
+    for record in records:
+        if record.problem == problem:
+            rows.setdefault(record.solver, []).append(record)
+    return [[name, *_numbers(found)] for name, found in rows.items()]
+
+
+def _numbers(found: Sequence[SolverRecord]) -> list[str]:
+    errors = [r.relative_error for r in found if r.relative_error is not None]
+    cosines = [r.cosine for r in found if r.cosine is not None]
+    times = [r.milliseconds for r in found if r.milliseconds is not None]
+    products = [r.products for r in found if r.products is not None]
+    if len(errors) < len(found):
+        return ["no answer", "", "", ""]
+    worst = max(errors)
+    return [
+        f"{worst:.1e}" + (" *" if worst < _EXACT else "  "),
+        f"{min(cosines):.4f}",
+        f"{statistics.median(times):.2f}",
+        f"{statistics.median(products):.0f}",
+    ]
+
+
+def _markdown(records: Sequence[SolverRecord]) -> str:
+    parts = []
+    for problem in dict.fromkeys(record.problem for record in records):
+        rows = [list(_HEAD), ["---"] + ["---:"] * (len(_HEAD) - 1), *_lines(records, problem)]
+        drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        parts.append(f"**{problem}**\n\n{drawn}\n\n")
+    return "".join(parts) + _NOTES + "\n"

@@ -1,0 +1,113 @@
+"""Solvers on problems whose hypergradient is known, from the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import Cholesky, Implicit, Problem, Response, Solver, Unrolled
+from bilevel.check.cases import CASES
+from bilevel.check.comparing_solvers import measure_solver
+from bilevel.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Dropped(Solver):
+    """What a person writes to see: the response is left out."""
+
+    def respond(self, oracles: Any, state: Any, lower_optimizer: Any) -> Response:
+        return Response(oracles.lower, None)
+
+
+exact = Implicit(Cholesky())
+
+
+def broken() -> Solver:
+    raise RuntimeError("no licence")
+
+
+def cubes() -> Problem:
+    """From two functions, without a seed or batches."""
+
+    def lower_loss(x: Any, y: Any, batch: Any) -> Tensor:
+        return (y["y"] - x["x"].sin()).cosh().sum()
+
+    start = torch.linspace(0.2, 1, 3, dtype=torch.float64)
+    return Problem.from_functions(
+        lambda x, y, batch: y["y"].pow(3).sum(), lower_loss, {"x": start}, {"y": start.clone()}
+    )
+
+
+def test_the_error_is_that_of_the_closed_form() -> None:
+    """Ten unrolled steps from the solution leave out (I - 0.1 H)^10 of the response."""
+    case = CASES["quadratic"](0)
+    H, B, t = (case.problem.get_buffer(name) for name in "HBt")
+    y = torch.linalg.solve(H, B @ case.problem.get_parameter("upper.x")).detach()
+    pull = 2 * (y - t)
+    left = torch.linalg.matrix_power(torch.eye(20, dtype=H.dtype) - 0.1 * H, 10)
+    whole, lost = (B.mT @ torch.linalg.solve(H, v) for v in (pull, left @ pull))
+    found = measure_solver(case, Unrolled(10), "quadratic", "ten", 0)
+    assert found.relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-6)
+    assert found.products == 10
+    right = measure_solver(case, exact, "quadratic", "exact", 0)
+    assert right.relative_error is not None
+    assert right.relative_error < 1e-9
+
+
+def test_problems_and_solvers_of_ones_own_stand_beside_the_known(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    names = [f"{__name__}:{name}" for name in ("Dropped", "exact")]
+    parts = ["--problems", f"{__name__}:cubes", "--solvers", "alternating", *names]
+    assert main(["bench", "solvers", *parts, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("cubes\nsolver")
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    plain, dropped, right = map(json.loads, lines)
+    assert [r["solver"] for r in (plain, dropped, right)] == ["alternating", "Dropped", "exact"]
+    assert dropped["relative_error"] == plain["relative_error"] == pytest.approx(1)
+    assert right["relative_error"] < 1e-8
+    assert right["method"] == repr(exact)
+    assert "| exact |" in (tmp_path / "tables.md").read_text()
+
+
+def test_a_solver_that_gives_no_answer_says_why(tmp_path: Path) -> None:
+    record = measure_solver(
+        CASES["quadratic"](0)._replace(problem=cubes().float()), exact, "cubes", "exact", 0
+    )
+    assert record.relative_error is None
+    assert "finite differences need float64" in record.verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--solvers choleski", "there is no solver `choleski`; did you mean `cholesky`?"),
+        ("--problems quadratics", "there is no problem `quadratics`; did you mean `quadratic`?"),
+        ("--solvers {here}:broken", ":broken` raised RuntimeError: no licence"),
+        (
+            "--solvers {here}:json",
+            "is a `module`, and something else is needed: a subclass of `Sol",
+        ),
+        ("--problems {here}:exact", "`problem` must be a `Problem`, got a `Implicit`"),
+        ("--problems {here}:json", "`problem` must be a `Problem`, got a `module`"),
+        ("--problems {here}:Dropped", "`problem` must be a `Problem`, got the class `Dropped`"),
+        ("--jobs 2", "solvers are timed, so one runs at a time"),
+        ("--methods ml", "`--methods` is for `bilevel bench eblvm`"),
+    ],
+)
+def test_what_is_no_solver_or_problem_is_one_sentence(
+    arguments: str, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    words = arguments.format(here=__name__).split()
+    assert main(["bench", "solvers", *words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert main(["bench", "eblvm", "--solvers", "cholesky"]) == 2
+    assert "`--solvers` is for `bilevel bench solvers`" in capsys.readouterr().err
