@@ -140,42 +140,6 @@ def _add_options(parser: Parser) -> None:
         help="a configuration that comes with the package (default: small)",
     )
     parser.add_argument("--config", metavar="FILE", help="a configuration of your own, JSON")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="DATA",
-        help="instead: names, .npz, .csv and .parquet files, or rows of your own, package.module:Name",
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="MODEL",
-        help="with --data: such as RBM-15 or DBM-20-10, or package.module:Name",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="with --data: short names such as ml, cd1, bism-dsm, or package.module:Name",
-    )
-    for name in _TRAINING:
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(
-            flag, dest=name, type=integer, metavar="N", help="with --data: of every training"
-        )
-    parser.add_argument(
-        "--problems",
-        nargs="+",
-        metavar="PROBLEM",
-        help="of solvers: quadratic, ridge, logistic, or package.module:Name",
-    )
-    parser.add_argument(
-        "--solvers",
-        nargs="+",
-        metavar="SOLVER",
-        help="of solvers: such as unrolled-5, or package.module:Name",
-    )
-    add_code_option(parser)
     parser.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/eblvm-NAME)")
     parser.add_argument(
         "--seeds", type=integer, nargs="+", metavar="N", help="instead of the configuration's"
@@ -199,6 +163,29 @@ def _add_options(parser: Parser) -> None:
         "--list", action="store_true", help="list the cells and what became of them"
     )
     parser.add_argument("--show", action="store_true", help="print the configuration, spelled out")
+    _add_parts(parser)
+
+
+_PARTS = {
+    "data": "names, .npz, .csv and .parquet files",
+    "models": "such as RBM-15 or DBM-20-10",
+    "methods": "short names such as ml, cd1, bism-dsm",
+    "problems": "of the suite of solvers: quadratic, ridge, logistic",
+    "solvers": "of the suite of solvers: such as cholesky, unrolled-5",
+}
+
+
+def _add_parts(parser: Parser) -> None:
+    """What a comparison may be spelled out by, things of one's own among it."""
+    group = parser.add_argument_group(
+        "a comparison on the command line", "each of its parts may be package.module:Name"
+    )
+    for name, text in _PARTS.items():
+        group.add_argument(f"--{name}", nargs="+", metavar=name.rstrip("s").upper(), help=text)
+    for name in _TRAINING:
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, dest=name, type=integer, metavar="N", help="of every training")
+    add_code_option(group)
 
 
 def _list(config: SuiteConfig, only: list[str], home: SuiteFolder) -> int:

@@ -3,10 +3,11 @@
 A name in a file is no wish to run code: of a configuration only what `--code` allows is imported.
 """
 
+import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from bilevel.cli.options import Parser, UsageError
+from bilevel.cli.options import UsageError
 from bilevel.methods.catalogue import METHODS, SOLVERS
 from bilevel.methods.data.tables import TABLES
 from bilevel.methods.machines import MACHINES
@@ -16,9 +17,9 @@ from bilevel.plugins import entry_points, imported, is_address, plugged
 _OURS = {"table": TABLES, "model": MACHINES, "method": METHODS, "solver": SOLVERS}
 
 
-def add_code_option(parser: Parser) -> None:
+def add_code_option(group: argparse._ArgumentGroup) -> None:
     """`--code`."""
-    parser.add_argument(
+    group.add_argument(
         "--code",
         nargs="+",
         metavar="MODULE",
