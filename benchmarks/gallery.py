@@ -6,6 +6,8 @@ draws `NAME.png` into `docs/images/examples/`. All of them take about five minut
 """
 
 import argparse
+import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,9 +76,21 @@ DRAWN: dict[str, Callable[[Axes], None]] = {
 }
 
 
+def from_notebook(name: str, which: int, path: Path) -> None:
+    """One of the pictures among the outputs of a notebook."""
+    notebook = json.loads((IMAGES.parents[2] / "examples" / f"{name}.ipynb").read_text("utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    found = [
+        output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})
+    ]
+    path.write_bytes(base64.b64decode("".join(found[which])))
+
+
 WHOLE: dict[str, Callable[[Path], None]] = {  # they draw their own, larger than a page
     "bidvl_rings": lambda path: bidvl_rings.main(800, 0, path),
     "two_moons": lambda path: two_moons.main(2000, 50, path),
+    "train_an_eblvm": lambda path: from_notebook("train_an_eblvm", 2, path),
+    "tune_a_regulariser": lambda path: from_notebook("tune_a_regulariser", 0, path),
 }
 
 
@@ -97,7 +111,9 @@ def main() -> None:
             figure.savefig(path)
         else:
             WHOLE[name](path)
-            Image.open(path).reduce(2).quantize(128).save(path)
+            picture = Image.open(path)
+            picture = picture.reduce(2) if picture.width > 1500 else picture
+            picture.quantize(128).save(path)
 
 
 if __name__ == "__main__":

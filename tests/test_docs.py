@@ -60,11 +60,14 @@ def test_pages_load_nothing_from_elsewhere() -> None:
 
 def test_every_example_has_a_page_a_card_and_a_picture() -> None:
     cards = (DOCS / "examples" / "index.md").read_text(encoding="utf-8")
-    for script in sorted((ROOT / "examples").glob("*.py")):
+    for script in sorted((ROOT / "examples").glob("*.*")):
         page = (DOCS / "examples" / f"{script.stem}.md").read_text(encoding="utf-8")
         picture = f"../images/examples/{script.stem}.png"
-        assert f'--8<-- "examples/{script.name}"' in page, script
-        assert picture in page, script
+        if script.suffix == ".ipynb":
+            assert f"<!-- notebook: examples/{script.name} -->" in page, script
+        else:
+            assert f'--8<-- "examples/{script.name}"' in page, script
+            assert picture in page, script
         assert re.search(rf"{re.escape(picture)}\)[^]]*\]\({script.stem}.md\)", cards), script
 
 
