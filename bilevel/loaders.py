@@ -92,6 +92,7 @@ class Repeated:
 
     def _begin(self) -> None:
         self._start = self._random()
+        self._epoch = None  # its workers are gone before those of the next one are made
         # a `DataLoader` draws a seed for its workers, used or not
         if self._seed is not None or isinstance(self._iterable, DataLoader):
             with reseeded(self._seed, self._taken, 0):
@@ -144,6 +145,10 @@ class Repeated:
             )
         _restore(_generators(self._iterable), now)  # two streams may share one generator
 
+    def close(self) -> None:
+        """Let go of the epoch, and so of its workers."""
+        self._epoch = self.last = None
+
     def _random(self) -> dict[str, Any]:
         return random_parts(self._iterable)
 
@@ -185,6 +190,10 @@ class Stateful:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give the iterable its place back."""
         self._iterable.load_state_dict(state["iterable"])
+        self._epoch = None
+
+    def close(self) -> None:
+        """Let go of the epoch, and so of its workers."""
         self._epoch = None
 
 

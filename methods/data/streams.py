@@ -41,6 +41,7 @@ class BatchReader(Protocol):
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 @final
@@ -88,6 +89,9 @@ class RowReader:
         self._order.load_state_dict(state["order"])
         restore_parts(self._data, state["random"])
         self._taken = state["taken"]
+
+    def close(self) -> None:
+        pass
 
 
 @final
@@ -175,6 +179,11 @@ class Stream:
                 "checkpoint; give an object whose `__iter__` starts it again, or leave out `run`"
             )
         self._reading.state_dict()
+
+    def close(self) -> None:
+        """Let go of what is held: workers of a loader are gone before another training begins."""
+        self._ahead = self._last = None
+        self._reading.close()
 
     def __next__(self) -> Tensor:
         batch, self._ahead = self._ahead, None
@@ -371,3 +380,6 @@ class _Counted:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._source.load_state_dict(state)
+
+    def close(self) -> None:
+        pass

@@ -75,7 +75,10 @@ def feeding(
         data = part  # of `Images`, of a `Table`
     stream = as_stream(data, training.batch_size, training.seed, model.admit, model.as_visibles)
     if stream is not None:
-        yield _augmented(_streamed(model, stream, training, destination, sized), model, augment)
+        try:
+            yield _augmented(_streamed(model, stream, training, destination, sized), model, augment)
+        finally:
+            stream.close()
         return
     with standardised(cast(Standardised, model), model.admit(data), training.standardise) as rows:
         refuse_small(rows, training)
