@@ -188,19 +188,14 @@ def _count_mps() -> int:
 
 
 def _missing(kind: str) -> str:
+    """Why there is no device of a kind, and what to do."""
     if kind == "cuda":
-        why = (
-            "there is no CUDA device"
-            if torch.backends.cuda.is_built()
-            else ("this torch was built without CUDA")
-        )
-        return f"{why}; leave it out to use the processor"
-    why = (
-        "this machine offers torch no Metal device"
-        if torch.backends.mps.is_built()
-        else "this torch was built without Metal, which Apple's machines alone have"
-    )
-    return f"{why}; leave it out to use the processor"
+        built, why = torch.backends.cuda.is_built(), "there is no CUDA device"
+        without = "this torch was built without CUDA"
+    else:
+        built, why = torch.backends.mps.is_built(), "there is no Metal device, Apple's"
+        without = "this torch was built without Metal"
+    return f"{why}{'' if built else f' ({without})'}; leave it out to use the processor"
 
 
 def widest(device: torch.device) -> torch.dtype:

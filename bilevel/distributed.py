@@ -80,11 +80,17 @@ def processes(device: str | None = None) -> Iterator[str | None]:
         is only one process.
 
     Raises:
-        ValueError: if "cuda" is asked for and there are fewer devices than processes.
+        ValueError: if "cuda" is asked for and there are fewer devices than processes; for one device by
+            its number.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world_size() > 1:
         yield device
         return
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"`torchrun` gives each process a device of its own, so `{device}` cannot be chosen; use "
+            "`--device cuda` or `--device cpu`"
+        )
     here, own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
     if device == "cuda" and count < here:

@@ -9,8 +9,8 @@ from typing import Any
 from bilevel.cli.bench_solvers import run_solvers
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.own import add_code_option, own_of
+from bilevel.cli.placing import add_device, device_of
 from bilevel.cli.progress import stages
-from bilevel.cli.running import device_of
 from bilevel.cli.signals import named, status_of
 from bilevel.methods.suite.config import SuiteConfig, load_config, parse_config
 from bilevel.methods.suite.folder import SuiteFolder
@@ -150,12 +150,7 @@ def _add_options(parser: Parser) -> None:
         metavar="NAME",
         help="cells of these data, models and methods; of a kind not named, all",
     )
-    parser.add_argument(
-        "--device",
-        type=choice(["cpu", "cuda"]),
-        metavar="cpu|cuda",
-        help="(default: cpu, where models this small are fastest)",
-    )
+    add_device(parser, "cpu, where models this small are fastest")
     parser.add_argument(
         "--jobs", type=integer, metavar="N", default=1, help="cells trained at once (default: 1)"
     )

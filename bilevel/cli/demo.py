@@ -2,7 +2,8 @@
 
 from bilevel import Alternating
 from bilevel.cli.options import Parser, check_training, integer, number
-from bilevel.cli.running import Plan, carry_out, device_of
+from bilevel.cli.placing import device_of
+from bilevel.cli.running import Plan, carry_out
 from bilevel.cli.runs import fresh, spelled
 from bilevel.methods import BiDVL
 from bilevel.methods.data.images import load_images

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from bilevel.cli.options import Parser, UsageError, choice, integer
+from bilevel.cli.options import Parser, UsageError, integer
+from bilevel.cli.placing import add_device, device_of
 from bilevel.cli.progress import stages
-from bilevel.cli.running import device_of
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.features import (
     FeatureNetwork,
@@ -43,12 +43,7 @@ def command(arguments: list[str]) -> int:
         "--channels", type=integer, metavar="1|3", help="make them grey or coloured"
     )
     parser.add_argument("--seed", type=integer, metavar="N", help="(default: 0)")
-    parser.add_argument(
-        "--device",
-        type=choice(["cpu", "cuda"]),
-        metavar="cpu|cuda",
-        help="(default: cuda if there is one)",
-    )
+    add_device(parser, "cuda if there is one")
     args = parser.read(arguments)
     if "out" not in args:
         raise UsageError("--out FILE is missing: `bilevel features DATA --out FILE`")

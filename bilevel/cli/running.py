@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, final
 
-import torch
-
 from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
 from bilevel.cli.loggers import loggers_of
@@ -109,7 +107,8 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
         print(f"done: {folder}")
     else:
         with stages() as stage:
-            results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
+            _on_processor(plan.model)
+        results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
         print()
         print_results(results)
         print(f"\nreport: {folder / 'report.html'}")
@@ -120,21 +119,6 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
             f"{training.num_steps:,}; `bilevel train --run {folder} --resume --max-seconds X` goes on"
         )
     return 0
-
-
-def device_of(name: str | None) -> str:
-    """A device that is there; the fastest by default.
-
-    Raises:
-        UsageError: if it is not there.
-    """
-    if name not in (None, "cpu", "cuda"):
-        raise UsageError(f"there is no device `{name}`; use `cpu` or `cuda`")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "`--device cuda`: there is no CUDA device; leave it out to use the processor"
-        )
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int, History]:
@@ -195,12 +179,19 @@ def _look(plan: Plan, features: FeatureNetwork, progress: Progress) -> Evaluate:
     def look(model: EBLVM) -> dict[str, float]:
         began = time.monotonic()
         seed = plan.training.seed
+        _on_processor(model)
         how: dict[str, Any] = {"features": features, "samples": LOOK, "report": progress.stage}
         results = evaluate(model, plan.images, seed, **how)
         progress.evaluated(results, time.monotonic() - began)
         return results
 
     return look
+
+
+def _on_processor(model: EBLVM) -> None:
+    """Take a model off Apple's GPU to measure it: exact sums are in float64, which that has not."""
+    if model.device.type == "mps":
+        model.cpu()
 
 
 def _steps_taken(run: Run) -> int:

@@ -18,8 +18,9 @@ from bilevel.cli.options import (
     model_settings,
     training_settings,
 )
+from bilevel.cli.placing import device_of
 from bilevel.cli.progress import stages
-from bilevel.cli.running import Plan, carry_out, device_of
+from bilevel.cli.running import Plan, carry_out
 from bilevel.cli.runs import existing, fresh, images_of, spelled
 from bilevel.cli.wording import as_flag
 from bilevel.distributed import from_main, is_main, processes

@@ -19,6 +19,7 @@ from bilevel.cli.options import (
     number,
     training_settings,
 )
+from bilevel.cli.placing import add_device
 from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.limits import GIGABYTES
 from bilevel.methods.eblvm import EBLVM
@@ -170,12 +171,7 @@ def _add_run(parser: Parser) -> None:
     )
     group.add_argument("--resume", action="store_true", help="continue the run in --run")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run")
-    group.add_argument(
-        "--device",
-        type=choice(["cpu", "cuda"]),
-        metavar="cpu|cuda",
-        help="(default: cuda if there is one)",
-    )
+    add_device(group, "cuda if there is one")
     group.add_argument(
         "--no-report", action="store_true", help="train only: no evaluation, pictures and report"
     )

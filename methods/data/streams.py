@@ -91,7 +91,7 @@ class RowReader:
         self._taken = state["taken"]
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""
 
 
 @final
@@ -382,4 +382,4 @@ class _Counted:
         self._source.load_state_dict(state)
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
+from bilevel.devices import usable_device
 from bilevel.files import write_text
 from bilevel.methods.catalogue import NOTHING, Own
 from bilevel.methods.data.tables import Table
@@ -62,7 +63,7 @@ def run_suite(
         config: the suite.
         folder: where records and cells are, or will be.
         only: names of data, models and methods to restrict this run to.
-        device: where to train, such as "cuda".
+        device: where to train, such as "cuda" or "cuda:1".
         callbacks: called with every `Step` of every training.
         observer: called with the number of the cell, the number of cells and the cell's record, after
             each; those that were finished before come first.
@@ -83,6 +84,7 @@ def run_suite(
     """
     if whole("jobs", jobs) > 1 and tuple(callbacks):
         raise ValueError("`callbacks` cannot be called in other processes; leave `jobs` out")
+    device = str(usable_device(device))
     cells = config.cells(only)
     tables: dict[str, Table] = {}
     for cell in tracked(cells, "checking every cell", report):  # refuse before the first step

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from bilevel import cli
 from bilevel.cli import main
 from bilevel.cli.options import model_settings, training_settings
+from bilevel.cli.placing import device_of
 from bilevel.methods.catalogue import IMAGE_METHODS
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.fidelity import torchmetrics
@@ -216,6 +217,46 @@ def test_bad_arguments_are_one_helpful_sentence(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_named(capsys: Capture) -> None:
     assert "no CUDA device" in refused(capsys, "train bidvl --data few.npz --device cuda")
+    assert "no CUDA device" in refused(capsys, "train bidvl --data few.npz --device cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda:5", "`--device` is `cuda:5`, but there are 2 CUDA devices: `cuda:0`, `cuda:1`"),
+        ("gpu", "`--device` cannot be `gpu`; did you mean `cuda`?"),
+        ("mps", "`--device` is `mps`, but there is no Metal device"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["train bidvl --data few.npz", "features few.npz --out f", "bench eblvm"]
+)
+def test_devices_are_refused_by_all_commands(
+    command: str, device: str, words: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert words in refused(capsys, f"{command} --device {device}")
+
+
+def test_one_gpu_of_several_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [device_of(name) for name in ("cuda:1", "cuda", "mps", "cpu")] == [
+        "cuda:1",
+        "cuda",
+        "mps",
+        "cpu",
+    ]
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_torchrun_gives_the_devices(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(capsys, "train bidvl --data few.npz --device cuda:1")
+    assert "`torchrun` gives each process a device of its own, so `cuda:1` cannot be chosen" in said
 
 
 def test_a_run_is_not_overwritten_by_accident(capsys: Capture) -> None:

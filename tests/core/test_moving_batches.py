@@ -203,7 +203,11 @@ def test_errors_of_the_losses_stay_theirs() -> None:
         ("cuda:x", ValueError, "`device` cannot be `cuda:x`"),
         ("cuda:7", ValueError, "is `cuda:7`, but there are 2 CUDA devices: `cuda:0`, `cuda:1`"),
         ("cpu:1", ValueError, "is `cpu:1`, but there is 1 CPU device: `cpu:0`"),
-        ("mps", ValueError, "is `mps`, but this torch was built without Metal"),
+        (
+            "mps",
+            ValueError,
+            r"is `mps`, but there is no Metal device, Apple's \(this torch was built without Metal\)",
+        ),
         (1, TypeError, "must be the name of a device, such as 'cuda:0', got 1"),
     ],
 )
@@ -223,7 +227,9 @@ def test_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cpu", "cuda", "cuda:1", "mps", "CUDA:1", torch.device("cuda:0")):
         assert usable_device(name) == torch.device(str(name).lower())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"`device` is `cuda`, but .*; leave it out"):
+    with pytest.raises(
+        ValueError, match=r"`device` is `cuda`, but there is no CUDA device.*; leave it out"
+    ):
         usable_device("cuda")
 
 
