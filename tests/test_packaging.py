@@ -150,7 +150,10 @@ def test_methods_refuses_its_other_name() -> None:
 
 
 def test_importing_loads_nothing_that_is_not_needed() -> None:
-    heavy = "torch._inductor torch._dynamo torchvision torchmetrics sklearn matplotlib rich"
+    heavy = (
+        "torch._inductor torch._dynamo torchvision torchmetrics sklearn matplotlib rich pandas PIL "
+        "IPython"
+    )
     code = f"import sys, bilevel.cli; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
