@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, TypeAlias, final
@@ -119,6 +120,8 @@ def _start(make: MakeRun, sent: bytes, threads: int) -> _Worker:
     pipe, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, make, sent, threads), daemon=True)
     mask = getattr(signal, "pthread_sigmask", None)  # unknown to Windows
+    if mask:
+        resource_tracker.ensure_running()  # what `start` would do, taking the mask off
     before = mask(signal.SIG_BLOCK, [signal.SIGINT]) if mask else None
     try:
         process.start()
