@@ -56,7 +56,7 @@ def digits(value: Any) -> str:
     """A number in four digits; a tensor's is read from the device, which waits for it.
 
     Example:
-        >>> digits(torch.tensor(1234.56)), digits(3), digits(None)
+        >>> digits(1234.56), digits(3), digits(None)
         ('1235', '3', 'None')
     """
     if isinstance(value, Tensor):

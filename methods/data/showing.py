@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MOST = 1024  # images in one picture
+_FIRST = 64  # of a data set
 _SLACK = 1e-3  # beyond the range, for numbers that were rounded on their way
 
 
@@ -31,7 +32,8 @@ def show(
     Args:
         images: a tensor or an array, shape (n, channels, height, width), (n, height, width, channels)
             or (n, height, width), with 1 or 3 channels: bytes, truth values, or floats in [-1, 1] or
-            [0, 1]. Floats of which none is negative are taken to lie in [0, 1].
+            [0, 1]. Floats of which none is negative are taken to lie in [0, 1]. Of `Images` the first 64
+            to train on are shown.
         columns: images in a row; as many as make the picture a little wider than high by default.
         limits: values that are black and white, where they are others; what lies beyond is cut off.
         scale: whole factor each pixel is enlarged by; small images are made visible by default.
@@ -56,7 +58,9 @@ def show(
     for name, value in (("columns", columns), ("scale", scale)):
         if value is not None:
             whole(name, value)
-    pixels = _in_range(_with_channels(as_tensor(images)), limits)
+    train = getattr(images, "train", None)
+    rows = as_tensor(train[:_FIRST] if isinstance(train, Tensor) else images)
+    pixels = _in_range(_with_channels(rows), limits)
     return Image.fromarray(grid(pixels, columns, scale))
 
 

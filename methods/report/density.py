@@ -58,7 +58,9 @@ def plot_density(
     box = _box(model, panels) if box is None else box
     shade = plane_density(model, box, size=size).log_density.exp().T.cpu().numpy()
     (left, right), (low, high) = box
-    figure = Figure(figsize=(3.4 * (1 + len(panels)) + 0.6, _height(box)), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(3.4 * (1 + len(panels)) + 0.6, _height(box)), dpi=150, layout="constrained"
+    )
     axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     extent = (left, right, low, high)
     for each in axes:
