@@ -61,14 +61,16 @@ def command(arguments: list[str]) -> int:
         if step % max(1, steps // 10) < max(1, steps // 50):
             print(f"step {step:>6}/{steps}  loss {loss:.3f}  {time.monotonic() - began:.0f} s")
 
-    network = classifier(
-        images,
-        num_steps=steps,
-        width=getattr(args, "width", _WIDTH),
-        seed=getattr(args, "seed", 0),
-        device=device,
-        progress=progress,
-    )
+    with stages() as stage:
+        network = classifier(
+            images,
+            num_steps=steps,
+            width=getattr(args, "width", _WIDTH),
+            seed=getattr(args, "seed", 0),
+            device=device,
+            progress=progress,
+            report=stage,
+        )
     save_classifier(network, args.out)
     print(f"{args.out}: {network.label}")
     print(f"use it: bilevel evaluate RUN --features {args.out}")

@@ -156,7 +156,7 @@ def evaluate(
     if samples is None and "rmse" in results:
         results["rmse_mean"] = mean_rmse(train, test)
         if latents is not None:
-            report("principal components, as good a linear way", 0, 0)
+            report("principal components, to compare with", 0, 0)
             results["rmse_pca"] = pca_rmse(train, test, latents)
     if seen.head is not None:
         results["classifier_accuracy"] = seen.accuracy
@@ -262,10 +262,8 @@ def _strangers(
     yield from outside.items()
 
 
-def _energies(
-    model: EBLVM, v: Tensor, report: Report = silent, name: str = "test images"
-) -> _Array:
-    what = f"energies of {name}"
+def _energies(model: EBLVM, v: Tensor, report: Report = silent, name: str = "test") -> _Array:
+    what = f"energies of {name} images"
     parts = [model.energy(part).double().cpu() for part in tracked(v.split(_AT_ONCE), what, report)]
     energies = torch.cat(parts)
     refuse_undefined(energies, "the energies")
