@@ -108,7 +108,7 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
     else:
         with stages() as stage:
             _on_processor(plan.model)
-        results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
+            results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
         print()
         print_results(results)
         print(f"\nreport: {folder / 'report.html'}")

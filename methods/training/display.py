@@ -172,11 +172,13 @@ class Stages:
 
     def __init__(self, display: Display) -> None:
         self.display = display
+        self.closed = False
         self._what, self._shown = "", 0.0
         self._starts: dict[str, tuple[int, float]] = {}  # how far each was at first, and when
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show this stage, at most five times a second."""
+        assert not self.closed, f"`{what}` is told to a display that is closed"
         now = time.monotonic()
         if what == self._what and now - self._shown < EVERY and done < total:
             return
@@ -212,9 +214,11 @@ def stages(*, lines: bool = True) -> Iterator[Report]:
     if display is None:
         yield silent
         return
+    report = Stages(display)
     try:
-        yield Stages(display)
+        yield report
     finally:
+        report.closed = True
         display.close()
 
 
