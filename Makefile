@@ -18,6 +18,7 @@ TORCH    ?=
 
 BIN  := $(VENV)/bin
 OK   := $(VENV)/.ok
+LOOK := $(VENV)/.look
 PIP  := -m pip install --quiet --disable-pip-version-check $(PIPFLAGS)
 # One thread each, or the test processes fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
@@ -33,18 +34,27 @@ help:  ## show this list
 setup: $(OK)  ## make the environment
 	@:
 
-# The stamp is written last: an interrupted set-up is taken up again by the next call.
-$(OK): pyproject.toml constraints.txt
+# An environment with an extra of pyproject.toml. The stamp is written last: an interrupted set-up is
+# taken up again by the next call.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "bilevel needs Python 3.11 or newer as '$(PYTHON)'; name another one: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV); the first time takes some minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[$(1)]'
 	@touch $@
+endef
 
-demo: $(OK)  ## train a small model and show what comes out
+$(OK): pyproject.toml constraints.txt
+	$(call install,dev)
+
+# For a first look: what a user needs, without linters, tests and documentation tools.
+$(LOOK): pyproject.toml constraints.txt
+	$(call install,report)
+
+demo: $(if $(wildcard $(OK)),$(OK),$(LOOK))  ## train a small model and show what comes out
 	@$(BIN)/python -m bilevel demo
 
 test: lint types unit doctest docs  ## everything: style, types, tests, examples, documentation

@@ -149,6 +149,33 @@ def test_methods_refuses_its_other_name() -> None:
     assert "ImportError: import `bilevel.methods`, not `methods`" in done.stderr
 
 
+def test_a_first_look_needs_neither_linters_nor_documentation_tools(tmp_path: Path) -> None:
+    """`make demo` installs less than the other targets; each works after the other."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def planned(target: str) -> str:
+        return succeed("make", "--dry-run", f"PYTHON={sys.executable}", target, cwd=tmp_path)
+
+    def has(stamp: str) -> None:
+        (tmp_path / ".venv").mkdir(exist_ok=True)
+        (tmp_path / ".venv" / stamp).touch()
+
+    constrained = "--constraint constraints.txt --editable"
+    assert f"{constrained} '.[report]'" in planned("demo")
+    assert "[dev]" not in planned("demo")
+    assert f"{constrained} '.[dev]'" in planned("unit")
+    has(".look")
+    assert "pip" not in planned("demo")
+    assert f"{constrained} '.[dev]'" in planned("unit")
+    has(".ok")
+    assert "pip" not in planned("unit")
+    (tmp_path / ".venv" / ".look").unlink()
+    assert "pip" not in planned("demo")
+
+
 def test_importing_loads_nothing_that_is_not_needed() -> None:
     heavy = (
         "torch._inductor torch._dynamo torchvision torchmetrics sklearn matplotlib rich pandas PIL "

@@ -56,4 +56,19 @@ def command(arguments: list[str]) -> int:
         overwrite=overwrite,
         command=spelled("demo", arguments),
     )
-    return carry_out(plan)
+    return carry_out(plan, closing=lambda done: _closing(plan, done))
+
+
+def _closing(plan: Plan, done: int) -> str:
+    """What was trained, what to look at, what to do next, and where both are."""
+    folder = plan.run.folder.resolve()
+    lines = [
+        f"This was BiDVL on {len(plan.images.train):,} handwritten digits, {done:,} of "
+        f"{plan.training.num_steps:,} steps.",
+        "Look at the digits it draws, then at the report, which says what the numbers are worth.",
+        "Next, train on images of your own: `bilevel train bidvl --data FOLDER`.",
+        f"\nreport:  {folder / 'report.html'}",
+    ]
+    if (folder / "samples.png").exists():  # it takes an extra
+        lines.append(f"picture: {folder / 'samples.png'}")
+    return "\n".join(lines)

@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from pathlib import Path
+from typing import Any, TypeAlias, final
 
 from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
@@ -20,6 +22,8 @@ from bilevel.methods.evaluation.features import FeatureNetwork, default_features
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.settings import validated
 from bilevel.methods.training.trainable import Evaluate
+
+Closing: TypeAlias = Callable[[int], str]
 
 LOOK = 2000  # samples of an evaluation during training, and images of each set it looks at
 
@@ -70,8 +74,14 @@ class Plan:
         return validated(Training, {**self.model.training_defaults, **self.kept, **self.settings})
 
 
-def carry_out(plan: Plan, *, report: bool = True) -> int:
+def carry_out(plan: Plan, *, report: bool = True, closing: Closing | None = None) -> int:
     """Train, evaluate, report.
+
+    Args:
+        plan: what, where and how.
+        report: whether to evaluate, draw and write the page.
+        closing: the last words about a run that has a page, by its last step; by default where the page
+            is and what else can be done.
 
     Returns:
         The exit status: 0, or 128 and the number of the signal that stopped it.
@@ -111,14 +121,21 @@ def carry_out(plan: Plan, *, report: bool = True) -> int:
             results = finish(plan.run, plan.model, plan.images, training.seed, history, stage=stage)
         print()
         print_results(results)
-        print(f"\nreport: {folder / 'report.html'}")
-        print(f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*")
+        print("\n" + (_pointers(folder) if closing is None else closing(done)))
     if done < training.num_steps and training.max_seconds is not None:
         print(
             f"the clock (`--max-seconds {training.max_seconds:g}`) stopped it at step {done:,} of "
             f"{training.num_steps:,}; `bilevel train --run {folder} --resume --max-seconds X` goes on"
         )
     return 0
+
+
+def _pointers(folder: Path) -> str:
+    """Where the page of a run is, and what else can be done."""
+    return (
+        f"report: {folder / 'report.html'}\n"
+        f"more:   bilevel sample {folder} -n 100     bilevel report {folder.parent}/*"
+    )
 
 
 def _train(plan: Plan, training: Training, stop: Stop, first: int) -> tuple[int, History]:

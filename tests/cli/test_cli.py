@@ -103,6 +103,18 @@ def test_the_demo_explains_and_reports(home: Path, capsys: Capture) -> None:
         "demo-1/report.html",
     ):
         assert words in out
+    picture = home / "runs" / "demo-1" / "samples.png"
+    assert picture.is_file()
+    *_, trained, look, more, empty, page, last = out.splitlines()
+    assert trained == "This was BiDVL on 1,438 handwritten digits, 3 of 3 steps."
+    assert look.startswith("Look at ")
+    assert more == "Next, train on images of your own: `bilevel train bidvl --data FOLDER`."
+    assert empty == ""
+    assert page == f"report:  {picture.resolve().with_name('report.html')}"
+    assert last == f"picture: {picture.resolve()}"
+    config = json.loads((home / "runs" / "demo-1" / "config.json").read_text())
+    assert config["notes"]["command"] == "bilevel demo --num-steps 3"
+    assert config["began"].endswith("+00:00")
     assert torch.get_num_threads() == threads
 
 
