@@ -11,7 +11,7 @@ import torch
 
 from bilevel.loggers import TensorBoard, WandB
 from bilevel.methods import RBM, ContrastiveDivergence, History
-from bilevel.methods.data import load_images, show
+from bilevel.methods.data import load_images, load_table, show
 from bilevel.methods.training.history import load_records
 
 PACKAGES = ("matplotlib", "PIL", "rich", "pandas", "torchvision", "tensorboard", "wandb", "IPython")
@@ -32,12 +32,18 @@ def folder_of_images(path: Path) -> object:
     return load_images(path / "images")
 
 
+def table_of_numbers(path: Path) -> object:
+    (path / "mine.csv").write_text("a,b\n1,2\n")
+    return load_table(path / "mine.csv")
+
+
 NEEDS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "plot": ("matplotlib", "report", lambda _: HISTORY.plot()),
     "show": ("PIL", "report", lambda _: show(np.zeros((1, 4, 4)))),
     "folder": ("PIL", "report", folder_of_images),
     "to_frame": ("pandas", "tables", lambda _: HISTORY.to_frame()),
     "load_records": ("pandas", "tables", lambda _: load_records(RUN)),
+    "load_table": ("pandas", "tables", table_of_numbers),
     "TensorBoard": ("tensorboard", "tensorboard", TensorBoard),
     "WandB": ("wandb", "wandb", WandB),
     "published": ("torchvision", "images", lambda _: load_images("cifar10")),

@@ -133,7 +133,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Tensor:
                 f"the column `{name}` of `{path}` lacks {missing} of its {len(frame)} values; fill "
                 "them, or drop those rows"
             )
-    return _numbers(f"`{path}`", frame)
+    return _numbers(f"`{path}`", frame.to_numpy("float64"))
 
 
 def _numbers(what: str, given: Any) -> Tensor:
