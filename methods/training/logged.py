@@ -65,8 +65,9 @@ class Logged:
                 self._images(model, step, "samples", model.sample(_IMAGES, generator))
             if not self.training.standardise:  # the rows are not in the units of the copy
                 with suppress(NotImplementedError):
-                    pairs = torch.stack([self.rows, model.reconstruct(self.rows)], 1).flatten(0, 1)
-                    self._images(model, step, "reconstructions", pairs)
+                    pairs = [self.rows.cpu(), model.reconstruct(self.rows).cpu()]
+                    shown = torch.stack(pairs, 1).flatten(0, 1)
+                    self._images(model, step, "reconstructions", shown)
 
     def close(self) -> None:
         """Tell that the training has ended."""
