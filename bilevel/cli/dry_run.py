@@ -1,5 +1,11 @@
 """What a training would cost, printed before it is paid: `bilevel train ... --dry-run`."""
 
+import copy
+import time
+
+import torch
+
+from bilevel import Step
 from bilevel.cli.progress import duration
 from bilevel.cli.running import Plan
 from bilevel.methods.training.footprint import (
@@ -11,6 +17,7 @@ from bilevel.methods.training.footprint import (
 )
 from bilevel.methods.training.preconditions import refuse_small
 
+_LONG = 30.0  # seconds of a first step after which no other is taken
 _SPEEDS = (
     0.1,
     1,
@@ -21,7 +28,7 @@ _SPEEDS = (
 
 
 def dry_run(plan: Plan, *, there: int | None = None) -> int:
-    """Print configuration, data, parameters, operations, memory and time; write nothing.
+    """Print configuration, data, parameters, operations and memory, time two steps; write nothing.
 
     Args:
         plan: what would be trained.
@@ -53,11 +60,14 @@ def dry_run(plan: Plan, *, there: int | None = None) -> int:
     for name, count in cost.parameters.items():
         _show("parameters" if name == next(iter(cost.parameters)) else "", f"{count:>13,}  {name}")
     _show("operations", f"{cost.operations:.3g} a step, {_all(plan, cost):.2g} the whole run")
-    _memory(plan, cost, bytes_of_data, available(plan.model.device) if there is None else there)
+    there = available(plan.model.device) if there is None else there
+    if _memory(plan, cost, bytes_of_data, there):
+        _timed(plan)
     for speed in _SPEEDS:
         seconds = _all(plan, cost) / (speed * 1e12)
         _show(
-            "time" if speed == _SPEEDS[0] else "", f"{duration(seconds):>13}  at {speed:g} TFLOP/s"
+            "elsewhere" if speed == _SPEEDS[0] else "",
+            f"{duration(seconds):>13}  at {speed:g} TFLOP/s",
         )
     if training.max_seconds is not None:
         _show("", f"{duration(training.max_seconds):>13}  at most (`max_seconds`)")
@@ -65,7 +75,38 @@ def dry_run(plan: Plan, *, there: int | None = None) -> int:
     return 0
 
 
-def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) -> None:
+def _timed(plan: Plan) -> None:
+    """Take a first step, then two more by the clock, of a copy; say how long all would take."""
+    print("timing two steps on a copy of the model ...", flush=True)
+    moments = [time.perf_counter()]
+
+    def look(step: Step) -> bool:
+        float(step.upper_loss)  # waits for the device
+        moments.append(time.perf_counter())
+        return moments[-1] - moments[0] > _LONG
+
+    idle = ("evaluate_every", "best", "max_seconds", "num_steps")
+    settings = {name: value for name, value in plan.settings.items() if name not in idle}
+    copy.deepcopy(plan.model).fit(
+        plan.images.train,
+        num_steps=3,
+        solver=plan.solver,
+        callbacks=[look],
+        progress=False,
+        **settings,
+    )
+    steps = (
+        len(moments) - 2 or 1
+    )  # without the first, unless it took so long that it is all there is
+    seconds = (moments[-1] - moments[-1 - steps]) / steps
+    whole = seconds * plan.training.num_steps
+    device = plan.model.device
+    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    _show("time", f"{duration(whole):>13}  here ({where}), at {seconds:.3g} s a step")
+
+
+def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) -> bool:
+    """Say what memory it takes; whether there is enough."""
     parts = {
         "weights": cost.weights,
         "the optimizers' averages": cost.optimizer,
@@ -79,7 +120,7 @@ def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) 
     for name, size in parts.items():
         _show("", f"{bytes_in_words(size):>13}  {name}")
     if there is None:
-        return
+        return True
     room = int(0.9 * there) - bytes_of_data
     text = f"{bytes_in_words(there):>13}  there is on {plan.model.device}"
     if cost.total > room:
@@ -89,6 +130,7 @@ def _memory(plan: Plan, cost: Footprint, bytes_of_data: int, there: int | None) 
         )
         text += f": too little; a `--batch-size` of {most} would fit"
     _show("", text)
+    return cost.total <= room
 
 
 def _all(plan: Plan, cost: Footprint) -> float:

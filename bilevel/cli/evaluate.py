@@ -28,6 +28,8 @@ _STRANGERS = 10_000  # images of another set that are looked at, at most
 def command(arguments: list[str]) -> int:
     """Read the arguments, measure, and keep the numbers if they are about the run's own data."""
     args = _parser().read(arguments)
+    if args.seed < 0:
+        raise UsageError(f"`--seed` must not be negative, got {args.seed}")
     if getattr(args, "samples", 2) < 2:
         raise UsageError(f"`--samples` must be at least 2, got {args.samples}")
     run = existing(args.run)

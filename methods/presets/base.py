@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 from bilevel.methods.catalogue import METHODS
 from bilevel.methods.eblvm import EBLVM
@@ -25,6 +25,7 @@ class Preset:
         training: fields of `Training`.
         loading: options of `load_images`.
         note: what is ours, and what was published.
+        meant_for: the device on which its length makes sense.
 
     Example:
         >>> from bilevel.methods.presets import PRESETS
@@ -43,6 +44,7 @@ class Preset:
     training: Mapping[str, Any]
     loading: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    meant_for: Literal["cpu", "cuda"] = "cuda"
 
     def build(self, **options: Any) -> EBLVM:
         """The untrained model.

@@ -12,6 +12,7 @@ from bilevel.methods.vae import VAE
 _OURS = "ours; nothing of it is published"
 DIGITS = Preset(
     name="digits",
+    meant_for="cpu",
     about="BiDVL on scikit-learn's digits: about a minute on two processor cores that are free",
     method=BiDVL,
     data="digits",
@@ -45,6 +46,7 @@ _QUARTER: dict[str, Any] = {
 }
 _MNIST = Preset(
     name="mnist",
+    meant_for="cpu",
     about="BiDVL on MNIST padded to 32 pixels: below 20 minutes on two processor cores",
     method=BiDVL,
     data="mnist",
@@ -82,6 +84,7 @@ _ADVIL_MNIST = replace(
 _BISM_MNIST_SMALL = replace(
     BISM_MNIST,
     name="bism-mnist-small",
+    meant_for="cpu",
     about="BiSM (BiMDSM) on MNIST padded to 32 pixels, a narrow deep energy, as long as `mnist`",
     source="ours; the published settings of `bism-mnist`, narrower and shorter",
     model={**SMALL_DEEP, "latent_dim": 20, "width": 8, "langevin": (50, 300, 50)},

@@ -377,15 +377,27 @@ def test_images_are_loaded_the_same_way_when_a_run_is_resumed(home: Path, capsys
 
 def test_a_dry_run_writes_nothing(home: Path, capsys: Capture) -> None:
     assert train("--dry-run") == 0
-    assert "nothing was written" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"time +\d+ s  here \(cpu, \d+ threads\), at \S+ s a step", out)
+    assert "nothing was written" in out
     assert not (home / "runs").exists()
 
 
 def test_presets_are_listed_and_shown_in_full(capsys: Capture) -> None:
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out
+    together = " ".join(listed.split())
     for preset in PRESETS.values():
-        assert preset.about in listed
+        assert preset.about in together
+    assert max(map(len, listed.splitlines())) <= 100
+    assert re.search(
+        r"^cifar10 +BiDVL +14.6 M +300,000 +cuda +\S.* 1 h 57 min$", listed, re.MULTILINE
+    )
+    assert main(["presets", "--json"]) == 0
+    records = {record["name"]: record for record in json.loads(capsys.readouterr().out)}
+    assert records.keys() == PRESETS.keys()
+    assert records["digits"]["meant_for"] == "cpu"
+    assert records["digits"]["seconds_at_least"]["20 TFLOP/s"] < 1
     assert main(["presets", "CelebA64"]) == 0
     shown = capsys.readouterr().out
     for words in ("the code has 1.0", "celeba64", "crop      160", "ratio          0.1"):
