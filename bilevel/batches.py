@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bilevel.arguments import explaining
 from bilevel.errors import CheckpointError
 from bilevel.loaders import Repeated, Stateful, knows_its_place
-from bilevel.refusals import SEEDS, shown, whole
+from bilevel.refusals import SEEDS, callable_or_none, shown, whole
 
 _AT_ONCE = 4096  # rows looked at together
 
@@ -53,6 +54,7 @@ class Batches:
         tensor([-1.,  1.])
     """
 
+    @explaining(shuffle="the rows of every epoch are in a new order, by `seed`")
     def __init__(
         self,
         data: Any,
@@ -61,6 +63,7 @@ class Batches:
         seed: int = 0,
         convert: Callable[[Any], Any] | None = None,
     ) -> None:
+        callable_or_none("convert", convert, "convert(rows)")
         if batch_size is not None:
             batch_size = whole("batch_size", batch_size, *SEEDS)
         self.length = _check(data, batch_size)
@@ -312,6 +315,8 @@ def _check(data: Any, batch_size: int | None) -> int:
 
 def _refuse_kind(leaf: Tensor, batch_size: int | None) -> None:
     """Refuse tensors that have no rows, or whose rows cannot be selected."""
+    if leaf.is_meta:
+        raise ValueError("the data are on the meta device, which holds no numbers")
     if leaf.is_nested:
         raise TypeError("the data hold a nested tensor, whose rows torch cannot select; pad them")
     if leaf.ndim == 0:

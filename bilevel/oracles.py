@@ -29,10 +29,11 @@ from bilevel.devices import elsewhere, global_generators
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.losses.answers import scalar
 from bilevel.losses.hooks import refuse_hooks
+from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.problem import Level, Problem, refuse_no_problem
-from bilevel.refusals import outside_inference_mode, shown
+from bilevel.refusals import SEEDS, outside_inference_mode, shown, whole
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.tree import Layout, Tree
 
@@ -163,7 +164,7 @@ class Oracles:
         self.problem = problem
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
-        self.seed = seed
+        self.seed = whole("seed", seed, *SEEDS)
         self.precision = usable_precision(precision)
         with undisturbed():
             self.slots = Slots(problem) if slots is None else slots
@@ -247,10 +248,15 @@ class Oracles:
     def _answer(self, what: Level | Literal["share"], batch: Any) -> Any:
         try:
             return self.problem(what, batch)
-        except (RuntimeError, TypeError) as error:  # torch says which kernel, not which batch
-            if is_tracing() or (said := elsewhere(self.problem, batch)) is None:
+        except RAW as error:  # torch says which kernel, Python which line, but not which batch
+            if is_tracing():
                 raise
-            raise ValueError(said) from error
+            if isinstance(error, (RuntimeError, TypeError)):
+                said = elsewhere(self.problem, batch)
+                if said is not None:
+                    raise ValueError(said) from error
+            note_on_call(error, self.problem, what if what == "share" else f"{what}_loss", batch)
+            raise
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:

@@ -196,14 +196,26 @@ class Problem(nn.Module, ABC):
     @final
     def variables(self, level: Level) -> Tree:
         """The variables of a level by name: the parameters of its module that require grad."""
+        if level not in ("upper", "lower"):
+            raise ValueError(f'a level is "upper" or "lower", got {shown(level)}')
         module = self.upper if level == "upper" else self.lower
         return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     @final
     @property
     def device(self) -> torch.device:
-        """The device of the problem's first parameter."""
-        return next(self.parameters()).device
+        """The device of the problem's first parameter.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        first = next(self.parameters(), None)
+        if first is None:
+            raise ValueError(
+                f"`{type(self).__name__}` has no parameters, so it lies on no device; put the variables "
+                "in `self.upper` and `self.lower`"
+            )
+        return first.device
 
     @staticmethod
     def from_functions(
@@ -254,7 +266,11 @@ class Variables(nn.Module):
     def __init__(self, tensors: TensorDict, path: str) -> None:
         super().__init__()
         if not isinstance(tensors, Mapping):
-            raise TypeError(f"`{path}` must be a dict of tensors, got {type(tensors).__name__}")
+            module = isinstance(tensors, nn.Module)
+            advice = "; give `dict(module.named_parameters())`" if module else ""
+            raise TypeError(
+                f"`{path}` must be a dict of tensors, got {type(tensors).__name__}{advice}"
+            )
         self._order = list(tensors)
         for key, value in tensors.items():
             where = f"{path}.{key}"
@@ -305,6 +321,11 @@ class FunctionProblem(Problem):
         lower: TensorDict,
     ) -> None:
         super().__init__()
+        for name, loss in (("upper_loss", upper_loss), ("lower_loss", lower_loss)):
+            if not callable(loss):
+                raise TypeError(
+                    f"`{name}` must be a function `(upper, lower, batch) -> scalar`, got {shown(loss)}"
+                )
         self.upper = Variables(upper, "upper")
         self.lower = Variables(lower, "lower")
         self._losses = {"upper": upper_loss, "lower": lower_loss}
@@ -317,10 +338,28 @@ class FunctionProblem(Problem):
         return "losses: {} (upper), {} (lower)".format(*names)
 
     def upper_loss(self, batch: Any) -> Loss:
-        return self._losses["upper"](self.upper.tensors(), self.lower.tensors(), batch)
+        return self._loss("upper", batch)
 
     def lower_loss(self, batch: Any) -> Loss:
-        return self._losses["lower"](self.upper.tensors(), self.lower.tensors(), batch)
+        return self._loss("lower", batch)
+
+    def _loss(self, level: Level, batch: Any) -> Loss:
+        upper, lower = self.upper.tensors(), self.lower.tensors()
+        try:
+            return self._losses[level](upper, lower, batch)
+        except (TypeError, KeyError) as error:
+            name = f"{level}_loss"
+            said = (
+                f"`{name}` is called as `{name}(upper, lower, batch)`: `upper` is a dict with "
+                f"{_listed(upper)}, `lower` one with {_listed(lower)}"
+            )
+            if said not in getattr(error, "__notes__", []):
+                error.add_note(said)
+            raise
+
+
+def _listed(tensors: TensorDict) -> str:
+    return ", ".join(f"`{name}`" for name in tensors) or "nothing"
 
 
 def refuse_no_problem(problem: Any) -> None:

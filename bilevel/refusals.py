@@ -3,12 +3,15 @@
 import difflib
 import math
 import operator
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 SEEDS = -(2**63), 2**63 - 1  # what torch's generators take
 
@@ -96,6 +99,95 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f"did you mean `{close[0]}`?"
     return "choose one of " + ", ".join(f"`{option}`" for option in options)
+
+
+def callable_or_none(name: str, value: Any, called: str) -> None:
+    """Refuse what is neither a function nor `None`.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+        called: how it will be called, such as "(step)".
+
+    Raises:
+        TypeError: for anything else, a class included.
+    """
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise TypeError(f"`{name}` must be a function, called as `{called}`; got {shown(value)}")
+
+
+def path_of(name: str, value: Any) -> Path:
+    """The path that was given.
+
+    Raises:
+        TypeError: if it is no path.
+
+    Example:
+        >>> path_of("folder", 3)
+        Traceback (most recent call last):
+            ...
+        TypeError: `folder` must be a path (`str` or `Path`), got 3
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"`{name}` must be a path (`str` or `Path`), got {shown(value)}")
+    return Path(value)
+
+
+def a_generator(name: str, value: Any) -> None:
+    """Refuse what is neither a torch generator nor `None`, such as a seed.
+
+    Raises:
+        TypeError: with how to make one.
+
+    Example:
+        >>> a_generator("generator", 3)
+        Traceback (most recent call last):
+            ...
+        TypeError: `generator` must be a `torch.Generator`, got 3; write `Generator().manual_seed(3)`
+    """
+    if value is None or isinstance(value, torch.Generator):
+        return
+    whole_number = isinstance(value, Integral) and not isinstance(value, bool)
+    raise TypeError(
+        f"`{name}` must be a `torch.Generator`, got {shown(value)}; write "
+        f"`Generator().manual_seed({value if whole_number else 0})`"
+    )
+
+
+def a_module(name: str, value: Any, what: str = "") -> None:
+    """Refuse what is no network.
+
+    Args:
+        name: name of the argument.
+        value: what was given.
+        what: what it is called with and returns, for the message.
+
+    Raises:
+        TypeError: for a class, a function or anything else that is no `nn.Module`.
+    """
+    if isinstance(value, nn.Module):
+        return
+    made = f"; give an instance, `{value.__name__}(...)`" if isinstance(value, type) else ""
+    raise TypeError(f"`{name}` must be an `nn.Module`{what}, got {shown(value)}{made}")
+
+
+def a_tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor, where nothing is converted because losses come by.
+
+    Raises:
+        TypeError: for arrays and lists.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"`{name}` must be a tensor, got {shown(value)}; convert it with `torch.as_tensor`"
+        )
+
+
+def modules_or_none(**given: Any) -> None:
+    """`a_module` for each argument that is not `None`."""
+    for name, value in given.items():
+        if value is not None:
+            a_module(name, value)
 
 
 def outside_inference_mode() -> None:

@@ -23,6 +23,7 @@ from bilevel.errors import CheckpointError
 from bilevel.moving_average import MovingAverage
 from bilevel.optimizers import LevelUpdate, Scheduler
 from bilevel.problem import Level, Problem
+from bilevel.refusals import path_of, shown
 
 
 @final
@@ -109,6 +110,7 @@ class State:
         Raises:
             CheckpointError: if it belongs to another configuration; the run is left as it was.
         """
+        _refuse_no_state(state)
         self._refuse_other_configuration(state["configuration"])
         if state["sources"].keys() != self.sources.keys():
             had, have = (
@@ -173,8 +175,9 @@ class State:
         """
         agree(self.problem)
         if is_main():
+            target = path_of("path", path)
             refuse_not_finite(self.problem, self.step)
-            write_atomically(self.state_dict(), path)
+            write_atomically(self.state_dict(), target)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from the checkpoint at `path`.
@@ -182,7 +185,7 @@ class State:
         Raises:
             CheckpointError: if the file is missing, truncated, or of another configuration.
         """
-        self.load_state_dict(read_checkpoint(path, map_location="cpu"))
+        self.load_state_dict(read_checkpoint(path_of("path", path), map_location="cpu"))
 
     def _refuse_other_configuration(self, saved: dict[str, str]) -> None:
         mine = self.configuration
@@ -197,6 +200,17 @@ class State:
             raise CheckpointError(
                 "the checkpoint belongs to another configuration: " + "; ".join(lines)
             )
+
+
+def _refuse_no_state(state: Any) -> None:
+    wanted = ("configuration", "sources", "problem", "optimizers", "step")
+    missing = [n for n in wanted if n not in state] if isinstance(state, Mapping) else list(wanted)
+    if missing:
+        got = f"a dict without `{missing[0]}`" if isinstance(state, Mapping) else shown(state)
+        raise CheckpointError(
+            f"the state of a run is what `state_dict()` returns, got {got}; a file is read by "
+            "`state.load(path)`"
+        )
 
 
 def _checked(module: torch.nn.Module) -> dict[str, Any]:

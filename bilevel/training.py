@@ -10,11 +10,11 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explaining
 from bilevel.batches import sources_of
 from bilevel.cards import digits, numbers_by_name
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
-from bilevel.linear.base import LinearSolver
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch
@@ -30,7 +30,8 @@ from bilevel.optimizers import (
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, positive, shown, whole
-from bilevel.solvers import Alternating, Hypergradient, Solver
+from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers.given import given_solver
 from bilevel.state import State
 
 
@@ -86,6 +87,19 @@ class Step:
         return f"Step {self.number}: {numbers_by_name(found)}; {digits(self.seconds)} s"
 
 
+_TRAIN = {  # what others give to a training loop
+    "lr": "the learning rates are the optimizers': `torch.optim.Adam(problem.upper.parameters(), 1e-3)`",
+    "weight_decay": "it belongs to an optimizer: `torch.optim.AdamW(..., weight_decay=...)`",
+    "epochs": "give `num_steps`: an epoch of n rows has n // batch_size of them",
+    "optimizer": "each level has one: `upper_optimizer` and `lower_optimizer`",
+    "scheduler": "each level has one: `upper_scheduler` and `lower_scheduler`",
+    "callbacks": "the loop is yours: `for step in train(...): ...`",
+    "loss": "the losses are the problem's `upper_loss` and `lower_loss`",
+    "device": "move the problem there, `problem.to(...)`",
+}
+
+
+@explaining(**_TRAIN, learning_rate=_TRAIN["lr"], num_epochs=_TRAIN["epochs"])
 def train(
     problem: Problem,
     data: Any = None,
@@ -178,7 +192,7 @@ def train(
         tensor(3.)
     """
     outside_inference_mode()
-    solver = _solver(solver)
+    solver = given_solver(solver)
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
@@ -225,6 +239,11 @@ def _owned(
         raise ValueError(
             f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
             "`lower_steps=0` to leave the lower variables where they are"
+        )
+    if any(p.is_meta for p in problem.parameters()):
+        raise ValueError(
+            f"`{type(problem).__name__}` is on the meta device, which holds no numbers; give it some, "
+            '`problem.to_empty(device="cpu")` and an initialisation'
         )
     solver.check(Oracles(problem, None, [None]), optimizers["lower"])
     if not optimizers["upper"]:
@@ -329,20 +348,6 @@ def _merged(lower: dict[str, Tensor], upper: dict[str, Tensor]) -> dict[str, Ten
         for level, logs in levels
         for name, value in logs.items()
     }
-
-
-def _solver(given: Any) -> Solver:
-    """The solver that was given, `Alternating()` for `None`."""
-    if given is None or isinstance(given, Solver):
-        return given or Alternating()
-    advice = "give one of the solvers: `Alternating()`, `Implicit()` or `Unrolled(num_steps)`"
-    if isinstance(given, LinearSolver):
-        advice = (
-            f"a linear solver goes into `Implicit`: `solver=Implicit({type(given).__name__}())`"
-        )
-    elif isinstance(given, type) and issubclass(given, Solver):
-        advice = f"give an instance, `{given.__name__}(...)`"
-    raise TypeError(f"`solver` must be a solver, got {shown(given)}; {advice}")
 
 
 def _check(order: Any, clip_upper: Any, clip_lower: Any, ema: Any) -> None:

@@ -30,6 +30,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
+from bilevel.methods.data.sides import image_shape
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import as_machine
@@ -49,7 +51,7 @@ from bilevel.methods.variational import (
     VariationalPosterior,
 )
 from bilevel.problem import Loss
-from bilevel.refusals import one_of
+from bilevel.refusals import modules_or_none, one_of
 
 
 @final
@@ -114,6 +116,7 @@ class AdvIL(EBLVM):
     }
     latent_model: MachineModel | Undecoupled
 
+    @explained
     def __init__(
         self,
         model: nn.Module,
@@ -124,6 +127,7 @@ class AdvIL(EBLVM):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
+        modules_or_none(posterior=posterior, joint=joint)
         machine, plain = as_machine(model), posterior is None and joint is None
         if machine is not None:
             if posterior is None:
@@ -176,6 +180,7 @@ class AdvIL(EBLVM):
         Raises:
             ValueError: if the shape cannot be halved down to 4-8 pixels, or `sigma` is not positive.
         """
+        shape = image_shape(shape)
         one_of("statistics", statistics, ("running", "batch"))
         narrow = channels_of(width, latent_dim, 3 / 4)
 

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from bilevel.arguments import explained
+from bilevel.methods.data.sides import image_shape
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models.decoupled import Decoupled
@@ -39,7 +41,7 @@ from bilevel.methods.training.settings import Training
 from bilevel.methods.variational.base import gaussian_kl, normal_noise, reparameterised
 from bilevel.optimizers import Optimizers
 from bilevel.problem import Loss
-from bilevel.refusals import one_of
+from bilevel.refusals import a_module, flag, one_of, positive, whole
 from bilevel.sync_batch_norm import BatchNorm
 
 Variant = Literal["offset", "complete", "without"]
@@ -127,6 +129,7 @@ class BiDVL(EBLVM):
 
     latent_model: Decoupled
 
+    @explained
     def __init__(
         self,
         energy: nn.Module,
@@ -149,10 +152,18 @@ class BiDVL(EBLVM):
         one_of("ratio_bias", ratio_bias, ("none", "sigmoid"))
         one_of("upper", upper, ("difference", "hinge"))
         one_of("statistics", statistics, ("running", "batch"))
-        if (latent_dim is not None and latent_dim < 1) or ratio < 0:
-            raise ValueError(
-                f"`latent_dim` must be positive and `ratio` not negative, got {latent_dim} and {ratio}"
-            )
+        for part, network in (
+            ("energy", energy),
+            ("posterior", posterior),
+            ("generator", generator),
+        ):
+            a_module(part, network)
+        if latent_dim is not None:
+            whole("latent_dim", latent_dim)
+        positive("ratio", ratio, zero=True)
+        if latent_weight is not None:
+            positive("latent_weight", latent_weight, zero=True)
+        flag("fresh_latent", fresh_latent)
         both = {"posterior": posterior} if variant == "complete" else {}
         self.upper = nn.ModuleDict({"energy": energy, **both})
         self.lower = nn.ModuleDict({"posterior": posterior, "generator": generator})
@@ -203,6 +214,7 @@ class BiDVL(EBLVM):
         Raises:
             ValueError: for an unknown family, or a shape it has no networks for.
         """
+        shape = image_shape(shape)
         one_of("family", family, get_args(NetworkFamily))
         conv = family == "conv"
         latent_dim = latent_dim if latent_dim is not None else 100 if conv else 128

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Alternating, Cholesky, ConjugateGradient, Implicit, Solver, Unrolled
+from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models.coupled import Coupled, with_posterior
 from bilevel.methods.models.deep_images import deep_images
@@ -42,6 +43,7 @@ from bilevel.methods.objectives.score import Grid, Noised, Probed, score_objecti
 from bilevel.methods.training.settings import SCORE_DEFAULTS
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
+from bilevel.refusals import modules_or_none
 from bilevel.tree import Tree
 
 UNROLLED_STEPS = 5
@@ -108,6 +110,7 @@ class BiSM(EBLVM):
     training_defaults: ClassVar[dict[str, Any]] = SCORE_DEFAULTS
     langevin = LangevinSteps()
 
+    @explained
     def __init__(
         self,
         model: nn.Module,
@@ -122,6 +125,7 @@ class BiSM(EBLVM):
         langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
+        modules_or_none(posterior=posterior)
         check_real_visibles(model, "BiSM")
         self.objective = score_objective(objective, sigma, sigma_range, grid)
         self.posterior_fit = PosteriorFit(divergence, expectation)

@@ -27,12 +27,14 @@ from typing import Any, ClassVar, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim, coin_flips
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
+from bilevel.refusals import flag
 
 
 @final
@@ -86,6 +88,7 @@ class ContrastiveDivergence(EBLVM):
     latent_model: MachineModel
     training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
 
+    @explained
     def __init__(
         self,
         model: BoltzmannMachine,
@@ -98,7 +101,7 @@ class ContrastiveDivergence(EBLVM):
         self.latent_model = MachineModel.of(machine)
         self.upper, self.lower = nn.ModuleDict({"model": machine}), nn.ModuleDict()
         self.steps = check_dim("steps", steps)
-        self.persistent = persistent
+        self.persistent = flag("persistent", persistent)
         if num_chains is not None:
             check_dim("num_chains", num_chains)
             if not persistent:

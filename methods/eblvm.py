@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bilevel import Alternating, Problem, Solver, Step
+from bilevel.arguments import explained_methods
 from bilevel.loggers.base import Logger
-from bilevel.methods.data.visibles import latents
+from bilevel.methods.data.visibles import latents, paired
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.models.evaluating import Statistics, evaluating
 from bilevel.methods.models.gradients import EnergyFunction, attached, score_of
@@ -22,7 +23,7 @@ from bilevel.methods.networks.units import Change
 from bilevel.methods.samplers import Sampler
 from bilevel.methods.training.fit import Augment, Evaluate, History, feeding, fit
 from bilevel.methods.training.optimizers import adam, trainable
-from bilevel.methods.training.preconditions import settled
+from bilevel.methods.training.preconditions import functions_of, settled
 from bilevel.methods.training.progress import Wish, showing
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.saved import built, loaded, write_model
@@ -34,6 +35,7 @@ from bilevel.problem import Loss
 from bilevel.refusals import flag
 
 
+@explained_methods("fit", "sample", "joint_energy", "energy", "reconstruct", "save")
 class EBLVM(Problem):
     """An energy-based latent-variable model and the bilevel learning problem that trains it.
 
@@ -152,7 +154,7 @@ class EBLVM(Problem):
                 destination=destination,
                 solver=solver,
                 optimizers=optimizers,
-                callbacks=[*bars, *callbacks],
+                callbacks=[*bars, *functions_of(callbacks)],
                 evaluate=evaluate,
                 loggers=loggers,
             )
@@ -278,7 +280,7 @@ class EBLVM(Problem):
         Raises:
             NotImplementedError: if the model has no latent.
         """
-        return self.latent_model.joint_energy(v, h)
+        return self.latent_model.joint_energy(*paired(v, h))
 
     @final
     @property
@@ -379,7 +381,7 @@ class EBLVM(Problem):
     @final
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **modules: Any) -> Self:
-        """Read a model that `save` wrote.
+        """Read a model that `save` wrote: in evaluation mode, and in the dtype it was saved in.
 
         Args:
             folder: where it was saved.
@@ -388,8 +390,6 @@ class EBLVM(Problem):
         Raises:
             FileNotFoundError: if there is no model.
             ValueError: if it is another method's, its modules are needed, or the weights are damaged.
-
-        The model is in evaluation mode, as `fit` leaves it, and in the dtype it was saved in.
         """
         return loaded(cls, folder, modules)
 

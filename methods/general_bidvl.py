@@ -45,6 +45,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine, as_machine
@@ -58,7 +59,7 @@ from bilevel.methods.variational import (
     enumerated,
 )
 from bilevel.problem import Loss
-from bilevel.refusals import one_of, positive
+from bilevel.refusals import modules_or_none, one_of, positive
 
 BOUND_DRAWS = 16
 """Draws of the bound that `energy` is where there is no free energy."""
@@ -160,6 +161,7 @@ class GeneralBiDVL(EBLVM):
         "order": "lower_first",  # Algorithm 1
     }
 
+    @explained
     def __init__(
         self,
         energy: nn.Module,
@@ -172,6 +174,7 @@ class GeneralBiDVL(EBLVM):
         prior: Literal["gaussian", "bernoulli"] = "gaussian",
     ) -> None:
         super().__init__()
+        modules_or_none(posterior=posterior, joint=joint)
         one_of("divergence", divergence, ("kl", "symmetric"))
         one_of("reverse", reverse, ("gibbs", "importance"))
         positive("sweeps", sweeps)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine
 from bilevel.methods.models.machine import MachineModel, require_machine
@@ -48,6 +49,7 @@ class MaximumLikelihood(EBLVM):
     latent_model: MachineModel
     training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
 
+    @explained
     def __init__(self, model: BoltzmannMachine) -> None:
         super().__init__()
         instead = (

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim, coin_flips
@@ -76,6 +77,7 @@ class NoiseContrastive(EBLVM):
     latent_model: MachineModel
     training_defaults: ClassVar[dict[str, Any]] = MACHINE_DEFAULTS
 
+    @explained
     def __init__(self, model: BoltzmannMachine, ratio: int = 1) -> None:
         super().__init__()
         instead = "`ContrastiveDivergence(model, persistent=True)`"

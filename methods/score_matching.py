@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
+from bilevel.methods.data.sides import image_shape
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import as_machine
@@ -65,6 +67,7 @@ class ScoreMatching(EBLVM):
     training_defaults: ClassVar[dict[str, Any]] = {**MACHINE_DEFAULTS, "lower_steps": 0}
     langevin = LangevinSteps()
 
+    @explained
     def __init__(
         self,
         model: nn.Module,
@@ -125,6 +128,7 @@ class ScoreMatching(EBLVM):
             TypeError: if a number is not an integer.
             ValueError: if the images are not square or smaller than 8 pixels, or for a bad setting.
         """
+        shape = image_shape(shape)
         energy = build(lambda: DeepEnergy(shape, width, blocks), seed)
         options |= {"objective": objective, "sigma": sigma, "sigma_range": sigma_range}
         learner = cls(energy, grid=grid, **options)

@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
+from bilevel.methods.data.sides import image_shape
 from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines.base import check_dim
@@ -36,7 +38,7 @@ from bilevel.methods.networks.perceptron import (
 from bilevel.methods.variational import GaussianPosterior
 from bilevel.methods.variational.base import reparameterised
 from bilevel.problem import Loss
-from bilevel.refusals import one_of
+from bilevel.refusals import a_generator, a_module, one_of
 
 Visible = Literal["bernoulli", "gaussian"]
 
@@ -94,6 +96,7 @@ class VAE(EBLVM):
         "decay": 1.0,
     }
 
+    @explained
     def __init__(
         self,
         encoder: nn.Module,
@@ -112,6 +115,8 @@ class VAE(EBLVM):
         one_of("statistics", statistics, ("running", "batch"))
         if grey and visible == "gaussian":
             raise ValueError("`grey` is for Bernoulli visibles; Gaussian ones take any value")
+        a_module("encoder", encoder)
+        a_module("decoder", decoder)
         posterior = GaussianPosterior(encoder, check_dim("latent_dim", latent_dim))
         self.upper = nn.ModuleDict({"posterior": posterior, "decoder": decoder})
         self.lower = nn.ModuleDict()
@@ -155,6 +160,11 @@ class VAE(EBLVM):
         """
         check_dim("visible_dim", visible_dim)
         check_dim("latent_dim", latent_dim)
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise TypeError(
+                f"`hidden` holds the widths of the layers, `({hidden!r},)` for one layer"
+            )
+        a_generator("generator", generator)
         widths = [check_dim(f"hidden[{i}]", width) for i, width in enumerate(hidden)]
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         encoder = Moments(perceptron([visible_dim, *widths, latent_dim], 2, generator))
@@ -196,6 +206,7 @@ class VAE(EBLVM):
         Raises:
             ValueError: if the shape cannot be halved down to 4-8 pixels, and as the constructor.
         """
+        shape = image_shape(shape)
         narrow = channels_of(width, latent_dim, 3 / 4)
 
         def networks() -> nn.ModuleList:

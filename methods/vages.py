@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.models.coupled import Coupled, with_posterior
 from bilevel.methods.models.deep_images import deep_images
@@ -63,7 +64,7 @@ from bilevel.methods.objectives.score import (
 from bilevel.methods.training.settings import SCORE_DEFAULTS
 from bilevel.methods.variational import VariationalPosterior
 from bilevel.problem import Loss
-from bilevel.refusals import one_of
+from bilevel.refusals import flag, modules_or_none, one_of, whole
 
 _OPTIONS = (  # of the constructor, kept by name
     "num_samples",
@@ -187,6 +188,7 @@ class VaGES(EBLVM):
         "already (the covariance); use `BiSM`"
     )
 
+    @explained
     def __init__(
         self,
         model: nn.Module,
@@ -208,7 +210,10 @@ class VaGES(EBLVM):
         langevin: Steps = PUBLISHED,
     ) -> None:
         super().__init__()
+        modules_or_none(posterior=posterior)
         one_of("objective", objective, ("denoising", "multiscale", "stein"))
+        whole("num_samples", num_samples, 0)
+        flag("covariance", covariance)
         if num_samples < 1 + covariance:
             raise ValueError(
                 f"`num_samples` is {num_samples}, but the sample covariance divides by L - 1; use at "

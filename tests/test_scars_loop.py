@@ -47,7 +47,6 @@ from tests.least_squares import DATA, INPUTS, TARGETS, Given, Net, assert_equal,
         ({"solver": "implicit"}, r"`solver` must be a solver, got 'implicit'; .*`Implicit\(\)`"),
         ({"solver": Implicit}, r"got the class `Implicit`; give an instance, `Implicit\(...\)`"),
         ({"solver": ConjugateGradient()}, r"`solver=Implicit\(ConjugateGradient\(\)\)`"),
-        ({"solver": Implicit(ConjugateGradient)}, r"an instance, `ConjugateGradient\(\)`"),
         ({"solver": nn.Linear(1, 1)}, "`solver` must be a solver, got a `Linear`"),
         (
             {"upper_optimizer": 0.1},

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained
 from bilevel.check.differences import (
     Ladder,
     at_step,
@@ -18,16 +19,18 @@ from bilevel.check.differences import (
 from bilevel.check.lower_solution import solve_closely, solve_lower
 from bilevel.check.procedures import Site, procedure, restored, solution, write
 from bilevel.check.verdict import HypergradientCheck, VariableCheck, conclude, judge
-from bilevel.optimizers import Optimizers, listed
+from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
-from bilevel.problem import Level, Problem
-from bilevel.refusals import one_of, positive, whole
+from bilevel.problem import Level, Problem, refuse_no_problem
+from bilevel.refusals import SEEDS, flag, one_of, positive, whole
 from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers.given import given_solver
 from bilevel.tree import Tree
 
 __all__ = ["HypergradientCheck", "VariableCheck", "check_hypergradient", "solve_lower"]
 
 
+@explained
 def check_hypergradient(
     problem: Problem,
     solver: Solver,
@@ -91,11 +94,20 @@ def check_hypergradient(
         >>> check_hypergradient(problem, Alternating()).verdict  # doctest: +ELLIPSIS
         'disagrees: relative error 1.0e+00 (tolerance 1e-05), cosine 0.000 in `x`; Alternating() ...'
     """
+    refuse_no_problem(problem)
+    solver = given_solver("None" if solver is None else solver)  # there is no usual one to check
+    held = [
+        p
+        for o in optimizers_of("lower_optimizer", lower_optimizer)
+        for g in o.param_groups
+        for p in g["params"]
+    ]
+    flag("solve_first", solve_first)
+    seed = whole("seed", seed, *SEEDS)
     _check(problem, against, tolerance, num_directions, step)
     if against is None:
         against = "solution" if solver.unrolled_steps() is None else "procedure"
     oracles = Oracles(problem, upper_batch, lower_batches, seed=seed)
-    held = [p for o in listed(lower_optimizer or []) for g in o.param_groups for p in g["params"]]
     lower = problem.variables("lower")
     found: Tree | None = None
     error: Tree = {}

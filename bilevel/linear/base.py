@@ -3,14 +3,14 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, TypeAlias, final
+from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
-from bilevel.refusals import positive
+from bilevel.refusals import positive, shown
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -61,6 +61,24 @@ class LinearSolver(ABC):
         Returns:
             The solution and how the solve ended.
         """
+
+
+def refuse_no_system(operator: Any, rhs: Any) -> None:
+    """Refuse what is no linear system: a matrix for its products, anything but a vector of reals.
+
+    Raises:
+        TypeError: if the operator is no function, or the right-hand side no vector of floating point.
+    """
+    if not callable(operator):
+        raise TypeError(
+            f"`operator` must be a function v -> A v, got {shown(operator)}; give `lambda v: A @ v`"
+        )
+    if not isinstance(rhs, Tensor) or rhs.ndim != 1 or not rhs.is_floating_point():
+        got = f"{rhs.dtype} of shape {tuple(rhs.shape)}" if isinstance(rhs, Tensor) else shown(rhs)
+        raise TypeError(
+            f"`rhs` must be a floating-point tensor of shape (n,), got {got}; make it one with "
+            "`torch.as_tensor(rhs).double().flatten()`"
+        )
 
 
 def check_rtol(rtol: float | str) -> None:

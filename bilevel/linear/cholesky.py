@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
@@ -16,6 +17,7 @@ from bilevel.linear.base import (
     check_rtol,
     dense,
     in_own_units,
+    refuse_no_system,
     relative,
     tolerance,
 )
@@ -23,6 +25,7 @@ from bilevel.refusals import positive, whole
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Cholesky(LinearSolver):
     """Cholesky factorisation of `A + damping I`, built column by column: n products, n^2 numbers.
@@ -63,6 +66,7 @@ class Cholesky(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
         n = rhs.numel()
         if n > self.max_size:
             raise ValueError(

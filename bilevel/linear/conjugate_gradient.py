@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
@@ -18,12 +19,14 @@ from bilevel.linear.base import (
     damped,
     in_own_units,
     initial,
+    refuse_no_system,
     tolerance,
 )
-from bilevel.refusals import positive, whole
+from bilevel.refusals import callable_or_none, flag, positive, whole
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class ConjugateGradient(LinearSolver):
     """Preconditioned conjugate gradients on `(A + damping I) w = b`.
@@ -70,6 +73,8 @@ class ConjugateGradient(LinearSolver):
     check_every: int = 1
 
     def __post_init__(self) -> None:
+        flag("warm_start", self.warm_start)
+        callable_or_none("preconditioner", self.preconditioner, "preconditioner(residual)")
         whole("max_steps", self.max_steps)
         positive("damping", self.damping, zero=True)
         whole("check_every", self.check_every)
@@ -79,6 +84,7 @@ class ConjugateGradient(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
         operator = damped(operator, self.damping)
         rhs, unit = in_own_units(rhs)
         w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)

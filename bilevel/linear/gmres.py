@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -15,12 +16,14 @@ from bilevel.linear.base import (
     in_own_units,
     initial,
     outcome,
+    refuse_no_system,
     relative,
 )
-from bilevel.refusals import positive, whole
+from bilevel.refusals import flag, positive, whole
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Generalized minimal residuals on `(A + damping I) w = b`, restarted.
@@ -58,6 +61,7 @@ class GMRES(LinearSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
+        flag("warm_start", self.warm_start)
         whole("max_steps", self.max_steps)
         whole("restart", self.restart)
         positive("damping", self.damping, zero=True)
@@ -67,6 +71,7 @@ class GMRES(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
         operator = damped(operator, self.damping)
         rhs, unit = in_own_units(rhs)
         w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)

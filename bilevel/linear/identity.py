@@ -5,13 +5,15 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
-from bilevel.linear.base import LinearSolution, LinearSolver, Operator
+from bilevel.linear.base import LinearSolution, LinearSolver, Operator, refuse_no_system
 from bilevel.refusals import positive
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Identity(LinearSolver):
     """`w = scale * b`: pretends that A is `I / scale`; no product with A at all.
@@ -42,6 +44,7 @@ class Identity(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
         w = self.scale * rhs
         looks = w.device.type == "cpu" and not is_tracing()
         failed = looks and not bool(w.isfinite().all())

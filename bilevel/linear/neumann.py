@@ -6,6 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
@@ -15,12 +16,14 @@ from bilevel.linear.base import (
     in_own_units,
     initial,
     outcome,
+    refuse_no_system,
     relative,
 )
-from bilevel.refusals import positive, whole
+from bilevel.refusals import flag, positive, whole
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
     r"""$w = \eta \sum_{k<K} (I - \eta A)^k b$, which tends to $A^{-1} b$.
@@ -56,6 +59,7 @@ class Neumann(LinearSolver):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
+        flag("warm_start", self.warm_start)
         whole("num_steps", self.num_steps)
         positive("step_size", self.step_size)
         if self.rtol is not None:
@@ -64,6 +68,7 @@ class Neumann(LinearSolver):
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
         rhs, unit = in_own_units(rhs)
         w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
         # b - A w after a step w += eta r is (I - eta A) r, the next term of the series; computed

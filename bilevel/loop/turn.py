@@ -10,6 +10,7 @@ from bilevel.distributed import rank, world_size
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.steps import LowerOutcome, TurnSteps
+from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.purity import examine, refuse_shared_upper
 from bilevel.losses.references import refuse_graphs
 from bilevel.oracles import Oracles
@@ -82,7 +83,11 @@ class Turn:
             self._ahead.append(self._draw("data"))
         lower_batch = self._batch if self._one_source else (self._ahead or [None])[0]
         generator, problem = self.state.generator.clone_state(), self.state.problem
-        drawn = problem.draw_lower(lower_batch, generator, 0)
+        try:
+            drawn = problem.draw_lower(lower_batch, generator, 0)
+        except RAW as error:
+            note_on_call(error, problem, "draw_lower(batch, generator, step)", lower_batch)
+            raise
         name = type(problem).__name__
         for batch, by in ((self._batch, "draw"), (lower_batch, "draw"), (drawn, "draw_lower")):
             refuse_graphs(problem, batch, f"what `{name}.{by}` returns")
@@ -137,7 +142,11 @@ class Turn:
         batch = next(self.state.sources[source])
         if self._settings.move_batches:
             batch = brought(batch, self._device)
-        return self.state.problem.draw(batch, self.state.generator)
+        try:
+            return self.state.problem.draw(batch, self.state.generator)
+        except RAW as error:
+            note_on_call(error, self.state.problem, "draw(data, generator)", batch)
+            raise
 
     def _lower_batch(self, step: int) -> Any:
         batch = self._batch if self._one_source else self._next_lower()

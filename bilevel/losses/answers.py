@@ -24,6 +24,11 @@ def scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, 
             f"tensor and a dict of tensors to log; got {got}. Average it over the batch, for "
             "example with `.mean()`"
         )
+    if loss.is_complex():
+        raise TypeError(
+            f"`{type(problem).__name__}.{level}_loss` is complex; return a real number, for example "
+            "`.real` or `.abs()`"
+        )
     loss = loss.reshape(()) if loss.dtype.itemsize > 2 else loss.reshape(()).float()
     return loss, {name: _logged(name, v, level, problem) for name, v in logs.items()}
 

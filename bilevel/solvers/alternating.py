@@ -9,12 +9,14 @@ the best-response term is dropped. Cost: one gradient of the upper loss.
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, Solver
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Alternating(Solver):
     """First-order solver: drops the best-response Jacobian.

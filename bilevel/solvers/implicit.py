@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained_settings
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel.linear.base import Operator, in_own_units, outcome, relative
 from bilevel.optimizers import Optimizers
@@ -54,6 +55,7 @@ class _Given(LinearSolver):
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Implicit(Solver):
     """Implicit differentiation with a linear solver of choice.
@@ -82,10 +84,14 @@ class Implicit(Solver):
     linear_solver: LinearSolver | LinearFunction = field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
-        if not callable(self.linear_solver) and not isinstance(self.linear_solver, LinearSolver):
+        given = self.linear_solver
+        if isinstance(given, type):  # callable, as a function of the user's own is
+            name = given.__name__
+            raise TypeError(f"`linear_solver` is the class `{name}`; give an instance, `{name}()`")
+        if not callable(given) and not isinstance(given, LinearSolver):
             raise TypeError(
                 "`linear_solver` must be a `LinearSolver` or a function `(operator, rhs) -> "
-                f"solution`, got {self.linear_solver!r}"
+                f"solution`, got {given!r}"
             )
 
     def num_lower_batches(self) -> int:
@@ -95,9 +101,6 @@ class Implicit(Solver):
         return self._solver().approximate
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        if isinstance(self.linear_solver, type):  # callable, as a function of the user's own is
-            name = self.linear_solver.__name__
-            raise TypeError(f"`linear_solver` is the class `{name}`; give an instance, `{name}()`")
         return oracles.differentiated_twice(type(self).__name__)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:

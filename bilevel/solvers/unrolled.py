@@ -18,9 +18,10 @@ from typing import Any, Literal, final
 
 import torch
 
+from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
-from bilevel.refusals import positive
+from bilevel.refusals import positive, whole
 from bilevel.solvers.base import Response, Solver, UnrolledSteps
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.twins import (
@@ -33,6 +34,7 @@ from bilevel.twins import (
 
 
 @final
+@explained_settings
 @dataclass(frozen=True)
 class Unrolled(Solver):
     """Differentiates through `num_steps` steps of the lower optimizer, taken from the current y.
@@ -73,7 +75,9 @@ class Unrolled(Solver):
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        positive("num_steps", self.num_steps)
+        whole("num_steps", self.num_steps)
+        if self.truncate is not None:
+            whole("truncate", self.truncate)
         if self.truncate is not None and not 1 <= self.truncate <= self.num_steps:
             raise ValueError(
                 f"`truncate` must lie between 1 and `num_steps` = {self.num_steps}, "

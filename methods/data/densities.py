@@ -29,6 +29,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.refusals import a_generator, shown, whole
+
 _BLOB_SCALE = 0.05
 _CURVE_SCALE = 0.03
 _CHUNK = 1 << 22  # distances held at a time: 32 MiB of float64
@@ -265,6 +267,8 @@ def density(name: str) -> Density2D:
         >>> board.sample(3, torch.Generator().manual_seed(0)).shape, round(-board.entropy, 4)
         (torch.Size([3, 2]), 0.6931)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be that of a density, got {shown(name)}")
     if name not in _MAKERS:
         close = difflib.get_close_matches(name, DENSITIES, n=1)
         hint = f"did you mean `{close[0]}`? " if close else ""
@@ -284,12 +288,20 @@ def _arc(angles: Tensor, centre: tuple[float, float], radius: float | Tensor) ->
 
 def _drawn(points: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """N of the points, with replacement."""
+    whole("n", n)
+    if generator is None:
+        raise TypeError(
+            "`generator` must be a `torch.Generator`; write `Generator().manual_seed(0)`"
+        )
+    a_generator("generator", generator)
     device = generator.device
     rows = torch.randint(len(points), (n,), generator=generator, device=device)
     return points.to(device, torch.float32)[rows]
 
 
 def _check_points(v: Tensor, name: str) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {shown(v)}; give `torch.as_tensor(...)`")
     if v.dim() != 2 or v.shape[1] != 2 or not v.is_floating_point():
         raise ValueError(
             f"`{name}` must be floating-point points of the plane, shape (n, 2); got {v.dtype} of "

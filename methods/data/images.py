@@ -10,6 +10,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, final
 
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained
 from bilevel.cards import Card
 from bilevel.files import regular
 from bilevel.methods.data import published
 from bilevel.methods.data.folders import read_files
 from bilevel.methods.data.limits import GIGABYTES, refuse_array, told
 from bilevel.methods.data.pixels import Array, Frame, Raw, of_arrays, squared
+from bilevel.refusals import flag, path_of, positive, shown
 from bilevel.reporting import Report, silent
 
 NAMES = ("digits", *published.PUBLISHED_SETS)
@@ -83,6 +86,7 @@ class Images:
         return Card(f"Images `{self.name}`", [*rows, ("note", self.note)], picture)
 
 
+@explained
 def load_images(
     source: str | os.PathLike[str],
     *,
@@ -141,12 +145,15 @@ def load_images(
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"skip_unreadable": True} if skip_unreadable else {}
     options |= {"max_gigabytes": max_gigabytes} if max_gigabytes != GIGABYTES else {}
-    if not max_gigabytes > 0:
-        raise ValueError(f"`max_gigabytes` must be positive, got {max_gigabytes!r}")
+    positive("max_gigabytes", max_gigabytes)
+    flag("skip_unreadable", skip_unreadable)
+    if limit is not None and not isinstance(limit, Integral):
+        raise TypeError(f"`limit` must be a whole number, got {shown(limit)}")
     if limit is not None and not limit >= 1:
         raise ValueError(f"`limit` is a number of images of at least 1, got {limit!r}")
+    given = path_of("source", source)
     frame = Frame(side, crop, channels)
-    text, path = os.fspath(source), Path(source).expanduser()
+    text, path = os.fspath(source), given.expanduser()
     report(f"reading {text}", 0, 0)
     if text in NAMES:
         raw = _digits(frame, limit) if text == "digits" else published.read(text, frame, limit)

@@ -1,6 +1,12 @@
 """Sides of square images that networks halve down to a few pixels."""
 
-from typing import NamedTuple, final
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+from bilevel.refusals import shown
 
 _LARGEST_BASE = 8
 
@@ -11,6 +17,31 @@ class Scale(NamedTuple):
 
     halvings: int
     base: int
+
+
+def image_shape(shape: Any) -> tuple[int, int, int]:
+    """The shape of images, if it is one.
+
+    Raises:
+        TypeError: if it is not three whole numbers.
+
+    Example:
+        >>> image_shape([1, 8, 8])
+        (1, 8, 8)
+    """
+    several = isinstance(shape, Sequence) and not isinstance(shape, str)
+    if not several or not all(isinstance(n, Integral) for n in shape):
+        one = shape[0] if isinstance(shape, Tensor) and shape.ndim == 4 and len(shape) else shape
+        hint = f"; of these images it is `{tuple(one.shape)}`" if isinstance(one, Tensor) else ""
+        raise TypeError(
+            f"`shape` must be three whole numbers, (channels, side, side), got {shown(shape)}{hint}"
+        )
+    if len(shape) != 3:
+        raise ValueError(
+            f"`shape` must be three whole numbers, (channels, side, side), got {tuple(shape)}"
+        )
+    channels, height, width = map(int, shape)
+    return channels, height, width
 
 
 def scale_of(shape: tuple[int, int, int]) -> Scale:

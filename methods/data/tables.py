@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import final
 
@@ -19,11 +20,13 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.arguments import explained
 from bilevel.cards import Card
 from bilevel.methods.data.densities import DENSITIES, Density2D, density
 from bilevel.methods.data.images import open_npz, read_array, unknown_source
 from bilevel.methods.data.own_tables import READERS, Split, own_rows, read_rows
 from bilevel.methods.data.pixels import Array
+from bilevel.refusals import SEEDS, flag, path_of, shown, whole
 
 TABLES = ("digits", *DENSITIES)
 _ROWS = 50_000
@@ -77,6 +80,7 @@ class Table:
         return Card(f"Table `{self.name}`", [*rows, ("note", self.note)])
 
 
+@explained
 def load_table(
     source: str | os.PathLike[str],
     *,
@@ -142,7 +146,13 @@ def load_table(
         training images aside for that; of BiSM's two-dimensional data only the checkerboard is the
         same, the others are densities of known entropy in place of scikit-learn's generators.
     """
-    text = os.fspath(source)
+    text = os.fspath(path_of("source", source) if not isinstance(source, str) else source)
+    seed = whole("seed", seed, *SEEDS)
+    if not isinstance(holdout, Real) or isinstance(holdout, bool):
+        raise TypeError(f"`holdout` must be a share, such as 0.1, got {shown(holdout)}")
+    flag("standardised", standardised)
+    if size is not None and not isinstance(size, Integral):
+        raise TypeError(f"`size` must be a whole number, got {shown(size)}")
     given = {
         "size": size is not None,
         "holdout": holdout != 0,

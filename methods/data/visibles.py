@@ -11,6 +11,7 @@ from bilevel.batches import indices, not_finite
 from bilevel.devices import brought
 from bilevel.methods.data.containers import as_tensor
 from bilevel.methods.data.images import scaled
+from bilevel.refusals import a_tensor, shown
 
 _SLACK = 1e-6  # beyond the range, for numbers that were rounded on their way
 
@@ -43,6 +44,20 @@ class Visibles:
         """Whether the model is a density over real numbers, which has a gradient."""
         return self.table is None and not (self.binary or self.bits)
 
+    def __post_init__(self) -> None:
+        if self.shape is not None and not isinstance(self.shape, (tuple, list, torch.Size)):
+            raise TypeError(
+                f"`visible_shape` must be a tuple such as `(1, 8, 8)`, got {shown(self.shape)}"
+            )
+        if self.range is not None and (
+            not isinstance(self.range, (tuple, list))
+            or len(self.range) != 2
+            or not self.range[0] < self.range[1]
+        ):
+            raise ValueError(
+                f"`visible_range` must be a smallest and a largest value, got {self.range!r}"
+            )
+
     def admitted(self, data: Any, like: Tensor, numbers: list[int] | None = None) -> Tensor:
         """Visibles that were looked at, on the device and in the dtype of `like`.
 
@@ -59,6 +74,8 @@ class Visibles:
             ValueError: if they are empty, of the wrong shape or range, or not finite (by index).
         """
         data = as_tensor(data)
+        if data.is_meta:
+            raise ValueError("the visibles are on the meta device, which holds no numbers")
         if self.table is not None:
             return row_numbers(data, self.table).to(like.device)
         refuse_shape(data, self.shape)
@@ -134,6 +151,20 @@ def latents(h: Any, width: int, like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- refusals
+
+
+def paired(v: Any, h: Any) -> tuple[Tensor, Tensor]:
+    """Visibles and latents, if both are tensors, with as many rows.
+
+    Raises:
+        TypeError: for arrays and lists: the energy is differentiable, so nothing is converted.
+        ValueError: if they differ in their number of rows.
+    """
+    a_tensor("v", v)
+    a_tensor("h", h)
+    if v.ndim and h.ndim and len(v) != len(h):
+        raise ValueError(f"each visible has one latent, got {len(v)} and {len(h)} rows")
+    return v, h
 
 
 def refuse_shape(v: Tensor, wanted: tuple[int, ...] | None) -> None:

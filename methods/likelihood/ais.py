@@ -19,10 +19,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments import explained
 from bilevel.methods.likelihood.annealing import AnnealedChains
 from bilevel.methods.likelihood.log_partition import Bracket, LogPartition
 from bilevel.methods.machines.base import BoltzmannMachine
 from bilevel.methods.machines.enumeration import MAX_UNITS, states
+from bilevel.methods.machines.given import refuse_no_machine
+from bilevel.refusals import a_generator, whole
 from bilevel.reporting import Report, silent
 
 _CHUNK = 2**20  # states of a first hidden layer weighed at a time
@@ -48,11 +51,12 @@ def linear_schedule(n: int) -> Tensor:
     Raises:
         ValueError: if n is less than 2.
     """
-    if n < 2:
+    if whole("n", n) < 2:
         raise ValueError(f"a schedule needs at least 2 temperatures, 0 and 1, got {n!r}")
     return torch.linspace(0, 1, n, dtype=torch.float64)
 
 
+@explained
 @torch.no_grad()
 def annealed_importance_sampling(
     model: BoltzmannMachine,
@@ -99,6 +103,8 @@ def annealed_importance_sampling(
         Differs from the paper in: the base's hidden units are part of the annealed path, with their
         biases scaled by the inverse temperature.
     """
+    refuse_no_machine(model)
+    a_generator("generator", generator)
     _check_positive("`num_chains`", num_chains)
     _check_positive("`chunk`", chunk)
     betas = _schedule(temperatures)
@@ -112,6 +118,7 @@ def annealed_importance_sampling(
     return LogPartition(log_weights, len(betas))
 
 
+@explained
 @torch.no_grad()
 def reverse_annealed_importance_sampling(
     model: BoltzmannMachine,
@@ -145,6 +152,8 @@ def reverse_annealed_importance_sampling(
         Differs from the paper in: it is the model itself that is annealed, not an approximation built
         from a chain at the data; so starts that are not exact samples give no strict bound.
     """
+    refuse_no_machine(model)
+    a_generator("generator", generator)
     if samples.ndim != 2 or samples.shape[1] != model.latent_dims[0]:
         raise ValueError(
             f"`samples` must be first hidden layers, shape (n, {model.latent_dims[0]}), got "
@@ -162,6 +171,7 @@ def reverse_annealed_importance_sampling(
     return LogPartition(log_weights, len(betas), reverse=True)
 
 
+@explained
 def bracket(
     model: BoltzmannMachine,
     *,
@@ -196,6 +206,7 @@ def bracket(
         Sandwiching the marginal likelihood using bidirectional Monte Carlo (Grosse, Ghahramani and
         Adams, 2015), https://arxiv.org/abs/1511.02543.
     """
+    refuse_no_machine(model)
     exact = model.latent_dims[0] <= MAX_UNITS
     if not exact and data is None:
         raise ValueError(
@@ -222,6 +233,7 @@ def bracket(
     return Bracket(forward, backward, exact)
 
 
+@explained
 @torch.no_grad()
 def exact_samples(model: BoltzmannMachine, n: int, generator: torch.Generator) -> Tensor:
     """Independent first hidden layers of the model, all states enumerated, shape (n, latent_dims[0]).
@@ -229,6 +241,9 @@ def exact_samples(model: BoltzmannMachine, n: int, generator: torch.Generator) -
     Raises:
         ValueError: if the first hidden layer has more than `MAX_UNITS` units, or weights are NaN.
     """
+    refuse_no_machine(model)
+    a_generator("generator", generator)
+    whole("n", n)
     units = model.latent_dims[0]
     if units > MAX_UNITS:
         raise ValueError(
@@ -252,6 +267,7 @@ def exact_samples(model: BoltzmannMachine, n: int, generator: torch.Generator) -
     return ((found[:, None] >> digits) & 1).to(like.dtype)
 
 
+@explained
 def gibbs_samples(
     model: BoltzmannMachine, data: Tensor, n: int, burn_in: int, generator: torch.Generator
 ) -> Tensor:

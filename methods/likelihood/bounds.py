@@ -21,10 +21,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments import explained
 from bilevel.methods.likelihood.free_energy import log_weights, one_by_one
 from bilevel.methods.likelihood.log_partition import LogPartition
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine
+from bilevel.methods.machines.given import refuse_no_machine
 from bilevel.methods.variational import VariationalJoint, VariationalPosterior
+from bilevel.refusals import shown
 
 _GAP_UNITS = 15  # of a first hidden layer that is summed out for every visible
 
@@ -61,6 +64,7 @@ class VariationalBound:
     gap: float | None
 
 
+@explained
 @torch.no_grad()
 def log_likelihood(
     model: BoltzmannMachine,
@@ -87,6 +91,11 @@ def log_likelihood(
         ... )
         True
     """
+    refuse_no_machine(model)
+    if isinstance(log_partition, str):
+        raise TypeError(
+            f"`log_partition` must be a number or an estimate, got {shown(log_partition)}"
+        )
     name = type(model).__name__
     if len(model.latent_dims) > 1 and model.latent_dims[0] > MAX_UNITS:
         raise ValueError(
@@ -104,6 +113,7 @@ def log_likelihood(
     return _defined(-float(model.free_energy(v).mean()) - float(log_z), "the log-likelihood")
 
 
+@explained
 @torch.no_grad()
 def variational_lower_bound(
     model: BoltzmannMachine,
@@ -156,6 +166,7 @@ def variational_lower_bound(
     return VariationalBound(unnormalized - log_z, error, gap)
 
 
+@explained
 @torch.no_grad()
 def sampler_lower_bound(
     model: nn.Module, joint: VariationalJoint, *, generator: torch.Generator, num_samples: int
@@ -182,6 +193,7 @@ def sampler_lower_bound(
     return Estimate(float(mean), _or_infinite(spread))
 
 
+@explained
 @torch.no_grad()
 def chi_square_upper_bound(
     model: nn.Module, joint: VariationalJoint, *, generator: torch.Generator, num_samples: int

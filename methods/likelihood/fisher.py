@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from bilevel.arguments import explained
+
 Score = Callable[[Tensor], Tensor]
 
 _PROBES = 10  # sign vectors per row where the critic is judged
@@ -47,6 +49,7 @@ class FisherDivergence:
     step: int
 
 
+@explained
 def fisher_divergence(
     score: Score,
     data: Tensor,

@@ -27,6 +27,7 @@ from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.machines.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.machines.neighbours import Neighbours
 from bilevel.methods.networks.units import Change
+from bilevel.refusals import a_generator, a_tensor
 
 MEAN_FIELD_SWEEPS = 10
 """Updates of each hidden layer by `mean_field`."""
@@ -296,6 +297,7 @@ class BoltzmannMachine(nn.Module, ABC):
 
     def _check_visible(self, v: Tensor) -> None:
         """Refuse the wrong width or dtype. Values are not looked at: every loss comes by here."""
+        a_tensor("visibles", v)
         if v.ndim != 2 or v.shape[1] != self.visible_dim:
             raise ValueError(
                 f"this model takes visibles of shape (n, {self.visible_dim}), got {tuple(v.shape)}"
@@ -308,6 +310,7 @@ class BoltzmannMachine(nn.Module, ABC):
             )
 
     def _check_latent(self, h: Tensor) -> None:
+        a_tensor("latents", h)
         if h.ndim != 2 or h.shape[1] != sum(self.latent_dims):
             layers = " + ".join(map(str, self.latent_dims))
             raise ValueError(
@@ -382,6 +385,7 @@ def uniform(bound: float, *shape: int, generator: torch.Generator) -> nn.Paramet
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
     """The generator, or a fresh one: a model without one is the same every time."""
+    a_generator("generator", generator)
     return generator if generator is not None else torch.Generator().manual_seed(0)
 
 

@@ -12,9 +12,11 @@ from typing import final
 import torch
 from torch import nn
 
+from bilevel.arguments import explained
 from bilevel.methods.machines.base import check_dim, check_layers, seeded, uniform
 from bilevel.methods.machines.hidden import TwoHidden
 from bilevel.methods.machines.visible import BinaryVisible, GaussianVisible
+from bilevel.refusals import flag
 
 
 @final
@@ -46,6 +48,7 @@ class DBM(BinaryVisible, TwoHidden):
         https://arxiv.org/abs/1901.08400: U(-r, r), r = 4 sqrt(6 / (rows + columns)).
     """
 
+    @explained
     def __init__(
         self,
         visible_dim: int,
@@ -58,7 +61,12 @@ class DBM(BinaryVisible, TwoHidden):
         nv, (n1, n2) = check_dim("visible_dim", visible_dim), check_layers(latent_dims)
         self.visible_dim, self.latent_dims = nv, (n1, n2)
         self.visible_range, self.binary = (0.0, 1.0), not grey
-        self.recipe = {"kind": "DBM", "visible_dim": nv, "latent_dims": [n1, n2], "grey": grey}
+        self.recipe = {
+            "kind": "DBM",
+            "visible_dim": nv,
+            "latent_dims": [n1, n2],
+            "grey": flag("grey", grey),
+        }
         generator = seeded(generator)
         self.weight1 = uniform(4 * math.sqrt(6 / (nv + n1)), nv, n1, generator=generator)
         self.weight2 = uniform(4 * math.sqrt(6 / (n1 + n2)), n1, n2, generator=generator)
@@ -95,6 +103,7 @@ class GaussianDBM(GaussianVisible, TwoHidden):
         U(-r, r) with r = 1 / sqrt(n1) for b, c1 and W1, 1 / sqrt(n2) for c2 and W2.
     """
 
+    @explained
     def __init__(
         self,
         visible_dim: int,
@@ -111,7 +120,7 @@ class GaussianDBM(GaussianVisible, TwoHidden):
             "kind": "GaussianDBM",
             "visible_dim": nv,
             "latent_dims": [n1, n2],
-            "learn_scale": learn_scale,
+            "learn_scale": flag("learn_scale", learn_scale),
         }
         generator = seeded(generator)
         bound1, bound2 = 1 / math.sqrt(n1), 1 / math.sqrt(n2)

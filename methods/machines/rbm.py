@@ -10,9 +10,11 @@ from typing import final
 import torch
 from torch import nn
 
+from bilevel.arguments import explained
 from bilevel.methods.machines.base import check_dim, seeded, uniform
 from bilevel.methods.machines.hidden import OneHidden
 from bilevel.methods.machines.visible import BinaryVisible, GaussianVisible
+from bilevel.refusals import flag
 
 
 @final
@@ -45,6 +47,7 @@ class RBM(BinaryVisible, OneHidden):
         https://arxiv.org/abs/1901.08400: U(-r, r), r = 4 sqrt(6 / (visible_dim + latent_dim)).
     """
 
+    @explained
     def __init__(
         self,
         visible_dim: int,
@@ -57,7 +60,12 @@ class RBM(BinaryVisible, OneHidden):
         nv, nh = check_dim("visible_dim", visible_dim), check_dim("latent_dim", latent_dim)
         self.visible_dim, self.latent_dims = nv, (nh,)
         self.visible_range, self.binary = (0.0, 1.0), not grey
-        self.recipe = {"kind": "RBM", "visible_dim": nv, "latent_dim": nh, "grey": grey}
+        self.recipe = {
+            "kind": "RBM",
+            "visible_dim": nv,
+            "latent_dim": nh,
+            "grey": flag("grey", grey),
+        }
         self.weight = uniform(4 * math.sqrt(6 / (nv + nh)), nv, nh, generator=seeded(generator))
         self.visible_bias = nn.Parameter(self.weight.new_zeros(nv))
         self.latent_bias = nn.Parameter(self.weight.new_zeros(nh))
@@ -97,6 +105,7 @@ class GaussianRBM(GaussianVisible, OneHidden):
         https://arxiv.org/abs/1901.08400: the other convention.
     """
 
+    @explained
     def __init__(
         self,
         visible_dim: int,
@@ -113,7 +122,7 @@ class GaussianRBM(GaussianVisible, OneHidden):
             "kind": "GaussianRBM",
             "visible_dim": nv,
             "latent_dim": nh,
-            "learn_scale": learn_scale,
+            "learn_scale": flag("learn_scale", learn_scale),
         }
         generator, bound = seeded(generator), 1 / math.sqrt(nh)
         self.weight = uniform(bound, nv, nh, generator=generator)

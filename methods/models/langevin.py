@@ -21,6 +21,7 @@ from bilevel.methods.data.visibles import Visibles
 from bilevel.methods.samplers.langevin import langevin_step
 from bilevel.methods.samplers.slopes import slopes
 from bilevel.methods.variational.base import normal_like
+from bilevel.refusals import shown
 
 Steps: TypeAlias = tuple[int, int, int]
 
@@ -187,6 +188,8 @@ def three_numbers(steps: Sequence[float]) -> Steps:
     Raises:
         ValueError: for anything else.
     """
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        raise TypeError(f"`langevin` is three numbers of steps, got {shown(steps)}")
     if len(steps) != 3 or any(count != int(count) or count < 0 for count in steps):
         raise ValueError(
             "`langevin` is three numbers of steps (at the highest temperature, from there to 1, from "

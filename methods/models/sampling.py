@@ -12,7 +12,7 @@ from bilevel.methods.models.gradients import EnergyFunction, refuse_discrete
 from bilevel.methods.models.model import Chains, LatentModel
 from bilevel.methods.samplers import Sampler
 from bilevel.methods.variational.base import normal_like
-from bilevel.refusals import one_of
+from bilevel.refusals import a_generator, one_of
 
 
 def samples_of(
@@ -38,6 +38,7 @@ def samples_of(
         FloatingPointError: if a chain left all bounds.
     """
     check_dim("n", n)
+    a_generator("generator", generator)
     if chains.persistent is not None and len(chains.persistent) == 0:
         chains = chains._replace(persistent=None)
     if sampler is not None:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from bilevel.refusals import SEEDS, whole
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -21,6 +23,7 @@ def build(make: Callable[[], Network], seed: int) -> Network:
         >>> torch.equal(first.weight, again.weight)
         True
     """
+    seed = whole("seed", seed, *SEEDS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = make()

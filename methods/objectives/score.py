@@ -18,7 +18,7 @@ $\mathrm{gain} \cdot (\mathrm{gain} \cdot s - \mathrm{target})$. Everything rand
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bilevel.methods.variational.base import normal_like
-from bilevel.refusals import one_of
+from bilevel.refusals import one_of, positive, shown
 
 ObjectiveName: TypeAlias = Literal["denoising", "sliced", "multiscale", "exact"]
 Grid: TypeAlias = Literal["geometric", "linear"]
@@ -257,9 +257,10 @@ def score_objective(
     """
     one_of("objective", name, ("denoising", "sliced", "multiscale", "exact"))
     one_of("grid", grid, ("geometric", "linear"))
+    if not isinstance(sigma_range, Sequence) or isinstance(sigma_range, str):
+        raise TypeError(f"`sigma_range` is a first and a last level, got {shown(sigma_range)}")
     for setting, value in (("sigma", sigma), *(("sigma_range", s) for s in sigma_range)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"`{setting}` must be positive and finite, got {value!r}")
+        positive(setting, value)
     if len(sigma_range) != 2:
         raise ValueError(f"`sigma_range` is a first and a last level, got {sigma_range!r}")
     first, last = sigma_range

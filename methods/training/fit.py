@@ -22,7 +22,7 @@ from bilevel.methods.training.history import History as History
 from bilevel.methods.training.history import record as record
 from bilevel.methods.training.journal import Journal
 from bilevel.methods.training.logged import Logged
-from bilevel.methods.training.preconditions import check_start, refuse_changes
+from bilevel.methods.training.preconditions import check_start, refuse_changes, refuse_misfits
 from bilevel.methods.training.run import Destination
 from bilevel.methods.training.settings import Training
 from bilevel.methods.training.steps import training_steps
@@ -57,6 +57,7 @@ def fit(
         DivergenceError: if a loss becomes NaN or infinite; the last good checkpoint is kept.
         MemoryError: if memory runs out, with the batch size that would fit.
     """
+    refuse_misfits(optimizers, evaluate, destination.notes)
     solver = model.default_solver() if solver is None else solver
     told, training = check_loggers(loggers), feed.training
     check_start(training, destination, evaluated=evaluate is not None)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,6 +19,7 @@ from bilevel.methods.training.progress import why_stopped
 from bilevel.methods.training.run import Run, sentence
 from bilevel.methods.training.settings import Training
 from bilevel.methods.training.trainable import Evaluate, Trainable
+from bilevel.refusals import shown
 
 
 @final
@@ -171,6 +173,11 @@ def _measured(model: Trainable, step: Step, evaluate: Evaluate) -> _Measured:
     except Exception as error:
         error.add_note(f"in the evaluation after step {step.number}")
         raise
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            '`evaluate` must return a dict of numbers by name, such as `{"my_number": 1.5}`, got '
+            f"{shown(results)}"
+        )
     numbers = {name: float(value) for name, value in results.items()}
     return _Measured(model, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})
 

@@ -1,15 +1,19 @@
 """What must hold before a training starts, and what a resumed one may change."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from bilevel import Step
 from bilevel.distributed import from_main, is_main, world_size
 from bilevel.errors import CheckpointError
 from bilevel.methods.training import best
 from bilevel.methods.training.run import Destination, Run
 from bilevel.methods.training.settings import Training, refuse_idle, validated
+from bilevel.optimizers import optimizers_of
+from bilevel.refusals import callable_or_none, shown
 
 # what a run does beside training, and when it ends
 _FREE = (
@@ -50,6 +54,49 @@ def settled(
     usual = validated(Training, dict(defaults))
     refuse_idle(training, given, usual, levels=levels, own_optimizers=own_optimizers)
     return training
+
+
+def functions_of(callbacks: Any) -> list[Callable[[Step], object]]:
+    """The callbacks as a list.
+
+    Raises:
+        TypeError: if they are no list of functions.
+    """
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str):
+        raise TypeError(f"`callbacks` must be a list of functions, got {shown(callbacks)}")
+    found = list(callbacks)
+    for callback in found:
+        if not callable(callback) or isinstance(callback, type):
+            raise TypeError(
+                f"`callbacks` must be functions, called as `callback(step)`; got {shown(callback)}"
+            )
+    return found
+
+
+def refuse_misfits(optimizers: Any, evaluate: Any, notes: Any) -> None:
+    """Refuse what `fit` would only stumble over after the first step.
+
+    Raises:
+        TypeError: for an `evaluate` that is no function, optimizers that are no pair, or notes that JSON
+            does not know.
+    """
+    callable_or_none("evaluate", evaluate, "evaluate(model)")
+    if optimizers is not None:
+        if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
+            raise TypeError(
+                "`optimizers` must be a pair, `(upper, lower)`, each one optimizer or a list of them, "
+                f"got {shown(optimizers)}"
+            )
+        for name, given in zip(("upper", "lower"), optimizers, strict=True):
+            optimizers_of(f"{name}_optimizer", given)
+    if notes is not None and not isinstance(notes, dict):
+        raise TypeError(f"`notes` must be a dict of plain values, got {shown(notes)}")
+    try:
+        json.dumps(notes)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`notes` go into `config.json` and must be plain values (numbers, texts, lists): {error}"
+        ) from None
 
 
 def check_start(training: Training, destination: Destination, *, evaluated: bool) -> None:

@@ -22,6 +22,7 @@ from bilevel.methods.training.json_lines import (
 )
 from bilevel.methods.training.origin import origin
 from bilevel.methods.training.schemas import Best, Config
+from bilevel.refusals import path_of
 
 _CLOCK = ("seconds",)  # differs from run to run: the checksums of two equal runs are equal
 _LENGTH = ("num_steps", "max_seconds")  # a run may be made longer
@@ -39,7 +40,7 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = path_of("run", folder)
         self._newest: int | None = None  # step of the newest checkpoint
 
     @property
@@ -90,6 +91,8 @@ class Run:
                     f"there is no run to resume in `{self.folder}`: `{self.checkpoint_path.name}` is "
                     "missing; start it without `resume`"
                 )
+        elif other := next((p for p in (self.folder, *self.folder.parents) if p.is_file()), None):
+            raise FileExistsError(f"`{other}` is a file, so no run can be in `{self.folder}`")
         elif self.exists and not overwrite:
             raise FileExistsError(
                 f"`{self.folder}` already holds a run; choose another folder, continue it with "

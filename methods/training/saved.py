@@ -11,6 +11,7 @@ from bilevel.methods.machines import from_recipe
 from bilevel.methods.training.json_lines import read_document, write_document
 from bilevel.methods.training.schemas import Model
 from bilevel.methods.training.weights import fill_module, read_weights, write_weights
+from bilevel.refusals import path_of
 
 ABOUT, WEIGHTS = "model.json", "weights.safetensors"
 
@@ -44,8 +45,9 @@ def write_model(model: Saved, folder: str | os.PathLike[str]) -> None:
     about: dict[str, Any] = {"method": type(model).__name__, "recipe": model.recipe}
     if model.standardised:
         about["standardised"] = True
-    write_weights(Path(folder) / WEIGHTS, cast(nn.Module, model).state_dict(), about)
-    write_document(Path(folder) / ABOUT, about)
+    folder = path_of("folder", folder)
+    write_weights(folder / WEIGHTS, cast(nn.Module, model).state_dict(), about)
+    write_document(folder / ABOUT, about)
 
 
 def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         ValueError: if the file is damaged.
     """
-    path = Path(folder) / ABOUT
+    path = path_of("folder", folder) / ABOUT
     if not path.exists():
         raise FileNotFoundError(f"there is no saved model in `{folder}` (no `{ABOUT}`)")
     return read_document(path, Model)

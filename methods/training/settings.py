@@ -126,6 +126,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 }
 """What settings are called elsewhere."""
 
+_INSTEAD = {
+    "device": "move the model there, `model.to(...)`, before `fit`",
+    "optimizer": "give both levels' optimizers, `optimizers=(upper, lower)`",
+    "scheduler": 'choose a `schedule`, "exponential" or "cosine"',
+    "callback": "give a list, `callbacks=[...]`",
+    "verbose": "give `progress=True` or `False`",
+}
 EPOCHS = ("num_epochs", "epochs", "epoch", "n_epochs", "max_epochs")
 """What the length of a training is counted in elsewhere."""
 
@@ -205,6 +212,8 @@ def _sentence(kind: type[BaseModel], error: Any, levels: int) -> str:
     said, idle = f"there is no setting `{name}`;", LOWER_ONLY if levels == 1 else ()
     if name in EPOCHS:
         return f"{said} give `num_steps`: an epoch of n rows has n // batch_size of them"
+    if name in _INSTEAD:
+        return f"{said} {_INSTEAD[name]}"
     if name in ELSEWHERE:
         meant = " or ".join(f"`{each}`" for each in ELSEWHERE[name] if each not in idle)
         return f"{said} did you mean {meant}?"

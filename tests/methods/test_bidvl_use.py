@@ -151,7 +151,7 @@ def test_bad_data_are_refused_before_anything_is_written(data, error, words, tmp
         ({"variant": "ofset"}, "did you mean `offset`"),
         ({"ratio_bias": "sigmod"}, "did you mean `sigmoid`"),
         ({"statistics": "batches"}, "did you mean `batch`"),
-        ({"ratio": -1.0}, "`ratio` not negative"),
+        ({"ratio": -1.0}, "`ratio` must be zero or more"),
         ({"family": "resnets"}, "did you mean `resnet`"),
         ({"family": "resnet", "width": 0}, "`width` must be positive"),
     ],
