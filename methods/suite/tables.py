@@ -66,6 +66,7 @@ class Group:
         exact: the mean of exact maximum likelihood, no other way to train this model should be far
             above it; `None` if it was not run.
         device: what all of it ran on.
+        at_once: how many cells shared the machine, at most; of more than one, times are no speeds.
     """
 
     data: str
@@ -75,6 +76,7 @@ class Group:
     ceiling: float | None
     exact: float | None
     device: str
+    at_once: int
 
     @property
     def title(self) -> str:
@@ -127,6 +129,7 @@ def _group(data: str, model: str, methods: Mapping[str, list[CellRecord]]) -> Gr
         everything[0]["ceiling"],
         statistics.mean(exact) if exact else None,
         "; ".join(dict.fromkeys(devices)),
+        max(record.get("jobs", 1) for record in everything),
     )
 
 
@@ -309,7 +312,16 @@ def as_html(group: Group) -> str:
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{html.escape(group.title)}">'
         f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"{failed}"
+        f"{failed}{_about_times(group)}"
+    )
+
+
+def _about_times(group: Group) -> str:
+    if group.at_once == 1:
+        return ""
+    return (
+        f"<p>Times were taken with {group.at_once} cells at once on one machine: they are no measure of "
+        "speed.</p>"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bilevel.methods.suite.ranking import as_plain, rankings, rankings_markdown
-from bilevel.methods.suite.tables import groups, markdown
+from bilevel.methods.suite.tables import as_html, groups, markdown
 
 
 def record(
@@ -117,3 +117,12 @@ def test_a_table_for_a_terminal_is_aligned() -> None:
         "a        1.0",
         "longer  12.0",
     ]
+
+
+def test_times_that_were_taken_side_by_side_are_told_apart() -> None:
+    alone = [record("one", name, 0, 1.0) for name in "ab"]
+    (group,) = groups(alone)
+    assert "no measure of speed" not in as_html(group)
+    (shared,) = groups([{**alone[0], "jobs": 3}, alone[1]])
+    assert "Times were taken with 3 cells at once" in as_html(shared)
+    assert "3 cells at a time" in markdown([shared])
