@@ -70,7 +70,7 @@ def test_networks_of_ones_own_are_sampled(run: Path, capsys: Capture) -> None:
             "did you mean `networks`?",
         ),
         ("other", "holds a `BiDVL`, and what was made is a `VAE`"),
-        ("wrong_parts", ":wrong_parts` raised TypeError: BiDVL"),
+        ("wrong_parts", ":wrong_parts` raised TypeError: `BiDVL` has no argument `energi`"),
         ("Path", "is the class `Path`, and something else is needed"),
         ("runs", "is a `module`, and something else is needed"),
     ],

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from bilevel.methods.catalogue import NOTHING
 from bilevel.methods.data.tables import Table
 from bilevel.methods.suite import SuiteFolder, compare, load_suite, run_suite
 from bilevel.methods.suite.config import ModelConfig
+from bilevel.methods.suite.job import at_hand
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.workers import CrashError
 from bilevel.plugins import entry_points, imported
@@ -43,10 +45,11 @@ def test_everything_may_be_of_ones_own(tmp_path: Path) -> None:
     assert {record["test"]["known"] for record in records} == {"exact"}
     assert records[1]["solver"] == "Alternating()"
     assert len({record["independent"] for record in records}) == 2
-    home = SuiteFolder(tmp_path)
-    drawn = write_suite_report(home, OWN).read_text()
-    assert "Denoiser" in drawn
-    assert "Denoiser" in write_suite_report(home).read_text()  # without the code: tables and curves
+    page = write_suite_report(SuiteFolder(tmp_path)).read_text()
+    assert "Denoiser" in page  # tables and curves, without the code
+    cells = config.cells()
+    assert all(at_hand(cell, OWN) for cell in cells)
+    assert not any(at_hand(cell, NOTHING) for cell in cells)
 
 
 def test_a_table_keeps_what_it_says_of_itself(tmp_path: Path) -> None:
