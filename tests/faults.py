@@ -204,7 +204,7 @@ def reported(world: Path) -> Seen:
     page = world / "run" / "report.html"
 
     def text() -> str:
-        return re.sub(r"in \d+ seconds", "", page.read_text())
+        return re.sub(r"It took [^,<]*", "", page.read_text())
 
     return seen(["report", str(world / "run")], text)
 
