@@ -160,36 +160,51 @@ class Stateful:
     Args:
         iterable: as `torchdata`'s `StatefulDataLoader`: iterated after `load_state_dict`, it goes on
             where `state_dict` was taken.
+        seed: seeds the global generators while a batch is read; without, they are left alone.
 
     Attributes:
-        epochs: how many have ended since this was made.
+        epochs: how many have ended.
 
     Raises:
         ValueError: when asked for a batch, if an epoch is empty.
     """
 
-    def __init__(self, iterable: Any) -> None:
+    def __init__(self, iterable: Any, *, seed: int | None = None) -> None:
         self.epochs = 0
         self._iterable = iterable
+        self._seed = seed
+        self._taken = 0
         self._epoch: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
-        for _ in range(2):  # the place may be the end of an epoch
-            if self._epoch is None:
-                self._epoch = iter(self._iterable)
-            for batch in self._epoch:
-                return batch
+        for turn in range(2):  # the place may be the end of an epoch
+            with reseeded(self._seed, self._taken, turn):
+                if self._epoch is None:
+                    self._epoch = iter(self._iterable)
+                for batch in self._epoch:
+                    self._taken += 1
+                    return batch
             self._epoch = None
             self.epochs += 1
         raise ValueError("the data are empty: an epoch gave no batch")
 
     def state_dict(self) -> dict[str, Any]:
-        """The iterable's own."""
-        return {"iterable": self._iterable.state_dict()}
+        """The iterable's own.
+
+        Raises:
+            CheckpointError: if it shuffles from a global generator, whose place it does not know.
+        """
+        place = {"iterable": self._iterable.state_dict()}
+        if self._seed is not None:
+            if (reason := unresumable(self._iterable)) is not None:
+                raise CheckpointError(reason)
+            place |= {"epochs": self.epochs, "taken": self._taken}
+        return place
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give the iterable its place back."""
         self._iterable.load_state_dict(state["iterable"])
+        self.epochs, self._taken = state.get("epochs", 0), state.get("taken", 0)
         self._epoch = None
 
     def close(self) -> None:

@@ -297,7 +297,7 @@ def as_stream(
     if not isinstance(data, Iterable):
         return None
     _refuse_single(data)
-    reading = Stateful(data) if knows_its_place(data) else Repeated(data, seed=seed)
+    reading = (Stateful if knows_its_place(data) else Repeated)(data, seed=seed)
     steps = None if knows_its_place(data) else _length(data) or None
     once = isinstance(data, Iterator) and not knows_its_place(data)
     return Stream(

@@ -21,6 +21,7 @@ from typing import NoReturn, Protocol, TypeVar, final
 import torch
 from torch import Tensor
 
+from bilevel.devices import widest
 from bilevel.methods.networks.units import Change
 
 _FAR, _NARROW = 5.0, 0.01  # means and deviations beyond these are remarked
@@ -118,6 +119,11 @@ def standardised(model: Standardised, rows: Tensor, wanted: bool) -> Iterator[Te
             f"and it is not known how to rewrite this `{type(model).__name__}`; leave it out and scale "
             "the rows yourself"
         )
+    if widest(rows.device) != torch.float64:
+        raise ValueError(
+            f"`standardise` computes in float64, which `{rows.device}` has not; leave it out and scale "
+            "the rows yourself, or train on the processor"
+        )
     units = _units(rows)
     constant = (units.deviation == 0).nonzero()[:, 0].tolist()
     if constant:
@@ -135,7 +141,7 @@ def standardised(model: Standardised, rows: Tensor, wanted: bool) -> Iterator[Te
 
 
 def _units(rows: Tensor) -> Units:
-    exact = rows.flatten(1).double()
+    exact = rows.flatten(1).to(widest(rows.device))
     deviation, mean = torch.std_mean(exact, dim=0, correction=0)
     still = exact.amin(dim=0) == exact.amax(dim=0)  # rounding leaves a deviation of a constant
     return Units(mean, deviation.masked_fill(still, 0.0))

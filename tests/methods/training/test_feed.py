@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import optree
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from bilevel import Batches, CheckpointError
+from bilevel.loop import watch
+from bilevel.losses import purity
 from bilevel.methods import ContrastiveDivergence
 from bilevel.methods.data.entries import row_of, visibles_of
 from bilevel.methods.data.images import Images
 from bilevel.methods.data.streams import RowReader
 from bilevel.methods.machines import RBM, GaussianRBM
+from bilevel.methods.training import standardising
 from bilevel.methods.training.run import Run
 
 WIDTH, COUNT = 6, 22
@@ -131,6 +136,25 @@ def test_a_data_set_trains_as_its_rows_in_memory_do(data: Any) -> None:
     assert torch.equal(trained(data), trained(BITS))
 
 
+class OwnPlace:
+    """Knows its place in the middle of an epoch, as `torchdata`'s `StatefulDataLoader` does."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.taken < 5:
+            self.taken += 1
+            yield [BITS[4 * self.taken - 4 : 4 * self.taken], LABELS[:4]]
+        self.taken = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "data set": Mapped,
     "noisy": Noisy,
@@ -140,6 +164,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "stream": Flow,
     "stream in a loader": lambda: loader(Flow()),
     "again": Again,
+    "own place": OwnPlace,
     "source": lambda: Batches(BITS, 4, seed=3),
 }
 
@@ -421,3 +446,26 @@ def test_rows_count_their_epochs() -> None:
         next(rows)
         counts.append(rows.epochs)
     assert counts == [0] * 5 + [1] * 2
+
+
+class WithoutDoubles(TorchDispatchMode):
+    """As Apple's GPU, which has no float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in optree.tree_leaves(out):
+            assert not isinstance(leaf, Tensor) or leaf.dtype != torch.float64, (
+                f"{func} gave a float64"
+            )
+        return out
+
+
+def test_a_training_needs_no_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (watch, purity, standardising):
+        monkeypatch.setattr(module, "widest", lambda device: torch.float32)
+    rows = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = learner(GaussianRBM)
+    with WithoutDoubles():
+        model.fit(rows, num_steps=2, batch_size=4, progress=False)
+    with pytest.raises(ValueError, match="`standardise` computes in float64, which `cpu` has not"):
+        model.fit(rows, num_steps=2, batch_size=4, progress=False, standardise=True)
