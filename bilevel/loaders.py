@@ -189,15 +189,9 @@ class Stateful:
         raise ValueError("the data are empty: an epoch gave no batch")
 
     def state_dict(self) -> dict[str, Any]:
-        """The iterable's own.
-
-        Raises:
-            CheckpointError: if it shuffles from a global generator, whose place it does not know.
-        """
+        """The iterable's own."""
         place = {"iterable": self._iterable.state_dict()}
         if self._seed is not None:
-            if (reason := unresumable(self._iterable)) is not None:
-                raise CheckpointError(reason)
             place |= {"epochs": self.epochs, "taken": self._taken}
         return place
 
