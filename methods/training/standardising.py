@@ -148,14 +148,24 @@ def _units(rows: Tensor) -> Units:
 
 
 def remark_units(model: Standardised, rows: Tensor, *, whole: bool = True) -> None:
-    """Say what was seen where rows are far from standard or a column is constant.
+    """Say what was seen where rows are far from standard, a column is constant, or a half is unused.
 
     Args:
         model: that is to be trained.
         rows: of the data.
         whole: whether they are all of them; a column may be constant in one batch by chance.
     """
-    if model.visible_range is not None or rows.ndim != 2 or not rows.is_floating_point():
+    if not rows.is_floating_point():
+        return
+    caller = 8 if whole else 7  # who called `fit`: rows in memory come through one frame more
+    if model.visible_range == (-1, 1) and 0 <= float(rows.min()) < float(rows.max()):
+        warnings.warn(
+            f"the model's visibles lie in [-1, 1], and none of these is negative (they lie in "
+            f"[{float(rows.min()):.3g}, {float(rows.max()):.3g}]): if they are images in [0, 1], scale "
+            "them with `2 * images - 1`",
+            stacklevel=caller,
+        )
+    if model.visible_range is not None or rows.ndim != 2:
         return
     units = _units(rows)
     moving = units.deviation[units.deviation > 0]
@@ -177,7 +187,7 @@ def remark_units(model: Standardised, rows: Tensor, *, whole: bool = True) -> No
         return
     known = whole and model.rewritings() is not None
     advice = "train with `standardise=True`" if known else "scale the rows"
-    warnings.warn(f"{'; '.join(seen)}: {advice}", stacklevel=7)
+    warnings.warn(f"{'; '.join(seen)}: {advice}", stacklevel=caller)
 
 
 def _columns(which: list[int]) -> str:

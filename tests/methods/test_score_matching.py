@@ -122,7 +122,7 @@ def test_refusals() -> None:
         ScoreMatching(RBM(4, 2))
     with pytest.raises(ValueError, match="`objective` cannot be 'slice'; did you mean `sliced`"):
         ScoreMatching(GaussianRBM(2, 2), objective="slice")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`sigma` must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="`sigma` must be positive, got 0"):
         ScoreMatching(GaussianRBM(2, 2), sigma=0)
     with pytest.raises(ValueError, match="`sigma_range` must be positive"):
         score_objective("multiscale", 0.1, (0.0, 1.0))

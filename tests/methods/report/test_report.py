@@ -48,7 +48,12 @@ def trained(folder: Path, **notes: str) -> Run:
     model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
     notes = {"data": "x", "name": "<x>", "note": "a & b", **notes}
     model.fit(
-        torch.rand(20, 1, 8, 8), num_steps=2, batch_size=10, log_every=1, run=folder, notes=notes
+        torch.rand(20, 1, 8, 8) * 2 - 1,
+        num_steps=2,
+        batch_size=10,
+        log_every=1,
+        run=folder,
+        notes=notes,
     )
     save_grid(model.sample(4), folder / "samples.png")
     run = Run(folder)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from bilevel import Batches, CheckpointError
 from bilevel.loop import watch
 from bilevel.losses import purity
-from bilevel.methods import ContrastiveDivergence
+from bilevel.methods import BiDVL, ContrastiveDivergence
 from bilevel.methods.data.entries import row_of, visibles_of
 from bilevel.methods.data.images import Images
 from bilevel.methods.data.streams import RowReader
@@ -469,3 +469,14 @@ def test_a_training_needs_no_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
         model.fit(rows, num_steps=2, batch_size=4, progress=False)
     with pytest.raises(ValueError, match="`standardise` computes in float64, which `cpu` has not"):
         model.fit(rows, num_steps=2, batch_size=4, progress=False, standardise=True)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_images_in_half_of_the_range_are_remarked_where_fit_is_called(loader: bool) -> None:
+    model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
+    images: Any = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    sized = {} if loader else {"batch_size": 4}
+    data = DataLoader(TensorDataset(images), batch_size=4) if loader else images
+    with pytest.warns(UserWarning, match=r"none of these is negative .* `2 \* images - 1`") as seen:
+        model.fit(data, num_steps=1, **sized)
+    assert seen[0].filename == __file__
