@@ -21,6 +21,11 @@ from bilevel import (
 from tests.problems import Quadratic, normal, seeded
 
 
+def zero(*_: Any) -> Tensor:
+    """A loss that no variable changes."""
+    return torch.zeros(())
+
+
 def run(problem: Problem, data: Any = None, *, steps: int = 2, **settings: Any) -> list[Any]:
     defaults: dict[str, Any] = {
         "upper_optimizer": torch.optim.SGD(problem.upper.parameters(), 0.1),
@@ -85,14 +90,12 @@ def test_complex_variables_are_refused_and_pairs_of_reals_are_right(level: str) 
     z = torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128)
     levels: dict[str, Any] = {"upper": {"a": normal(2)}, "lower": {"z": normal(2)}}
     levels[level] = {"w": nn.Parameter(z)}
-    problem = Problem.from_functions(
-        lambda *_: torch.zeros(()), lambda *_: torch.zeros(()), **levels
-    )
+    problem = Problem.from_functions(zero, zero, **levels)
     for start in (lambda: Implicit().hypergradient(problem), lambda: run(problem)):
         with pytest.raises(ValueError, match=rf"the {level} variable `w` .*`torch.view_as_real`"):
             start()
     with pytest.raises(TypeError, match=rf"`{level}.w` is complex; keep it as pairs of reals"):
-        Problem.from_functions(None, None, **{**levels, level: {"w": z}})  # type: ignore[arg-type]
+        Problem.from_functions(zero, zero, **{**levels, level: {"w": z}})
     pairs = Problem.from_functions(
         lambda x, y, _: (torch.view_as_complex(y["z"]) - 1).abs().square().sum(),
         lambda x, y, _: (torch.view_as_complex(y["z"]) - z * x["a"]).abs().square().sum(),
@@ -182,7 +185,7 @@ def test_other_names_are_refused(name: Any) -> None:
     with pytest.raises(
         ValueError, match=r"a variable of `lower` is named .* a string without dots"
     ):
-        Problem.from_functions(None, None, {"x": normal(1)}, {name: normal(1)})  # type: ignore[arg-type]
+        Problem.from_functions(zero, zero, {"x": normal(1)}, {name: normal(1)})
     for bad in ([normal(1)], nn.Linear(1, 1)):
         with pytest.raises(TypeError, match="`upper` must be a dict of tensors"):
-            Problem.from_functions(None, None, bad, {"y": normal(1)})  # type: ignore[arg-type]
+            Problem.from_functions(zero, zero, bad, {"y": normal(1)})  # type: ignore[arg-type]

@@ -197,6 +197,8 @@ def _resume(args: argparse.Namespace) -> int:
         )
     _refuse_conflicts(args, config)
     notes = config.get("notes", {})
+    if config["model"] is None:
+        raise UsageError(f"the model in `{args.run}` was built in Python; resume it there")
     with stages() as stage:
         images = images_of(run, getattr(args, "data", None), stage)
     try:
@@ -208,8 +210,6 @@ def _resume(args: argparse.Namespace) -> int:
             f"`{args.run}` was started from Python with the solver `{config['solver']}`; resume it there"
         )
     method = IMAGE_METHODS[str(config["method"]).lower()].kind
-    if config["model"] is None:
-        raise UsageError(f"the model in `{args.run}` was built in Python; resume it there")
     device = device_of(notes.get("device"))
     model = rebuilt(method, config["model"], run.config_path).to(device)
     longer, kept = _given(args, _LENGTH), config["training"]

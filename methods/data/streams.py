@@ -101,10 +101,17 @@ class Groups(IterableDataset[Any]):
     def __init__(self, data: Iterable[Any], batch_size: int) -> None:
         self.data = data
         self.batch_size = batch_size
+        self._read = False
 
     def __iter__(self) -> Iterator[list[Any]]:
         rows = iter(self.data)
         group = list(itertools.islice(rows, self.batch_size))
+        if self._read and not group:
+            raise ValueError(
+                "the data could be read once only; each call of `__iter__` must begin them again, such "
+                "as a method `__iter__` that has the `yield` in it"
+            )
+        self._read = True
         if len(group) < self.batch_size:
             raise ValueError(
                 f"`batch_size` is {self.batch_size}, but an epoch of the data has only {len(group)} rows"
@@ -248,6 +255,10 @@ class Stream:
         except (TypeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
             where = f"batch {self._number} of the {self.kind}"
+            if self._once and self._number == 1:
+                where += (
+                    " (each of its items is a batch; an `IterableDataset` may give single rows)"
+                )
             if numbers:
                 shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
                 where = f"rows {shown} of the {self.kind}"

@@ -166,6 +166,7 @@ def _kill_rank(rank: int, launcher: int) -> None:
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
     model = BiDVL.for_images((1, 8, 8), latent_dim=2, width=2)
     with pytest.raises(ValueError, match="100 cannot be shared out equally among 3; use 99"):
         model.fit(IMAGES.float().repeat(5, 1, 1, 1), num_steps=1)

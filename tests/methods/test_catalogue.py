@@ -94,7 +94,7 @@ def test_both_spellings_of_a_solver_are_read(
             {"solver": "implicit", "linear_solver": "cholesky", "linear_steps": 3},
             "`--linear-steps` has no meaning for `--linear-solver cholesky`",
         ),
-        ({"solver": "unrolled", "unroll_steps": 0}, "num_steps"),
+        ({"solver": "unrolled", "unroll_steps": 0}, "`--unroll-steps` must be positive"),
     ],
 )
 def test_a_solver_that_cannot_be_is_refused(flags: dict[str, Any], words: str) -> None:

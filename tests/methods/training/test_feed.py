@@ -356,7 +356,8 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "single rows": (
         [BITS[0]].__iter__(),
         {"batch_size": None},
-        r"batch 1 of the `list_iterator`: this model takes visibles of shape .*`rows\[None\]`",
+        r"batch 1 of the `list_iterator` .*`IterableDataset` may give single rows.: "
+        r"this model takes visibles of shape .*`rows\[None\]`",
     ),
 }
 
@@ -480,3 +481,17 @@ def test_images_in_half_of_the_range_are_remarked_where_fit_is_called(loader: bo
     with pytest.warns(UserWarning, match=r"none of these is negative .* `2 \* images - 1`") as seen:
         model.fit(data, num_steps=1, **sized)
     assert seen[0].filename == __file__
+
+
+def test_a_stream_that_cannot_begin_again_says_so() -> None:
+    class Once(IterableDataset[Tensor]):
+        def __init__(self) -> None:
+            self.rows = iter(BITS)
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self.rows
+
+    with pytest.raises(
+        ValueError, match="the data could be read once only; each call of `__iter__`"
+    ):
+        trained(Once())
