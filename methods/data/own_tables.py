@@ -115,6 +115,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Tensor:
         raise ValueError(f"`{path}` cannot be read: {' '.join(str(error).split())}") from None
     names = [str(name) for name in frame.columns]
     frame.columns = names
+    _refuse_names(path, names)
     for name in columns or ():
         if name not in names:
             raise ValueError(f"`{path}` has no column `{name}`; {nearest(name, names)}")
@@ -123,9 +124,11 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Tensor:
         kind = frame[name].dtype
         if getattr(kind, "kind", "O") not in "biuf":
             rest = [other for other in frame.columns if frame[other].dtype.kind in "biuf"]
+            others = (
+                f", or name those to take: `columns={rest[:5]}` of `load_table`" if rest else ""
+            )
             raise ValueError(
-                f"the column `{name}` of `{path}` holds no numbers (`{kind}`); encode it, or name those "
-                f"to take: `columns={rest[:5]}`"
+                f"the column `{name}` of `{path}` holds no numbers (`{kind}`); encode it{others}"
             )
         missing = int(frame[name].isna().sum())
         if missing:
@@ -134,6 +137,34 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Tensor:
                 "them, or drop those rows"
             )
     return _numbers(f"`{path}`", frame.to_numpy("float64"))
+
+
+def _refuse_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse a first line that names no columns: another separator than commas, or numbers."""
+    if path.suffix.lower() != ".csv":
+        return
+    for mark, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in names[0]:
+            raise ValueError(
+                f"the columns of `{path}` seem to be separated by {called}; separate them by commas"
+            )
+    counted = [str(place) for place in range(len(names))]
+    if len(names) > 2 and names == counted:
+        return  # what pandas writes above columns without names
+    if all(_is_number(name) for name in names):
+        shown = ",".join(names[:3]) + (",..." if len(names) > 3 else "")
+        raise ValueError(
+            f"the first line of `{path}`, `{shown}`, holds numbers, where the names of the columns are "
+            "expected; put a line of names above it"
+        )
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(what: str, given: Any) -> Tensor:

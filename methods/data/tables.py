@@ -317,6 +317,15 @@ def _present(path: Path, entries: Sequence[str], name: str) -> list[str]:
     """The splits of a table, at least two of them."""
     found = [re.fullmatch(rf"(.+)_({'|'.join(_SPLITS)})", entry) for entry in entries]
     tables = sorted({match[1] for match in found if match})
+    arrays = [entry for entry in entries if entry not in _SPLITS]
+    if not tables and arrays:
+        close = difflib.get_close_matches(name, arrays, n=1) or (arrays if len(arrays) == 1 else [])
+        hint = f"did you mean `{path.name}:{close[0]}`?" if close else "name another one."
+        problem = (
+            f"holds no array `{name}`; {hint}" if name else "holds arrays; say which, by name."
+        )
+        listed = ", ".join(f"`:{entry}`" for entry in arrays[:8])
+        raise ValueError(f"`{path}` {problem} There is {listed}")
     if not tables:
         raise ValueError(
             f"`{path}` holds no binary table, that is arrays `NAME_train`, `NAME_valid` and "

@@ -11,6 +11,7 @@ from bilevel.methods.data.containers import as_tensor
 from bilevel.methods.suite.config import parse_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.runner import Observer, run_suite
+from bilevel.refusals import path_of, shown, whole
 
 Things = Mapping[str, Any] | Sequence[str]
 
@@ -37,7 +38,9 @@ def compare(
     - a model: a class or function that takes the number of columns, and a `generator` if it draws its
       weights, and returns a Boltzmann machine;
     - a method: a class or function that takes the machine and returns an `EBLVM`. Where that trains
-      something else than the machine it needs `log_likelihood(v, generator=...)`, shape (n,).
+      something else than the machine it needs `log_likelihood(v, generator=...)`, shape (n,);
+    - any of them: an entry as in a configuration, such as
+      `{"source": "mine.csv", "options": {"standardised": True}}`.
 
     Args:
         data: what to train and test on.
@@ -54,6 +57,7 @@ def compare(
         A record of plain values for every cell.
 
     Raises:
+        TypeError: if `folder`, `seeds` or `training` is of another kind.
         ValueError: for what does not fit, before the first step.
         CrashError: after all others were run, if some cells crashed.
 
@@ -68,13 +72,18 @@ def compare(
         >>> [record["cell"] for record in records]
         ['mine/GaussianRBM-2/ml/seed0', 'mine/GaussianRBM-2/dsm/seed0']
     """
+    folder = path_of("folder", folder)
+    if not isinstance(training, Mapping | None):
+        raise TypeError(
+            f'`training` maps settings to values, such as `{{"num_steps": 1000}}`; got {shown(training)}'
+        )
     own: dict[str, Any] = {}
     block = {
         "data": [_entry("source", name, thing, own) for name, thing in _items(data)],
         "models": [_entry("kind", name, thing, own) for name, thing in _items(models)],
         "methods": [_entry("method", name, thing, own) for name, thing in _items(methods)],
         "training": dict(training or {}),
-        "seeds": list(seeds),
+        "seeds": _whole_numbers(seeds),
     }
     config = parse_config({"name": "mine", "blocks": [block]}, "compare")
     return run_suite(config, folder, device=device, observer=observer, own=own, jobs=jobs)
@@ -92,6 +101,12 @@ def load_suite(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return home.records()
 
 
+def _whole_numbers(seeds: Iterable[int]) -> list[int]:
+    if isinstance(seeds, str | bytes | Mapping) or not isinstance(seeds, Iterable):
+        raise TypeError(f"`seeds` must be whole numbers, such as `[0, 1]`, got {shown(seeds)}")
+    return [whole("seeds", seed, 0) for seed in seeds]
+
+
 def _items(things: Things) -> list[tuple[str | None, Any]]:
     if isinstance(things, Mapping):
         return list(things.items())
@@ -107,6 +122,8 @@ def _entry(field: str, name: str | None, thing: Any, own: dict[str, Any]) -> Any
     """The entry of a configuration; an object is put among `own` by its name."""
     if name is None:
         return thing
+    if isinstance(thing, Mapping) and {field, "preset"} & set(thing):
+        return {**thing, "name": name}
     if not isinstance(thing, str):
         if name in own:
             raise ValueError(f"two of these are called `{name}`; give one another name")

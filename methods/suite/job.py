@@ -26,6 +26,12 @@ from bilevel.methods.training.json_lines import note
 from bilevel.methods.training.settings import LOWER_ONLY, Training, refuse_idle, validated
 from bilevel.plugins import is_address
 
+STANDARDISED = (
+    "standardise the table: `load_table(PATH, standardised=True)`, `--standardised` of the command, or "
+    '`"options": {"standardised": true}` of the data in a configuration'
+)
+"""What to do in a suite about rows that are far from standard."""
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -101,8 +107,10 @@ def make_table(data: DataConfig, own: Own = NOTHING) -> Table:
             return _own_table(data, own[data.source])
         return construct("load_table", load_table, data.options, data.source)
     except FileNotFoundError as error:
+        said = str(error)
+        stop = "" if said.endswith("?") else "."
         raise FileNotFoundError(
-            f"data `{data.name}`: {error}. Put it there, or leave these data out with `--only`"
+            f"data `{data.name}`: {said}{stop} Put it there, or leave these data out with `--only`"
         ) from error
     except ValueError as error:
         raise ValueError(f"data `{data.name}`: {error}") from error
@@ -152,7 +160,7 @@ def _training(cell: Cell, learner: EBLVM) -> Training:
     if settings.get("standardise"):
         raise ValueError(
             "`standardise` is no training setting of a suite, whose models are judged on the way; "
-            "standardise the table"
+            + STANDARDISED
         )
     made = {**learner.training_defaults, **settings, "seed": cell.seed}
     training = validated(Training, made, levels=levels)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
@@ -16,10 +17,10 @@ from bilevel import CheckpointError, DivergenceError, HypergradientError, Step
 from bilevel.devices import usable_device
 from bilevel.files import write_text
 from bilevel.methods.catalogue import NOTHING, Own
-from bilevel.methods.data.tables import Table
+from bilevel.methods.data.tables import TABLES, Table
 from bilevel.methods.suite.config import Cell, DataConfig, SuiteConfig
 from bilevel.methods.suite.folder import SuiteFolder, finite
-from bilevel.methods.suite.job import Job, make_job, make_table
+from bilevel.methods.suite.job import STANDARDISED, Job, make_job, make_table
 from bilevel.methods.suite.judge import heldout_likelihood, independent
 from bilevel.methods.suite.trace import Trace
 from bilevel.methods.suite.workers import (
@@ -32,6 +33,7 @@ from bilevel.methods.suite.workers import (
 from bilevel.methods.training.origin import commit, now, versions
 from bilevel.methods.training.run import Run
 from bilevel.methods.training.saved import read_into
+from bilevel.methods.training.standardising import UnitsWarning, remark_units
 from bilevel.refusals import whole
 from bilevel.reporting import Report, silent, tracked
 
@@ -87,9 +89,14 @@ def run_suite(
     device = str(usable_device(device))
     cells = config.cells(only)
     tables: dict[str, Table] = {}
+    remarked: set[str] = set()
     for cell in tracked(cells, "checking every cell", report):  # refuse before the first step
         job = make_job(cell, _table(cell.data, tables, own), own)
         _refuse_few(job)
+        if cell.data.name not in remarked:
+            remarked.add(cell.data.name)
+            advice = "scale the rows" if cell.data.source in TABLES else STANDARDISED
+            remark_units(job.learner, job.table.train, advice=advice, caller=3)
     home = SuiteFolder(folder)
     home.claim(config)
     finished = {record["cell"]: record for record in home.records()}
@@ -110,7 +117,8 @@ def run_suite(
     else:
         here = cell_runner(**given, tables=tables, callbacks=callbacks, report=report)
         outcomes, told = _one_by_one(missing, here), observer
-    with contextlib.closing(outcomes):
+    with contextlib.closing(outcomes), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnitsWarning)  # said above, with what a suite can do
         crashes = _collect(outcomes, home, finished, told, len(done), len(cells))
     if crashes:
         raise _crashed(crashes, len(cells))
@@ -203,6 +211,8 @@ def cell_runner(
     """
     known: dict[str, Table] = {} if tables is None else tables
     home = SuiteFolder(folder)
+    if jobs > 1:  # in a process of its own, and the parent has said it
+        warnings.simplefilter("ignore", UnitsWarning)
 
     def run(cell: Cell) -> dict[str, Any]:
         job = make_job(cell, _table(cell.data, known, own), own)

@@ -10,6 +10,7 @@ from bilevel import Result, Solver, Step
 from bilevel.cards import Card, curves, digits, numbers_by_name, plural
 from bilevel.methods.training.curves import draw_panels, evaluation_panels, loss_panels
 from bilevel.methods.training.run import Run
+from bilevel.refusals import path_of, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,6 +140,7 @@ def load_records(*folders: str | os.PathLike[str]) -> "DataFrame":
     Raises:
         FileNotFoundError: if there is no run in a folder.
         ValueError: if no folder is given, or a line is damaged, naming it.
+        TypeError: if a folder is no path.
         ImportError: if pandas is not installed.
 
     Example:
@@ -146,8 +148,14 @@ def load_records(*folders: str | os.PathLike[str]) -> "DataFrame":
     """
     if not folders:
         raise ValueError("there is nothing to read; give the folder of a run, or of several")
+    for given in folders:
+        if isinstance(given, list | tuple):
+            raise TypeError(
+                f"each folder is an argument of its own, got {shown(given)}: write "
+                "`load_records(*folders)`"
+            )
     lines = []
-    for name, run in _runs(map(Path, folders)):
+    for name, run in _runs([path_of("folders", folder) for folder in folders]):
         lines += [{"run": name, **line} for line in History.load(run)._lines()]
     return _frame(lines)
 

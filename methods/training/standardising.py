@@ -29,6 +29,11 @@ _FAR, _NARROW = 5.0, 0.01  # means and deviations beyond these are remarked
 AnyModel = TypeVar("AnyModel", bound="Standardised")
 
 
+@final
+class UnitsWarning(UserWarning):
+    """Rows are far from standard, or lie in half of the model's range."""
+
+
 class Standardised(Protocol):
     """What training on standardised rows asks of a model.
 
@@ -147,22 +152,33 @@ def _units(rows: Tensor) -> Units:
     return Units(mean, deviation.masked_fill(still, 0.0))
 
 
-def remark_units(model: Standardised, rows: Tensor, *, whole: bool = True) -> None:
+def remark_units(
+    model: Standardised,
+    rows: Tensor,
+    *,
+    whole: bool = True,
+    advice: str | None = None,
+    caller: int | None = None,
+) -> None:
     """Say what was seen where rows are far from standard, a column is constant, or a half is unused.
 
     Args:
         model: that is to be trained.
         rows: of the data.
         whole: whether they are all of them; a column may be constant in one batch by chance.
+        advice: what to do about rows far from standard, if not what `fit` offers.
+        caller: how many frames up the warning points; by default at who called `fit`.
     """
     if not rows.is_floating_point():
         return
-    caller = 8 if whole else 7  # who called `fit`: rows in memory come through one frame more
+    if caller is None:
+        caller = 8 if whole else 7  # rows in memory come through one frame more
     if model.visible_range == (-1, 1) and 0 <= float(rows.min()) < float(rows.max()):
         warnings.warn(
             f"the model's visibles lie in [-1, 1], and none of these is negative (they lie in "
             f"[{float(rows.min()):.3g}, {float(rows.max()):.3g}]): if they are images in [0, 1], scale "
             "them with `2 * images - 1`",
+            UnitsWarning,
             stacklevel=caller,
         )
     if model.visible_range is not None or rows.ndim != 2:
@@ -185,9 +201,10 @@ def remark_units(model: Standardised, rows: Tensor, *, whole: bool = True) -> No
         )
     if not seen:
         return
-    known = whole and model.rewritings() is not None
-    advice = "train with `standardise=True`" if known else "scale the rows"
-    warnings.warn(f"{'; '.join(seen)}: {advice}", stacklevel=caller)
+    if advice is None:
+        known = whole and model.rewritings() is not None
+        advice = "train with `standardise=True`" if known else "scale the rows"
+    warnings.warn(f"{'; '.join(seen)}: {advice}", UnitsWarning, stacklevel=caller)
 
 
 def _columns(which: list[int]) -> str:

@@ -155,6 +155,10 @@ def test_what_is_no_run_is_refused(runs: Path, tmp_path: Path) -> None:
         load_records(tmp_path)
     with pytest.raises(ValueError, match="give the folder"):
         load_records()
+    with pytest.raises(TypeError, match=r"write `load_records\(\*folders\)`"):
+        load_records([runs / "a"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`folders` must be a path"):
+        load_records(3)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="holds no run"):
         History.load(tmp_path)
 

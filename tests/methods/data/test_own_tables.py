@@ -41,6 +41,19 @@ def test_columns_are_chosen_scaled_and_known_for_binary(tmp_path: Path) -> None:
     torch.testing.assert_close(scaled.test, (plain.test - mean) / scale)
 
 
+def test_columns_that_pandas_counted_are_names(tmp_path: Path) -> None:
+    """It writes 0, 1, 2, ... above columns without names."""
+    assert len(load_table(csv(tmp_path, "0,1,2\n" + "1,0,1\n" * 10)).train) == 8
+
+
+def test_a_mistyped_array_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", rows=np.ones((9, 2)))
+    with pytest.raises(ValueError, match=r"no array `row`; did you mean `mine.npz:rows`\?"):
+        load_table(tmp_path / "mine.npz:row")
+    with pytest.raises(ValueError, match=r"holds arrays; say which, by name. There is `:rows`"):
+        load_table(tmp_path / "mine.npz")
+
+
 def test_arrays_of_real_numbers_are_tables(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(30, 3))
     np.savez(tmp_path / "mine.npz", x=rows, train=rows[:20], test=rows[20:])
@@ -58,6 +71,15 @@ def test_arrays_of_real_numbers_are_tables(tmp_path: Path) -> None:
         (LINES, {"size": 3}, "`size` means nothing for"),
         ("a,b\n1,x\n2,y\n", {}, r"the column `b` .* holds no numbers .* take: `columns=\['a'\]`"),
         ("a,b\n1,2\n2,\n", {}, "the column `b` .* lacks 1 of its 2 values; fill them, or drop"),
+        ("a\nx\ny\n", {}, r"holds no numbers \(`\w+`\); encode it$"),
+        ("a;b\n" + "1;2\n" * 9, {}, "seem to be separated by semicolons; separate them by commas"),
+        ("a\tb\n" + "1\t2\n" * 9, {}, "seem to be separated by tabs"),
+        (
+            "1.5,-2\n" + "1,2\n" * 9,
+            {},
+            r"first line of .*, `1.5,-2`, holds numbers, where the names",
+        ),
+        ("0,1\n" + "1,0\n" * 9, {}, r"`0,1`, holds numbers, .*; put a line of names above it"),
         ("a\n1\n2\n", {}, "has 2 rows, too few to train and to test"),
         ("", {}, "cannot be read: No columns"),
         ("a\n" + "1\n" * 9, {"standardised": True}, "column 0 is constant in the training rows"),

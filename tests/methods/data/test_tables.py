@@ -262,8 +262,8 @@ def test_unknown_tables_are_refused_with_what_is_there(tmp_path: Path) -> None:
     for bare in (str(path), f"{path}:"):
         with pytest.raises(ValueError, match=r"say which, by name.*`:dna`, `:mushrooms`"):
             load_table(bare)
-    with pytest.raises(ValueError, match=r"holds no binary table.*but `pixels`; rename"):
-        load_table(npz(tmp_path, "other.npz", pixels=bits(3)))
+    with pytest.raises(ValueError, match=r"holds no binary table.*but `train`; rename"):
+        load_table(npz(tmp_path, "other.npz", train=bits(3)))
 
 
 def test_unknown_sources_name_the_nearest(tmp_path: Path) -> None:

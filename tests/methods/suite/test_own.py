@@ -14,6 +14,7 @@ from bilevel.methods.suite.config import ModelConfig
 from bilevel.methods.suite.job import at_hand
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.workers import CrashError
+from bilevel.methods.training.standardising import UnitsWarning
 from bilevel.plugins import entry_points, imported
 from tests.methods.suite import own_things
 from tests.methods.suite.small_suite import no_steps, suite
@@ -221,5 +222,44 @@ def test_objects_are_compared_from_python(tmp_path: Path) -> None:
         compare([rows], folder=tmp_path, **parts)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="two of these are called `four`"):
         compare({"four": rows}, folder=tmp_path, **parts)
+    entry = {"source": "checkerboard", "options": {"size": 30}}
+    (record,) = compare(
+        {"plane": entry}, ["GaussianRBM-2"], ["dsm"], tmp_path / "b", training=parts["training"]
+    )
+    assert record["cell"] == "plane/GaussianRBM-2/dsm/seed0"
     with pytest.raises(FileNotFoundError, match=r"holds no suite"):
         load_suite(tmp_path / "cells")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": "01"}, r"`seeds` must be whole numbers, such as `\[0, 1\]`, got '01'"),
+        ({"seeds": 3}, "`seeds` must be whole numbers"),
+        ({"seeds": [0.5]}, "`seeds` must be a whole number, got 0.5"),
+        ({"folder": None}, "`folder` must be a path"),
+        ({"training": [3]}, "`training` maps settings to values, .*; got a `list`"),
+    ],
+)
+def test_what_compare_cannot_take_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"folder": tmp_path, **changes}
+    with pytest.raises(TypeError, match=message):
+        compare(["moons"], ["GaussianRBM-2"], ["dsm"], **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_far_from_standard_are_told_once_with_what_a_suite_can_do(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "training": {"num_steps": 2, "batch_size": 20},
+        "models": ["GaussianRBM-2"],
+    }
+    with pytest.warns(UnitsWarning, match=r"means from .*: standardise the table: `load_") as said:
+        compare({"far": 100 + own_things.points()}, methods=["dsm", "ml"], folder=tmp_path, **given)
+    assert len([each for each in said if each.category is UnitsWarning]) == 1
+    given["training"]["standardise"] = True
+    with pytest.raises(
+        ValueError, match=r"no training setting of a suite.*`load_table\(PATH, stan"
+    ):
+        compare({"far": own_things.points()}, methods=["dsm"], folder=tmp_path / "b", **given)
