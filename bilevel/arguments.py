@@ -74,7 +74,10 @@ def explained_methods(*names: str) -> Callable[[Class], Class]:
 
     def put(record: Class) -> Class:
         for name in names:
-            setattr(record, name, explained(vars(record)[name]))
+            method = vars(record)[name]
+            of_class = isinstance(method, classmethod)
+            told = explained(method.__func__ if of_class else method)
+            setattr(record, name, classmethod(told) if of_class else told)
         return record
 
     return put
@@ -94,17 +97,21 @@ def _misfit(
     except TypeError:
         pass
     parameters = signature.parameters
-    bound = next(iter(parameters), "") == "self"
+    first = next(iter(parameters), "")
+    bound = first in ("self", "cls")
     name = function.__qualname__.removesuffix(".__init__").rpartition("<locals>.")[2]
     for unknown in (n for n in given if n not in parameters):
-        known = [n for n in parameters if n not in ("self", "args", "kwargs")]
+        known = [n for n in parameters if n not in ("self", "cls", "args", "kwargs")]
         hint = elsewhere.get(unknown) or _meant(unknown, known)
         return f"`{name}` has no argument `{unknown}`; {hint}"
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     places = [n for n, p in parameters.items() if p.kind in positional]
     if len(args) > len(places):
-        rest = [n for n in parameters if n not in places]
+        rest = [n for n in parameters if n not in places and parameters[n].kind not in several]
         by_name = f", the others by name: {_listed(rest)}" if rest else ""
+        if not rest and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            by_name = ", the others by name"
         own = places[1:] if bound else places
         takes = _listed(own) if own else "nothing"
         return f"`{name}` takes {takes} by position{by_name}; got {len(args) - bound} arguments"
@@ -112,13 +119,13 @@ def _misfit(
         n
         for i, (n, p) in enumerate(parameters.items())
         if p.default is p.empty
-        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and p.kind not in several
         and n not in given
         and (i >= len(args) or p.kind is p.KEYWORD_ONLY)
     ]
     if not missing:
         return f"`{name}` got {_listed([n for n in places[: len(args)] if n in given])} twice"
-    method = bound and not function.__qualname__.endswith("__init__")
+    method = first == "self" and not function.__qualname__.endswith("__init__")
     call = " (it is called on an object, not on the class)" if method else ""
     return f"`{name}` needs {_listed(missing)}{call}; `help({name.split('.')[0]})` describes all"
 

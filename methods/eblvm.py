@@ -35,7 +35,7 @@ from bilevel.problem import Loss
 from bilevel.refusals import flag
 
 
-@explained_methods("fit", "sample", "joint_energy", "energy", "reconstruct", "save")
+@explained_methods("fit", "sample", "joint_energy", "energy", "reconstruct", "save", "load")
 class EBLVM(Problem):
     """An energy-based latent-variable model and the bilevel learning problem that trains it.
 
@@ -161,13 +161,13 @@ class EBLVM(Problem):
 
     @final
     def probe(self, v: Tensor) -> None:
-        """Run a few visibles through all networks.
+        """Run a few visibles through all networks, and take on their shape if none was set.
 
         Raises:
             ValueError: if shapes do not fit, naming the network.
         """
         with self.evaluating("running"):
-            self.latent_model = self.latent_model.probe(v)
+            self.latent_model = self.latent_model.probe(v).seen(v)
 
     @final
     def in_data_units(self) -> None:
@@ -314,7 +314,7 @@ class EBLVM(Problem):
 
     @property
     def visible_shape(self) -> tuple[int, ...] | None:
-        """Shape of one visible, `None` if any will do; may be set."""
+        """Shape of one visible, `None` if any will do: may be set, otherwise that of the first data."""
         return self.latent_model.visibles.shape
 
     @visible_shape.setter

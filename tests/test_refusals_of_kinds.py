@@ -147,6 +147,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: RBM(4, 3, generator=0), r"write `Generator\(\).manual_seed\(0\)`"),  # type: ignore[arg-type]
     (lambda: RBM(4, 3, grey="no"), "`grey` must be `True` or `False`"),  # type: ignore[arg-type]
     (lambda: VAE.for_table(4, 2, hidden=20), r"`\(20,\)` for one layer"),  # type: ignore[arg-type]
+    (lambda: ContrastiveDivergence(nn.Linear(4, 1)), r"`ScoreMatching` \(v -> \(n,\)\), and `Gen"),
     (lambda: VaGES(RBM(4, 3), num_samples="2"), "`num_samples` must be a whole number"),  # type: ignore[arg-type]
     (lambda: BiDVL.for_images(32), r"`shape` must be three whole numbers"),  # type: ignore[arg-type]
     (lambda: BiDVL.for_images(torch.zeros(5, 1, 8, 8)), r"of these images it is `\(1, 8, 8\)`"),  # type: ignore[arg-type]

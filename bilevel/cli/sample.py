@@ -11,6 +11,7 @@ from bilevel.cli.options import Parser, UsageError, integer
 from bilevel.cli.progress import stages
 from bilevel.cli.runs import add_model_option, existing, load_model
 from bilevel.files import replacing
+from bilevel.methods import EBLVM
 from bilevel.methods.report.pictures import save_grid
 
 SUMMARY = "draw images from a trained model"
@@ -47,13 +48,25 @@ def command(arguments: list[str]) -> int:
     model = load_model(run, getattr(args, "model", None))
     with stages() as stage:
         stage(f"drawing {args.n:,} samples", 0, 0)
-        samples = model.sample(args.n, torch.Generator().manual_seed(args.seed))
+        samples = _drawn(model, args.n, args.seed)
         if samples.dim() != 4:
             target = _of_rows(target, samples, given="out" in args)
         stage(f"writing {target}", 0, 0)
         _write(samples, target)
     print(target)
     return 0
+
+
+def _drawn(model: EBLVM, n: int, seed: int) -> Tensor:
+    """N samples.
+
+    Raises:
+        UsageError: if the model cannot be sampled.
+    """
+    try:
+        return model.sample(n, torch.Generator().manual_seed(seed))
+    except NotImplementedError as error:
+        raise UsageError(f"this `{type(model).__name__}` cannot be sampled: {error}") from None
 
 
 def _of_rows(target: Path, samples: Tensor, *, given: bool) -> Path:

@@ -13,7 +13,9 @@ _CAUSES = (
 )
 
 
-def remark(hypergradient: Hypergradient, solver: Solver, *, stacklevel: int) -> None:
+def remark(
+    hypergradient: Hypergradient, solver: Solver, *, levels: int = 2, stacklevel: int
+) -> None:
     """Warn of a first hypergradient that is exactly zero, as a whole or where no loss uses a variable.
 
     It looks at numbers, so it waits for the device.
@@ -21,6 +23,7 @@ def remark(hypergradient: Hypergradient, solver: Solver, *, stacklevel: int) -> 
     Args:
         hypergradient: the first one of a run.
         solver: the solver it comes from.
+        levels: 1 for a problem without lower variables.
         stacklevel: as in `warnings.warn`.
     """
     grad = hypergradient.grad
@@ -29,7 +32,13 @@ def remark(hypergradient: Hypergradient, solver: Solver, *, stacklevel: int) -> 
     if not is_main() or not (still or (zero and len(zero) == len(grad))):
         return
     names = ", ".join(f"`{name}`" for name in still[:3]) + (", ..." if len(still) > 3 else "")
-    if still and solver.drops_response:
+    if still and levels == 1:
+        text = (
+            f"the upper loss does not depend on {names}, so it never moves. A constant added to an "
+            "energy, such as the last bias, is no part of its density, and no harm; if it is something "
+            f"else, {_CAUSES}"
+        )
+    elif still and solver.drops_response:
         text = (
             f"the upper loss does not depend on {names}, and `{solver}` (the default solver is "
             "`Alternating()`) drops what comes through the lower level: it never moves. Use "

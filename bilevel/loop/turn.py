@@ -112,7 +112,8 @@ class Turn:
             self._lower()
             hypergradient = self._upper()
         if not self._remarked:
-            remark(hypergradient, self._solver, stacklevel=4)  # the caller of `next`
+            levels = 2 if self.state.problem.variables("lower") else 1
+            remark(hypergradient, self._solver, levels=levels, stacklevel=4)  # the caller of `next`
             self._remarked = True
         for update in self.state.updates.values():
             for scheduler in update.schedulers:

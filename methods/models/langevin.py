@@ -127,7 +127,8 @@ class AnnealedLangevin:
         shape = visibles.shape
         if shape is None:
             raise NotImplementedError(
-                "the shape of a visible is not known; set `visible_shape` before sampling"
+                "the shape of a visible is not known before training; fit the model, or set "
+                "`visible_shape`"
             )
         low, high = visibles.range or (0.0, 1.0)
         denoise = self.denoise / (high - low)

@@ -157,8 +157,8 @@ def require_machine(
     if machine is None:
         raise TypeError(
             f"`{learner}` trains a Boltzmann machine (`RBM`, `GaussianRBM`, `DBM`, `GaussianDBM`), got "
-            f"`{type(model).__name__}`; for energies of your own there are `GeneralBiDVL`, `BiSM` and "
-            "`VaGES`"
+            f"`{type(model).__name__}`; for energies of your own there are `ScoreMatching` (v -> (n,)), "
+            "and `GeneralBiDVL`, `BiSM` and `VaGES` ((v, h) -> (n,))"
         )
     first, deep = machine.latent_dims[0], len(machine.latent_dims) > 1
     if without_free_energy is not None and deep and first > MAX_UNITS:

@@ -130,6 +130,12 @@ class LatentModel(ABC):
         return replace(self, visibles=replace(self.visibles, **changes))
 
     @final
+    def seen(self, v: Tensor) -> Self:
+        """The record with the shape of visibles that it was shown, if it knew none."""
+        known = self.visibles.shape is not None or self.visibles.table is not None
+        return self if known else self.taking(shape=tuple(v.shape[1:]))
+
+    @final
     @property
     def dim(self) -> int | None:
         """Dimension of the latent: as it was given, of the machine or of the posterior; if known."""

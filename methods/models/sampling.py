@@ -101,8 +101,8 @@ def _noise(n: int, visibles: Visibles, generator: torch.Generator | None, like: 
     """Visibles from N(0, 1), or even over their range where they have one, shape (n, *shape)."""
     if visibles.shape is None:
         raise NotImplementedError(
-            "the shape of a visible is not known; set `visible_shape` before sampling, or give visibles "
-            "as `start`"
+            "the shape of a visible is not known before training; fit the model, set "
+            "`visible_shape`, or give visibles as `start`"
         )
     rows = like.new_empty(n, *visibles.shape)
     if visibles.range is None:

@@ -1,5 +1,6 @@
 """A saved model: `model.json`, what it is, and `weights.safetensors` beside it."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 from torch import nn
 
+from bilevel.arguments import explained
 from bilevel.methods.machines import from_recipe
 from bilevel.methods.training.json_lines import read_document, write_document
 from bilevel.methods.training.schemas import Model
@@ -25,10 +27,12 @@ class Saved(Protocol):
     Attributes:
         recipe: these values; `None` if it was made of the caller's own modules.
         standardised: whether it was trained on standardised rows.
+        visible_shape: shape of one visible, if it is known.
     """
 
     recipe: dict[str, Any] | None
     standardised: bool
+    visible_shape: tuple[int, ...] | None
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> Self:
@@ -45,6 +49,8 @@ def write_model(model: Saved, folder: str | os.PathLike[str]) -> None:
     about: dict[str, Any] = {"method": type(model).__name__, "recipe": model.recipe}
     if model.standardised:
         about["standardised"] = True
+    if model.recipe is None and model.visible_shape is not None:  # a recipe tells it
+        about["visible_shape"] = list(model.visible_shape)
     folder = path_of("folder", folder)
     write_weights(folder / WEIGHTS, cast(nn.Module, model).state_dict(), about)
     write_document(folder / ABOUT, about)
@@ -128,15 +134,29 @@ def loaded(
         other = about["method"]
         raise ValueError(f"`{folder}` holds a `{other}`; load it with `{other}.load`")
     if modules:
-        model = kind(**modules)
+        model = cast(AnyModel, explained(cast(Any, kind))(**modules))
     elif about["recipe"] is not None:
         model = rebuilt(kind, about["recipe"], Path(folder) / ABOUT)
     else:
         raise ValueError(
             f"the model in `{folder}` was made of your own modules; pass them again: "
-            f"`{name}.load(folder, energy=..., ...)`"
+            f"`{name}.load(folder, {_needed(kind)})`"
         )
     return restored_into(model, folder)
+
+
+def _needed(kind: type[Saved]) -> str:
+    """The arguments of a constructor that have no default, as they are written in a call.
+
+    Example:
+        >>> class Own:
+        ...     def __init__(self, energy, latent_dim, *, width=3): ...
+        >>> _needed(Own)
+        'energy=..., latent_dim=...'
+    """
+    parameters = inspect.signature(kind).parameters.values()
+    named = [p.name for p in parameters if p.default is p.empty and p.kind.name != "VAR_KEYWORD"]
+    return ", ".join(f"{name}=..." for name in named)
 
 
 def restored_into(model: AnyModel, folder: str | os.PathLike[str]) -> AnyModel:
@@ -156,5 +176,7 @@ def restored_into(model: AnyModel, folder: str | os.PathLike[str]) -> AnyModel:
     module = cast(nn.Module, model)
     read_into(module, folder)
     model.standardised = bool(about.get("standardised", False))
+    if about.get("visible_shape") is not None and model.visible_shape is None:
+        model.visible_shape = tuple(about["visible_shape"])
     module.eval()
     return model

@@ -92,6 +92,7 @@ class Model(BaseModel, extra="allow", strict=True):
 
     method: str
     recipe: dict[str, Any] | None
+    visible_shape: list[int] | None = None
 
 
 @final

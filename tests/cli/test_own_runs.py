@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bilevel.cli import main
-from bilevel.methods import VAE, GaussianRBM, MaximumLikelihood
+from bilevel.methods import VAE, GaussianRBM, MaximumLikelihood, ScoreMatching
 from tests import runs
 from tests.methods.suite.own_things import Denoiser
 
@@ -58,6 +58,36 @@ def test_networks_of_ones_own_are_sampled(run: Path, capsys: Capture) -> None:
     learner = runs.small().load(run / "model", **parts())
     expected = learner.sample(3, torch.Generator().manual_seed(0))
     assert (drawn[0] == expected.numpy()).all()
+
+
+def energy() -> Any:
+    return ScoreMatching(Far())
+
+
+class Far(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        return self.scale * v.square().sum(1)
+
+
+def test_an_energy_of_ones_own_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sample = ["sample", "mine", "-n", "2", "--model", f"{__name__}:energy"]
+    model = energy()
+    model.fit(torch.randn(8, 2), num_steps=1, batch_size=4, run="mine")
+    assert main(sample) == 0
+    with np.load("mine/drawn.npz") as file:
+        assert file["rows"].shape == (2, 2)
+    model.visible_shape = None  # as earlier versions left it
+    model.save("mine/model")
+    capsys.readouterr()
+    assert main(sample) == 2
+    assert "this `ScoreMatching` cannot be sampled: the shape of a vis" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])

@@ -1,5 +1,7 @@
 """Scores, differentiable energies and chains of trained models: closed form, differences, automatic."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +208,34 @@ def test_chains_begin_anywhere() -> None:
     rbm = ContrastiveDivergence(machine(GaussianRBM, 5, 3))
     exact = rbm.sample(4, rng(5), start="exact")
     torch.testing.assert_close(rbm.sample(4, rng(5), start="exact", sampler=still), exact)
+
+
+def test_the_shape_of_the_first_data_is_kept_and_saved(tmp_path: Path) -> None:
+    still, made = Langevin(1, 1e-12, temperature=0.0), ScoreMatching(Well(), objective="exact")
+    made.double().langevin = (1, 0, 0)
+    with pytest.warns(RuntimeWarning, match=r"bias`, so it never moves. A constant.* last") as seen:
+        made.fit(rows(), num_steps=1, batch_size=7)
+    assert "solver=" not in str(seen[0].message)  # none but the default fits a single level
+    assert made.visible_shape == (5,)
+    made.save(tmp_path)
+    loaded = ScoreMatching.load(tmp_path, model=Well())
+    for model in (made, loaded):
+        assert model.sample(3, rng(), sampler=still, start="noise").shape == (3, 5)
+        assert model.sample(3, rng()).shape == (3, 5)
+    about = json.loads((tmp_path / "model.json").read_text())
+    assert (about["recipe"], about["visible_shape"]) == (None, [5])
+    chosen = ScoreMatching(Well(), objective="exact").double()
+    chosen.visible_shape = (1, 5)
+    with pytest.raises(ValueError, match=r"takes visibles of shape \(n, 1, 5\)"):
+        chosen.fit(rows(), num_steps=1, batch_size=7)
+    for arguments, message in (
+        ({}, r"`ScoreMatching.load\(folder, model=...\)`"),
+        ({"energy": Well()}, "`ScoreMatching` has no argument `energy`; choose one of `model`"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ScoreMatching.load(tmp_path, **arguments)
+    with pytest.raises(TypeError, match=r"takes `folder` by position, the others by name"):
+        ScoreMatching.load(tmp_path, Well())  # type: ignore[call-arg]
 
 
 def test_chains_of_a_machine_are_of_its_distribution() -> None:
