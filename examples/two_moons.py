@@ -56,7 +56,6 @@ def main(num_steps: int, moves: int, path: Path) -> None:
     data, test = MOONS.sample(20_000, generator), MOONS.sample(5000, generator)
 
     model = ScoreMatching(Energy(), objective="exact")
-    model.visible_shape = (2,)
     model.fit(data, num_steps=num_steps, batch_size=256, upper_lr=2e-3, schedule="cosine")
 
     points = torch.tensor([[0.33, 0.8], [0.33, 0.75], [0.33, 0.7]])  # above a moon, on it, below

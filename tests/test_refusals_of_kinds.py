@@ -23,11 +23,13 @@ from bilevel import (
     check_hypergradient,
     train,
 )
-from bilevel.methods import RBM, VAE, BiDVL, ContrastiveDivergence, VaGES
+from bilevel.methods import RBM, VAE, BiDVL, ContrastiveDivergence, History, VaGES
 from bilevel.methods.data.densities import density
 from bilevel.methods.data.images import load_images
 from bilevel.methods.data.tables import load_table
 from bilevel.methods.likelihood import annealed_importance_sampling, exact_samples, log_likelihood
+from bilevel.methods.report import plot_density
+from bilevel.methods.samplers import Langevin
 from tests.problems import NetProblem, Quadratic, normal, regression
 
 BITS = torch.tensor([[0.0, 1.0, 1.0, 0.0]] * 6)
@@ -56,6 +58,13 @@ def run(problem: Problem | None = None, data: Any = None, **changes: Any) -> Non
     }
     for _ in train(problem, data, **{**settings, **changes}):
         pass
+
+
+CHAINS = Langevin(2, 0.1)
+
+
+def square(v: torch.Tensor) -> torch.Tensor:
+    return v.square().sum(1)
 
 
 def learner() -> ContrastiveDivergence:
@@ -148,6 +157,32 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: RBM(4, 3, grey="no"), "`grey` must be `True` or `False`"),  # type: ignore[arg-type]
     (lambda: VAE.for_table(4, 2, hidden=20), r"`\(20,\)` for one layer"),  # type: ignore[arg-type]
     (lambda: ContrastiveDivergence(nn.Linear(4, 1)), r"`ScoreMatching` \(v -> \(n,\)\), and `Gen"),
+    # samplers, pictures, functions that `fit` calls
+    (lambda: CHAINS.run(learner(), BITS), "got a learner; give `model.energy_function`"),
+    (
+        lambda: CHAINS.run(learner().energy, BITS),
+        "which has no gradient; give `model.energy_function`",
+    ),
+    (lambda: next(CHAINS.steps("energy", BITS)), "`energy` must be a function .*'energy'"),  # type: ignore[arg-type]
+    (lambda: CHAINS.run(square, [[0.0, 1.0]]), "`start` must be a tensor"),  # type: ignore[arg-type]
+    (lambda: CHAINS.run(square, torch.zeros(())), "`start` must be floating-point rows"),
+    (lambda: CHAINS.run(square, BITS, "0"), "`generator` must be a `torch.Generator`"),  # type: ignore[arg-type]
+    (
+        lambda: CHAINS.run(lambda v: square(v.detach()), BITS),
+        "of a learner that is `model.energy_f",
+    ),
+    (lambda: plot_density(square, box=(0, 1)), r"`box` must be \(\(low, high\)"),  # type: ignore[arg-type]
+    (
+        lambda: plot_density(learner(), box=((0, 1), (0, 1))),
+        r"`ContrastiveDivergence` have shape \(4,\)",
+    ),
+    (
+        lambda: fit(evaluate=lambda m: {"mine": "good"}, evaluate_every=1),
+        "one number by each name, got 'good' for 'mine'",
+    ),
+    (lambda: fit(augment=lambda v: v), r"called as `augment\(visibles, generator\)`"),
+    (lambda: fit(augment=nn.Identity()), r"called as `augment\(visibles, generator\)`"),
+    (lambda: History().plot("x"), "`History.plot` takes nothing by position"),  # type: ignore[call-arg]
     (lambda: VaGES(RBM(4, 3), num_samples="2"), "`num_samples` must be a whole number"),  # type: ignore[arg-type]
     (lambda: BiDVL.for_images(32), r"`shape` must be three whole numbers"),  # type: ignore[arg-type]
     (lambda: BiDVL.for_images(torch.zeros(5, 1, 8, 8)), r"of these images it is `\(1, 8, 8\)`"),  # type: ignore[arg-type]

@@ -62,7 +62,8 @@ def plane_density(model: Any, box: Box, *, size: int = 400) -> PlaneDensity:
         size: cells along a side.
 
     Raises:
-        ValueError: if the box is empty, or the energy is no finite number per point.
+        ValueError: if the box is none or empty, the model's visibles are not two numbers, or the energy
+            is no finite number per point.
 
     Example:
         >>> normal = plane_density(lambda v: v.square().sum(1) / 2, ((-6, 6), (-6, 6)))
@@ -70,8 +71,13 @@ def plane_density(model: Any, box: Box, *, size: int = 400) -> PlaneDensity:
         (1.8379, 1.8379)
     """
     whole("size", size, 2)
-    if not all(low < high for low, high in box):
+    if not _is_box(box):
         raise ValueError(f"`box` must be ((low, high), (low, high)) with low < high, got {box!r}")
+    if (shape := getattr(model, "visible_shape", None)) not in (None, (2,)):
+        raise ValueError(
+            "a density on the plane is one of two real visibles, shape (2,), but those of this "
+            f"`{type(model).__name__}` have shape {shape}"
+        )
     energy = getattr(model, "energy_function", model)
     like = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
     sides = [(low, (high - low) / size) for low, high in box]
@@ -91,6 +97,14 @@ def plane_density(model: Any, box: Box, *, size: int = 400) -> PlaneDensity:
             stacklevel=2,
         )
     return PlaneDensity(energy, box, values - log_partition, log_partition)
+
+
+def _is_box(box: Any) -> bool:
+    try:
+        (left, right), (low, high) = box
+        return bool(left < right and low < high)
+    except (TypeError, ValueError):
+        return False
 
 
 def _energies(energy: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bilevel.methods.data.containers import as_tensor
 from bilevel.methods.data.grids import MISSING
 from bilevel.methods.likelihood.plane import Box, plane_density
 
@@ -18,8 +19,8 @@ _DOTS = 1000  # of each kind
 def plot_density(
     model: Any,
     *,
-    data: Tensor | None = None,
-    samples: Tensor | None = None,
+    data: Any = None,
+    samples: Any = None,
     box: Box | None = None,
     size: int = 300,
 ) -> "Figure":
@@ -51,7 +52,7 @@ def plot_density(
     except ImportError:
         raise ImportError(MISSING.format("matplotlib")) from None
     dots = {"data": data, "samples": samples}
-    panels = {name: points for name, points in dots.items() if points is not None}
+    panels = {name: as_tensor(points) for name, points in dots.items() if points is not None}
     for name, points in panels.items():
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"`{name}` must be of shape (n, 2), got {tuple(points.shape)}")

@@ -9,12 +9,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from bilevel.methods.samplers.slopes import Energy, energies_and_slopes
+from bilevel.refusals import a_generator, a_tensor, shown
 
 CHECK_EVERY = 100
 """Steps between two looks for chains that left all bounds: each look waits for a GPU."""
@@ -127,10 +128,13 @@ class Sampler(ABC):
             limits: smallest and largest value of a visible, if there are any.
 
         Raises:
+            TypeError: if `energy` is no function, or one without a gradient, `start` no tensor, or
+                `generator` none.
             ValueError: if `start` is no floating-point tensor of rows, or the energy gives other than
                 one number per row.
             FloatingPointError: if a chain left all bounds.
         """
+        _refuse_kinds(energy, start, generator)
         if not start.is_floating_point() or start.ndim < 2 or len(start) == 0:
             raise ValueError(
                 f"`start` must be floating-point rows, shape (n, ...), got {start.dtype} of shape "
@@ -161,7 +165,8 @@ class Sampler(ABC):
 
         Warns if chains hardly moved.
         """
-        taken = torch.zeros(len(start), device=start.device)
+        _refuse_kinds(energy, start, generator)
+        taken = torch.zeros(len(start) if start.ndim else 0, device=start.device)
         for state in self.steps(energy, start, generator, limits=limits):
             taken += state.accepted
         draws = ChainEnds(state.visible, state.energy, taken / self.num_steps)
@@ -193,3 +198,21 @@ class Sampler(ABC):
             "the data",
             stacklevel=3,
         )
+
+
+def _refuse_kinds(energy: Any, start: Any, generator: Any) -> None:
+    """Refuse what is no energy, no tensor or no generator; a learner and its `energy` by name."""
+    owner = getattr(energy, "__self__", energy)
+    if getattr(owner, "energy_function", None) is not None and energy in (owner, owner.energy):
+        what = "a learner" if energy is owner else "its `energy`, which has no gradient"
+        raise TypeError(
+            f"`energy` must be a differentiable function (n, ...) -> (n,), got {what}; give "
+            "`model.energy_function`, or draw with `model.sample(n, sampler=...)`"
+        )
+    if not callable(energy) or isinstance(energy, type):
+        raise TypeError(
+            f"`energy` must be a function (n, ...) -> (n,), such as `model.energy_function`, got "
+            f"{shown(energy)}"
+        )
+    a_tensor("start", start)
+    a_generator("generator", generator)

@@ -49,7 +49,7 @@ def _of_part(energy: Energy, v: Tensor) -> tuple[Tensor, Tensor]:
         if not energies.requires_grad:
             raise ValueError(
                 "the energy has no gradient in its input; compute it from the tensor that is passed, "
-                "outside of `torch.no_grad()`"
+                "outside of `torch.no_grad()`; of a learner that is `model.energy_function`"
             )
         (slope,) = torch.autograd.grad(energies.sum(), leaf, materialize_grads=True)
         return energies.detach(), slope

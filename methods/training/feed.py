@@ -1,12 +1,13 @@
 """`Feed`: what a training reads its batches from, whatever the data came as."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel import Batches
 from bilevel.batches import Source
@@ -138,6 +139,16 @@ def _refuse_augment(augment: Any, training: Training) -> None:
             "`augment` must be a function `(visibles, generator) -> visibles`, got "
             f"{shown(augment)}"
         )
+    try:
+        called = augment.forward if isinstance(augment, nn.Module) else augment
+        inspect.signature(called).bind(None, None)
+    except TypeError:
+        raise TypeError(
+            "`augment` is called as `augment(visibles, generator)`, and what was given does not take "
+            "these two; write `lambda v, generator: ...` around it"
+        ) from None
+    except ValueError:  # written in C, say, with no signature to look at
+        pass
     if training.standardise:
         raise ValueError(
             "`augment` is given visibles in the data's units, and `standardise` trains in others; leave "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 from bilevel import Result, Solver, Step
+from bilevel.arguments import explained_methods
 from bilevel.cards import Card, curves, digits, numbers_by_name, plural
 from bilevel.methods.training.curves import draw_panels, evaluation_panels, loss_panels
 from bilevel.methods.training.run import Run
@@ -20,6 +21,7 @@ _MISSING = "a data frame needs pandas; install it with `pip install 'bilevel[tab
 
 
 @final
+@explained_methods("plot", "to_frame")
 @dataclass(frozen=True)
 class History:
     """What training recorded.

@@ -178,8 +178,17 @@ def _measured(model: Trainable, step: Step, evaluate: Evaluate) -> _Measured:
             '`evaluate` must return a dict of numbers by name, such as `{"my_number": 1.5}`, got '
             f"{shown(results)}"
         )
-    numbers = {name: float(value) for name, value in results.items()}
+    numbers = {name: _number(name, value) for name, value in results.items()}
     return _Measured(model, {"step": step.number, "seconds": round(step.seconds, 4), **numbers})
+
+
+def _number(name: Any, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"`evaluate` must return one number by each name, got {shown(value)} for {name!r}"
+        ) from None
 
 
 def _average(step: Step | None, folder: Run | None) -> dict[str, Any]:
