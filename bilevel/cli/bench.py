@@ -12,7 +12,8 @@ from bilevel.cli.own import add_code_option, own_of
 from bilevel.cli.placing import add_device, device_of
 from bilevel.cli.progress import stages
 from bilevel.cli.signals import named, status_of
-from bilevel.methods.suite.config import SuiteConfig, load_config, parse_config
+from bilevel.methods.data.tables import TABLES
+from bilevel.methods.suite.config import DataConfig, SuiteConfig, load_config, parse_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.presets import SUITES
 from bilevel.methods.suite.ranking import as_plain, rankings, rankings_plain
@@ -36,20 +37,20 @@ Running the same command again goes on where the last one stopped.
 """
 _GRID = ("data", "models", "methods")
 _TRAINING = ("num_steps", "batch_size")
+_ELSEWHERE = {f"--{n}": f"`--{n}` is for `bilevel bench solvers`" for n in ("problems", "solvers")}
 
 
 def command(arguments: list[str]) -> int:
     """Read the arguments, run what is missing and write the report."""
+    if arguments[:1] == ["solvers"]:
+        return run_solvers(arguments[1:])
     parser = Parser("bench", SUMMARY, "SUITE [options]", _EXAMPLES)
     _add_options(parser)
-    args = parser.read(arguments)
+    args = parser.read(arguments, _ELSEWHERE)
     if args.suite not in _SUITES:
         raise UsageError(f"there is no suite `{args.suite}`; {nearest(args.suite, _SUITES)}")
     if args.suite == "solvers":
-        return run_solvers(args)
-    for name in ("problems", "solvers"):
-        if name in args:
-            raise UsageError(f"`--{name}` is for `bilevel bench solvers`")
+        raise UsageError("the name of the suite comes first: `bilevel bench solvers ...`")
     config, source = _configuration(args)
     if "seeds" in args:
         config = config.with_seeds(args.seeds)
@@ -78,6 +79,11 @@ def _configuration(args: argparse.Namespace) -> tuple[SuiteConfig, str]:
         raise UsageError("`--preset` and `--config` both name a configuration; choose one")
     training = {name: getattr(args, name) for name in _TRAINING if name in args}
     if not grid:
+        if "standardised" in args:
+            raise UsageError(
+                "`--standardised` belongs to `--data`, `--models` and `--methods`; in a configuration "
+                'write `"options": {"standardised": true}` beside the `source`'
+            )
         if training:
             flag = next(iter(training)).replace("_", "-")
             raise UsageError(f"`--{flag}` belongs to `--data`, `--models` and `--methods`")
@@ -91,10 +97,28 @@ def _configuration(args: argparse.Namespace) -> tuple[SuiteConfig, str]:
     for part in _GRID:
         if part not in grid:
             raise UsageError(f"`--{next(iter(grid))}` is one part of a comparison; add `--{part}`")
+    grid["data"] = _tables(grid["data"], "standardised" in args)
     block = {**grid, "training": training}
     return parse_config(
         {"name": "mine", "blocks": [block]}, "the command line"
     ), "of the command line"
+
+
+def _tables(sources: list[str], standardised: bool) -> list[dict[str, Any]]:
+    """The entries of data; those whose last parts are alike are named by their whole paths."""
+    if standardised and not set(sources).difference(TABLES):
+        raise UsageError(f"`--standardised` is for tables of your own; `{sources[0]}` is none")
+    names = [DataConfig.model_validate(source).name for source in sources]
+    entries: list[dict[str, Any]] = []
+    for source, name in zip(sources, names, strict=True):
+        entry: dict[str, Any] = {"source": source}
+        if names.count(name) > 1:
+            parts = [part for part in Path(source).parts if part not in ("/", "..")]
+            entry["name"] = "-".join(parts).replace(":", "-")
+        if standardised and source not in TABLES:
+            entry["options"] = {"standardised": True}
+        entries.append(entry)
+    return entries
 
 
 def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[str, Any]) -> int:
@@ -112,7 +136,7 @@ def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[
         print(f"bilevel: {error}", file=sys.stderr)
         status = 1
     if home.records():
-        _tables(home)
+        _print_tables(home)
         with stages() as stage:
             stage("drawing figures and writing the report", 0, 0)
             page = write_suite_report(home, own)
@@ -120,7 +144,7 @@ def _run(config: SuiteConfig, home: SuiteFolder, own: dict[str, Any], how: dict[
     return status
 
 
-def _tables(home: SuiteFolder) -> None:
+def _print_tables(home: SuiteFolder) -> None:
     """What was found, for a terminal: a star marks the best."""
     records = home.records()
     found = groups(records, [cell.name for cell in home.config().cells()])
@@ -131,7 +155,11 @@ def _tables(home: SuiteFolder) -> None:
 
 
 def _add_options(parser: Parser) -> None:
-    parser.add_argument("suite", metavar="SUITE", help=", ".join(_SUITES))
+    parser.add_argument(
+        "suite",
+        metavar="SUITE",
+        help="eblvm, whose options these are, or solvers, see `bilevel bench solvers --help`",
+    )
     presets = list(SUITES)
     parser.add_argument(
         "--preset",
@@ -165,8 +193,6 @@ _PARTS = {
     "data": "names, .npz, .csv and .parquet files",
     "models": "such as RBM-15 or DBM-20-10",
     "methods": "short names such as ml, cd1, bism-dsm",
-    "problems": "of the suite of solvers: quadratic, ridge, logistic",
-    "solvers": "of the suite of solvers: such as cholesky, unrolled-5",
 }
 
 
@@ -177,6 +203,11 @@ def _add_parts(parser: Parser) -> None:
     )
     for name, text in _PARTS.items():
         group.add_argument(f"--{name}", nargs="+", metavar=name.rstrip("s").upper(), help=text)
+    group.add_argument(
+        "--standardised",
+        action="store_true",
+        help="give columns of your tables mean 0 and deviation 1 on the training rows",
+    )
     for name in _TRAINING:
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, dest=name, type=integer, metavar="N", help="of every training")

@@ -1,6 +1,5 @@
 """`bilevel bench solvers`: hypergradients against the truth, and what they cost."""
 
-import argparse
 import inspect
 import json
 import statistics
@@ -13,7 +12,7 @@ from torch import nn
 from bilevel import Problem, Solver
 from bilevel.check.cases import CASES, Case
 from bilevel.check.comparing_solvers import SolverRecord, measure_solver
-from bilevel.cli.options import UsageError
+from bilevel.cli.options import Parser, UsageError, integer
 from bilevel.files import write_text
 from bilevel.methods.catalogue import called, make_solver, of_own
 from bilevel.methods.suite.ranking import as_plain
@@ -45,16 +44,42 @@ _NOTES = (
 )
 
 
-def run_solvers(args: argparse.Namespace) -> int:
+_SUMMARY = "compare solvers: how far their hypergradients are from the truth, and their cost"
+_EXAMPLES = """  bilevel bench solvers
+  bilevel bench solvers --problems quadratic ridge --solvers cholesky gmres
+  bilevel bench solvers --solvers cholesky mine.solvers:Mine --seeds 0 1 2
+"""
+_OF_EBLVM = (
+    *("preset", "config", "data", "models", "methods", "only", "show", "num-steps", "batch-size"),
+    *("standardised", "code", "device"),
+)
+_ELSEWHERE = {
+    **{f"--{name}": f"`--{name}` is for `bilevel bench eblvm`" for name in _OF_EBLVM},
+    "--jobs": "solvers are timed, so one runs at a time",
+}
+
+
+def _parser() -> Parser:
+    parser = Parser("bench solvers", _SUMMARY, "[options]", _EXAMPLES)
+    own = "or package.module:Name (default: all of these)"
+    for name, known in (("problems", CASES), ("solvers", _SOLVERS)):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            metavar=name.rstrip("s").upper(),
+            help=f"{', '.join(known)}; {own}",
+        )
+    parser.add_argument(
+        "--seeds", type=integer, nargs="+", metavar="N", help="of the problems (default: 0)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (default: runs/solvers)")
+    parser.add_argument("--list", action="store_true", help="list what would be measured")
+    return parser
+
+
+def run_solvers(arguments: list[str]) -> int:
     """Measure every solver on every problem, print and write what came out."""
-    for name in ("preset", "config", "data", "models", "methods", "only", "show"):
-        if name in args:
-            raise UsageError(
-                f"`--{name}` is for `bilevel bench eblvm`; of solvers there are `--problems`, "
-                "`--solvers` and `--seeds`"
-            )
-    if args.jobs != 1:
-        raise UsageError("solvers are timed, so one runs at a time; leave `--jobs` out")
+    args = _parser().read(arguments, _ELSEWHERE)
     problems = getattr(args, "problems", list(CASES))
     solvers = {_short(name): _solver(name) for name in getattr(args, "solvers", list(_SOLVERS))}
     seeds = getattr(args, "seeds", [0])
@@ -91,8 +116,10 @@ def _found(what: str, name: str, known: Iterable[str]) -> Any:
         return imported(name)
     if name in entry_points(what):
         return plugged(what, name)
+    hint = nearest(name, known)
+    stop = "" if hint.endswith("?") else "."
     raise UsageError(
-        f"there is no {what} `{name}`; {nearest(name, known)} One of your own is `package.module:Name`"
+        f"there is no {what} `{name}`; {hint}{stop} One of your own is `package.module:Name`"
     )
 
 

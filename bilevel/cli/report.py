@@ -42,11 +42,17 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
     stage("drawing the pages", 0, 0)
     if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
         return write_suite_report(SuiteFolder(args.runs[0]), path=getattr(args, "out", None))
+    if len(args.runs) == 1 and _of_solvers(args.runs[0]):
+        raise UsageError(
+            f"`{args.runs[0]}` holds what `bilevel bench solvers` measured; its report is "
+            f"`{Path(args.runs[0]) / 'tables.md'}`"
+        )
     several = len(args.runs) > 1  # of runs/*, what is no run is left out
     folders = [
         name
         for name in args.runs
-        if not several or (Path(name).is_dir() and not SuiteFolder(name).exists)
+        if not several
+        or (Path(name).is_dir() and not SuiteFolder(name).exists and not _of_solvers(name))
     ]
     runs = [existing(folder) for folder in folders]
     if not runs:
@@ -60,3 +66,8 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
         beside = runs[0].folder.parent / "comparison.html"
         return write_comparison(runs, getattr(args, "out", beside))
     return outcome.report(runs[0], getattr(args, "out", None))
+
+
+def _of_solvers(folder: str) -> bool:
+    """Whether it holds what `bilevel bench solvers` wrote."""
+    return (Path(folder) / "tables.md").exists() and not SuiteFolder(folder).exists

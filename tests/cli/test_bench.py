@@ -48,6 +48,9 @@ def test_the_command_runs_lists_and_reports(file: Path, capsys: Capture) -> None
     assert "digits/RBM-15/advil/seed2" in capsys.readouterr().out
 
 
+MOONS = ["eblvm", "--data", "moons", "--models", "GaussianRBM-2", "--methods", "dsm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +64,10 @@ def test_the_command_runs_lists_and_reports(file: Path, capsys: Capture) -> None
         (["eblvm", "--num-steps", "3"], "`--num-steps` belongs to `--data`"),
         (["eblvm", "--config", "tiny.json", "--data", "moons"], "choose one"),
         (["eblvm", "--jobs", "0"], "`--jobs` must be positive"),
+        (["eblvm", "--standardised"], "beside the `source`"),
+        ([*MOONS, "--standardised"], "is for tables of your own; `moons` is none"),
+        (["--jobs", "2", "solvers"], "the name of the suite comes first"),
+        (["eblvm", "--data", "a/t.csv", *MOONS[3:]], "`a/t.csv`; check the path. Put it there"),
     ],
 )
 def test_bad_arguments_are_one_helpful_sentence(
@@ -84,12 +91,25 @@ def test_a_comparison_is_written_on_the_command_line(tmp_path: Path, capsys: Cap
     methods = ["--methods", "ml", f"{HERE}:Denoiser", "--num-steps", "3", "--batch-size", "20"]
     folder = tmp_path / "out"
     bench = ["bench", "eblvm", *parts, *methods, "--out", str(folder)]
-    assert main(bench) == 0
+    assert main([*bench, "--standardised"]) == 0
     out = capsys.readouterr().out
     assert "[2/2] mine/four/Denoiser/seed0" in out
     shown = json.loads((folder / "suite.json").read_text())["blocks"][0]
     assert shown["methods"][1]["method"] == f"{HERE}:Denoiser"
     assert shown["training"] == {"num_steps": 3, "batch_size": 20}
+    assert shown["data"][0]["options"] == {"standardised": True}
+
+
+def test_tables_of_one_name_are_told_apart_by_their_paths(file: Path, capsys: Capture) -> None:
+    tables = ["a/t.csv", "../b/t.csv", "moons"]
+    bench = ["bench", "eblvm", "--data", *tables, *MOONS[3:], "--standardised", "--show"]
+    assert main(bench) == 0
+    data = json.loads(capsys.readouterr().out)["blocks"][0]["data"]
+    assert [(each["name"], each["options"]) for each in data] == [
+        ("a-t.csv", {"standardised": True}),
+        ("b-t.csv", {"standardised": True}),
+        ("moons", {}),
+    ]
 
 
 def test_a_file_that_names_code_does_not_run_it(

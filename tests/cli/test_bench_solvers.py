@@ -73,6 +73,8 @@ def test_problems_and_solvers_of_ones_own_stand_beside_the_known(
     assert right["relative_error"] < 1e-8
     assert right["method"] == repr(exact)
     assert "| exact |" in (tmp_path / "tables.md").read_text()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"its report is `{tmp_path / 'tables.md'}`" in capsys.readouterr().err
 
 
 def test_a_solver_that_gives_no_answer_says_why(tmp_path: Path) -> None:
@@ -87,6 +89,7 @@ def test_a_solver_that_gives_no_answer_says_why(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("--solvers choleski", "there is no solver `choleski`; did you mean `cholesky`?"),
+        ("--solvers x", "`neumann-20`, `identity`. One of your own is `package.module:Name`"),
         ("--problems quadratics", "there is no problem `quadratics`; did you mean `quadratic`?"),
         ("--solvers {here}:broken", ":broken` raised RuntimeError: no licence"),
         (

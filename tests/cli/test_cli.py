@@ -295,7 +295,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["nothing"])
 
 
-COMMANDS = ["", "demo", "train", "presets", "sample", "evaluate", "report", "bench", "features"]
+COMMANDS = [
+    "",
+    "demo",
+    "train",
+    "presets",
+    "sample",
+    "evaluate",
+    "report",
+    "bench",
+    "bench solvers",
+    "features",
+]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"train {name}" for name in IMAGE_METHODS)])
