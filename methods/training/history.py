@@ -144,9 +144,6 @@ def load_records(*folders: str | os.PathLike[str]) -> "DataFrame":
         ValueError: if no folder is given, or a line is damaged, naming it.
         TypeError: if a folder is no path.
         ImportError: if pandas is not installed.
-
-    Example:
-        >>> load_records("runs/first", "runs/second").groupby("run").last()  # doctest: +SKIP
     """
     if not folders:
         raise ValueError("there is nothing to read; give the folder of a run, or of several")
