@@ -459,13 +459,13 @@ def test_unrolled_hypergradient_for_gaussian_latents(divergence: str) -> None:
 def test_an_energy_that_is_no_machine_does_what_it_can() -> None:
     made = linear(langevin=(2, 5, 2))
     v = normal(40, 3)
+    with pytest.raises(NotImplementedError, match="the shape of a visible is not known"):
+        made.sample(3)
     assert made.fit(v, num_steps=2, batch_size=10).steps == 2
+    assert made.visible_shape == (3,)  # of what it was trained on
     assert made.posterior(v).mean.shape == (40, 2)
     assert made.energy(v).shape == (40,)
     assert made.reconstruct(v).shape == v.shape
-    with pytest.raises(NotImplementedError, match="the shape of a visible is not known"):
-        made.sample(3)
-    made.visible_shape = (3,)
     assert made.sample(3, generator()).shape == (3, 3)
     with pytest.raises(NotImplementedError, match="`LinearEnergy` is no Boltzmann machine"):
         _ = made.model
