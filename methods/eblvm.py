@@ -290,7 +290,7 @@ class EBLVM(Problem):
         Raises:
             NotImplementedError: if the energy is no machine.
         """
-        return self.latent_model.known_machine(type(next(self.upper.children())).__name__)
+        return self.latent_model.known_machine(self)
 
     @final
     @property

@@ -160,16 +160,17 @@ class LatentModel(ABC):
         return dim
 
     @final
-    def known_machine(self, energy: str) -> BoltzmannMachine:
+    def known_machine(self, learner: Any) -> BoltzmannMachine:
         """The Boltzmann machine.
 
         Args:
-            energy: what to call the energy in the refusal.
+            learner: whose upper level names the energy in the refusal.
 
         Raises:
             NotImplementedError: if the energy is no machine.
         """
         if self.machine is None:
+            energy = type(next(learner.upper.children())).__name__
             raise NotImplementedError(
                 f"`{energy}` is no Boltzmann machine of `bilevel.methods.models`; use "
                 "`joint_energy(v, h)` and `posterior(v)`"
