@@ -34,9 +34,9 @@ def remark(
     names = ", ".join(f"`{name}`" for name in still[:3]) + (", ..." if len(still) > 3 else "")
     if still and levels == 1:
         text = (
-            f"the upper loss does not depend on {names}, so it never moves. A constant added to an "
-            "energy, such as the last bias, is no part of its density, and no harm; if it is something "
-            f"else, {_CAUSES}"
+            f"the upper loss does not depend on {names}, so it never moves. That is no harm to a bias "
+            "that cancels, a constant added to all that the loss compares; if it is something else, "
+            f"{_CAUSES}"
         )
     elif still and solver.drops_response:
         text = (
