@@ -66,6 +66,7 @@ def command(arguments: list[str]) -> int:
     device = device_of(getattr(args, "device", "cpu"))
     addresses = [name for part in _GRID for name in getattr(args, part, [])]
     own = own_of(config, addresses, args.code)
+    config.cells(only)  # refuses what is not there before a word of writing
     print(f"configuration {source}\nwriting to {home.folder}", flush=True)
     how = {"only": only, "device": device, "observer": _show, "own": own, "jobs": args.jobs}
     return _run(config, home, own, how)

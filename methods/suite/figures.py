@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from bilevel.files import replacing
+from bilevel.methods.data.grids import MISSING
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.suite.job import Job
 from bilevel.methods.suite.judge import log_density
@@ -252,7 +253,5 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            "drawing needs matplotlib; install it with `pip install 'bilevel[report]'`"
-        ) from None
+        raise ImportError(MISSING.format("matplotlib")) from None
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
