@@ -29,6 +29,7 @@ from bilevel.devices import elsewhere, global_generators
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.losses.answers import scalar
 from bilevel.losses.hooks import refuse_hooks
+from bilevel.losses.in_training import AsInTraining
 from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
@@ -226,9 +227,7 @@ class Oracles:
         self, what: Level | Literal["share"], batch: Any, upper: Tree, lower: Tree, index: int
     ) -> tuple[Any, Tree]:
         """What the problem answers at (upper, lower), and the buffers that this left behind."""
-        pairs = (self._upper, upper), (self._lower, lower)
-        with undisturbed():
-            values = self.slots.substitute(*pairs)
+        values = self.slots.substitute((self._upper, upper), (self._lower, lower))
         return self.run(values, what, batch, index)
 
     def run(
@@ -236,13 +235,12 @@ class Oracles:
     ) -> tuple[Any, Tree]:
         """What the problem answers with these values in their places, and the buffers it left."""
         seed = self.seed + index + rank() * _SEEDS_APART
-        with (
-            values.in_place(),
-            _fixed_seed(seed, self._generators),
-            self._arithmetic(),
-            torch.enable_grad(),
-        ):
-            out = self._answer(what, batch)
+        with values.in_place(), AsInTraining(seed, self._generators):
+            if self.precision is None:
+                out = self._answer(what, batch)
+            else:
+                with torch.autocast(self.problem.device.type, self.precision):
+                    out = self._answer(what, batch)
         return out, dict(zip(self._buffers, values.buffers, strict=True))
 
     def _answer(self, what: Level | Literal["share"], batch: Any) -> Any:
@@ -257,11 +255,6 @@ class Oracles:
                     raise ValueError(said) from error
             note_on_call(error, self.problem, what if what == "share" else f"{what}_loss", batch)
             raise
-
-    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.problem.device.type, self.precision)
 
     def gradient(
         self, loss: Tensor, variables: Tree, *, create_graph: bool = False
@@ -293,6 +286,8 @@ class Oracles:
             ValueError: if the lower loss uses none of the lower variables.
         """
         evaluation, own = self._own_lower_gradient(upper, lower, index, create_graph)
+        if world_size() == 1:
+            return evaluation, own
         evaluation, grads = self.mean_over_ranks(evaluation, list(own.values()))
         return evaluation, dict(zip(own, grads, strict=True))
 
@@ -362,19 +357,6 @@ class Oracles:
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield
-
-
-@contextlib.contextmanager
-def _fixed_seed(seed: int, generators: list[torch.Generator]) -> Iterator[None]:
-    """Draw from a fixed seed inside, leave the global generators as they were."""
-    before = [g.get_state() for g in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
 
 
 def usable_precision(precision: Any) -> torch.dtype | None:

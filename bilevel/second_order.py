@@ -144,7 +144,7 @@ def _spectral_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def _parametrizations(module: nn.Module) -> list[nn.Module]:
-    if not parametrize.is_parametrized(module):
+    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module):
         return []
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
@@ -212,9 +212,10 @@ def second_order_context(module: nn.Module) -> Iterator[None]:
     one for every product; `train` advances them once a step. Embeddings with sparse gradients give
     dense ones: torch cannot carry sparse ones through the steps of an optimizer.
     """
-    flags = [(s, "training") for m in module.modules() for s in _spectral_norms(m)]
-    flags += [(m, "sparse") for m in module.modules() if isinstance(m, nn.Embedding) and m.sparse]
-    recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
+    layers = list(module.modules())
+    flags = [(s, "training") for m in layers for s in _spectral_norms(m)]
+    flags += [(m, "sparse") for m in layers if isinstance(m, nn.Embedding) and m.sparse]
+    recurrent = any(isinstance(m, nn.RNNBase) for m in layers)
     with contextlib.ExitStack() as stack:
         for owner, flag in flags:
             with _lock:

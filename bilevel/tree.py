@@ -17,7 +17,14 @@ def norm(tensors: Tree | Iterable[Tensor]) -> Tensor:
     leaves = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
     if is_tracing() and leaves:  # squares that a compiler can fuse; torch's own norm is a call
         return torch.stack([t.square().sum() for t in leaves]).sum().sqrt()
-    return get_total_norm(leaves) if leaves else torch.zeros(())
+    if not leaves:
+        return torch.zeros(())
+    if any(t.device.type != "cpu" or t.dtype != leaves[0].dtype for t in leaves):
+        return get_total_norm(leaves)
+    with torch.no_grad():  # the same numbers on a processor, without looking for groups of tensors
+        norms: list[Tensor] = [torch.linalg.vector_norm(t) for t in leaves]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms[1:] else norms[0]
+        return total
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
@@ -80,14 +87,13 @@ class Layout:
 
     def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors as one vector, shape (size,)."""
-        return torch.cat([t.reshape(-1) for t in tensors])
+        # without a view where none is needed: it would be a node of the graph, too
+        return torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in tensors])
 
     def unravel(self, vector: Tensor) -> list[Tensor]:
         """The vector as tensors of the layout's shapes (views where the dtypes allow)."""
-        parts = [
-            part.view(shape)
-            for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)
-        ]
+        pieces = torch.split_with_sizes(vector, self.sizes)
+        parts = [part.view(shape) for part, shape in zip(pieces, self.shapes, strict=True)]
         if self._one_dtype:
             return parts
         return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]

@@ -195,16 +195,29 @@ def test_a_hook_on_a_tensor_sees_the_values_of_its_evaluation() -> None:
     torch.testing.assert_close(late, early, rtol=1e-13, atol=0)
 
 
+class Broken(Net):
+    """A loss that raises in its third step, long after it was examined."""
+
+    calls = 0
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == 5:
+            raise RuntimeError("broken")
+        return super().lower_loss(batch)
+
+
 def test_nothing_of_torch_stays_replaced_after_an_evaluation() -> None:
-    before = (
-        saved_tensors_hooks.__enter__,
-        Tensor.register_hook,
-        vars(torch.autograd.Function)["apply"],
-    )
+    def theirs() -> tuple[Any, ...]:
+        apply = vars(torch.autograd.Function)["apply"]
+        return saved_tensors_hooks.__enter__, Tensor.register_hook, apply
+
+    before = theirs()
     SOLVERS["reverse"].hypergradient(Net("checkpointed"), VALIDATION, [DATA])
-    after = (
-        saved_tensors_hooks.__enter__,
-        Tensor.register_hook,
-        vars(torch.autograd.Function)["apply"],
-    )
-    assert after == before
+    assert theirs() == before
+    broken = Broken("plain")
+    own = list(broken.parameters())
+    with pytest.raises(RuntimeError, match="broken"):
+        SOLVERS["reverse"].hypergradient(broken, VALIDATION, [DATA])
+    assert theirs() == before
+    assert all(a is b for a, b in zip(broken.parameters(), own, strict=True))

@@ -17,7 +17,8 @@ def scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, 
         TypeError: if it is neither a scalar nor a pair of a scalar and a dict of numbers.
     """
     loss, logs = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not isinstance(logs, Mapping):
+    mapping = type(logs) is dict or isinstance(logs, Mapping)  # the quick question first
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not mapping:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise TypeError(
             f"`{type(problem).__name__}.{level}_loss` must return a scalar tensor, or a scalar "
@@ -29,7 +30,8 @@ def scalar(out: Any, level: Level, problem: Problem) -> tuple[Tensor, dict[str, 
             f"`{type(problem).__name__}.{level}_loss` is complex; return a real number, for example "
             "`.real` or `.abs()`"
         )
-    loss = loss.reshape(()) if loss.dtype.itemsize > 2 else loss.reshape(()).float()
+    loss = loss.reshape(()) if loss.ndim else loss  # a view is a node of the graph, too
+    loss = loss if loss.dtype.itemsize > 2 else loss.float()
     return loss, {name: _logged(name, v, level, problem) for name, v in logs.items()}
 
 

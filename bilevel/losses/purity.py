@@ -60,6 +60,12 @@ def examine(oracles: Oracles, levels: Sequence[Level], *, whole: bool) -> list[L
     return new
 
 
+def examined(problem: Problem, levels: Sequence[Level]) -> bool:
+    """Whether these losses of the problem were examined before."""
+    done = _examined.get(problem, {})
+    return all(level in done for level in levels)
+
+
 def unused(problem: Problem, level: Level) -> frozenset[str]:
     """The upper variables that a loss did not use when it was examined; empty if it was not."""
     return _examined.get(problem, {}).get(level, frozenset())

@@ -3,7 +3,7 @@
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel.losses.substitution import Slot, Substitution
 from bilevel.problem import Level, Problem
@@ -24,12 +24,17 @@ class Slots:
         self._buffers: dict[str, Slot] = {}
         for path, module in problem.named_modules():
             prefix = f"{path}." if path else ""
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                self._parameters.setdefault(id(parameter), []).append((module._parameters, name))
-            for name, _ in module.named_buffers(recurse=False, remove_duplicate=False):
-                self._buffers[prefix + name] = (module._buffers, name)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._parameters.setdefault(id(parameter), []).append(
+                        (module._parameters, name)
+                    )
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers[prefix + name] = (module._buffers, name)
             if isinstance(module, nn.RNNBase):
                 self._recurrent.append(module)
+        self._buffer_slots = list(self._buffers.values())
         self._levels: dict[Level, list[tuple[str, nn.Parameter]]] = {
             "upper": list(problem.upper.named_parameters()),
             "lower": list(problem.lower.named_parameters()),
@@ -56,10 +61,13 @@ class Slots:
         What does not require grad is put there as a leaf that does: a loss must not see a difference
         between the variables of an evaluation and the module's parameters, which do require grad.
         """
-        variables = []
+        slots: list[Slot] = []
+        values: list[Tensor] = []
         for parameters, tree in pairs:
             for name, parameter in parameters.items():
                 value = tree[name]
                 value = value if value.requires_grad else value.detach().requires_grad_()
-                variables += [(slot, value) for slot in self._parameters[id(parameter)]]
-        return Substitution(variables, list(self._buffers.values()), self._recurrent)
+                places = self._parameters[id(parameter)]
+                slots += places
+                values += [value] * len(places)
+        return Substitution(slots, values, self._buffer_slots, self._recurrent)

@@ -12,6 +12,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias, final
 
 import torch
@@ -55,22 +56,24 @@ class Substitution:
     """Values for the variables of a problem, and copies of its buffers.
 
     Args:
-        variables: the places of the variables and what to put there.
+        slots: the places of the variables.
+        values: what to put there.
         buffers: the places of the buffers; copies are put there, tied ones stay tied.
         recurrent: the recurrent layers, which keep a list of their weights.
     """
 
     def __init__(
         self,
-        variables: Sequence[tuple[Slot, Tensor]],
+        slots: Sequence[Slot],
+        values: Sequence[Tensor],
         buffers: Sequence[Slot],
         recurrent: Sequence[nn.RNNBase],
     ) -> None:
-        self._slots = [slot for slot, _ in variables]
-        self._values: list[Any] = [value for _, value in variables]
+        self._slots = slots
+        self._values = values
         self._buffer_slots = buffers
         self._recurrent = recurrent
-        self._copies = _clones([store[name] for store, name in buffers])
+        self._copies: list[Any] = []
         self._kept: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._running = False
 
@@ -79,36 +82,11 @@ class Substitution:
         """The buffers as the code left them."""
         return [buffer.detach() for buffer in self._copies]
 
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Run code of the problem with the values in their places."""
-        with _LOCK, self._put():
-            before = _swap(self._buffer_slots, self._copies)
-            try:
-                yield
-            finally:  # code may have assigned (`self.average = ...`)
-                self._copies = _swap(self._buffer_slots, before)
+        return _InPlace(self)
 
-    @contextlib.contextmanager
-    def _put(self) -> Iterator[None]:
-        if self._running:  # a gradient inside the loss; maybe in a thread of the autograd engine
-            with _noticing(self):
-                yield
-            return
-        flat = [list(module._flat_weights) for module in self._recurrent]
-        before = _swap(self._slots, self._values)
-        self._running = True
-        try:
-            with _noticing(self):
-                yield
-        finally:
-            self._running = False
-            _swap(self._slots, before)
-            # recurrent layers cache the tensors of their last call, and with them a whole graph
-            for module, weights in zip(self._recurrent, flat, strict=True):
-                module._flat_weights = weights
-
-    def again(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
         """What to enter when code that is registered now runs: the values, the buffers as of now."""
         state = [self._keep(store[name]) for store, name in self._buffer_slots]
         scratch: list[Tensor] = []
@@ -117,7 +95,7 @@ class Substitution:
         def context() -> Iterator[None]:
             nonlocal scratch
             free = self._running or _lent
-            with contextlib.nullcontext() if free else _LOCK, self._put():
+            with contextlib.nullcontext() if free else _LOCK, _Put(self):
                 scratch = scratch or _clones(state)
                 versions = [tensor._version for tensor in scratch]
                 before = _swap(self._buffer_slots, scratch)
@@ -139,6 +117,61 @@ class Substitution:
         return known[2]
 
 
+@final
+class _Put:
+    """While it lasts, the values are in their places, and what is registered is noticed.
+
+    A class, as is what else is entered for every evaluation: contexts made of generators take longer.
+    """
+
+    def __init__(self, substitution: Substitution) -> None:
+        self._of = substitution
+
+    def __enter__(self) -> None:
+        of = self._of
+        self._outermost = not of._running
+        if self._outermost:  # else a gradient inside the loss; maybe in a thread of the engine
+            self._flat = [list(module._flat_weights) for module in of._recurrent]
+            self._before = _swap(of._slots, of._values)
+            of._running = True
+        self._noticed, _current.substitution = _current.substitution, of
+        attentive.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        of = self._of
+        attentive.__exit__()
+        _current.substitution = self._noticed
+        if not self._outermost:
+            return
+        of._running = False
+        _swap(of._slots, self._before)
+        # recurrent layers cache the tensors of their last call, and with them a whole graph
+        for module, weights in zip(of._recurrent, self._flat, strict=True):
+            module._flat_weights = weights
+
+
+@final
+class _InPlace:
+    """While it lasts, values and copies of the buffers are in place, and no other thread evaluates."""
+
+    def __init__(self, substitution: Substitution) -> None:
+        self._of = substitution
+        self._put = _Put(substitution)
+
+    def __enter__(self) -> None:
+        _LOCK.acquire()
+        of = self._of
+        self._before = [store[name] for store, name in of._buffer_slots]
+        _swap(of._buffer_slots, _clones(self._before))
+        self._put.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._put.__exit__()
+        # code may have assigned (`self.average = ...`)
+        self._of._copies = _swap(self._of._buffer_slots, self._before)
+        _LOCK.release()
+
+
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = {id(t): t.detach().clone() for t in tensors}
     return [copies[id(t)] for t in tensors]
@@ -158,24 +191,34 @@ _ENTER = saved_tensors_hooks.__enter__
 _REGISTER: Any = torch.Tensor.register_hook
 _APPLY: Any = torch.autograd.Function.__dict__["apply"]
 
-_depth = 0
+
+@final
+class _Attention:
+    """Functions in the places of torch's, from the first that enters to the last that leaves.
+
+    They do what torch's do, and more in a thread that evaluates. After an assignment to `torch.Tensor`
+    Python looks up all its methods anew. One at each evaluation would cost a tenth of a small loss, so
+    whoever evaluates many times enters this once around them all.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                _install(_enter, _register, classmethod(_apply))
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                _install(_ENTER, _REGISTER, _APPLY)
 
 
-@contextlib.contextmanager
-def _noticing(substitution: Substitution) -> Iterator[None]:
-    """Notice what this thread registers to be run when a gradient is taken."""
-    global _depth
-    before, _current.substitution = _current.substitution, substitution
-    if not _depth:
-        _install(_enter, _register, classmethod(_apply))
-    _depth += 1
-    try:
-        yield
-    finally:
-        _current.substitution = before
-        _depth -= 1
-        if not _depth:
-            _install(_ENTER, _REGISTER, _APPLY)
+attentive = _Attention()
 
 
 def _install(enter: Any, register: Any, apply: Any) -> None:
@@ -212,7 +255,7 @@ def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _backward_within(
-    again: Callable[[], contextlib.AbstractContextManager[None]], node: Any
+    again: Callable[[], AbstractContextManager[None]], node: Any
 ) -> Callable[..., Any]:
     reference = weakref.ref(node)  # the node holds this function
 
@@ -225,7 +268,7 @@ def _backward_within(
 
 
 def _within(
-    again: Callable[[], contextlib.AbstractContextManager[None]], function: Callable[[Any], Any]
+    again: Callable[[], AbstractContextManager[None]], function: Callable[[Any], Any]
 ) -> Callable[[Any], Any]:
     def run(argument: Any) -> Any:
         with again():

@@ -25,11 +25,12 @@ from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
 from bilevel.cards import Card, digits, numbers_by_name, plural
 from bilevel.errors import HypergradientError, Result
-from bilevel.losses.purity import examine, unused
+from bilevel.losses.purity import examine, examined, unused
 from bilevel.losses.references import refuse_graphs
+from bilevel.losses.substitution import attentive
 from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
-from bilevel.problem import Problem
+from bilevel.problem import Level, Problem
 from bilevel.refusals import SEEDS, flag, whole
 from bilevel.tree import Tree, norm
 
@@ -280,9 +281,11 @@ class Solver(ABC):
         lower_optimizer = optimizers_of("lower_optimizer", lower_optimizer) or None
         for batch in (upper_batch, *lower_batches):
             refuse_graphs(problem, batch, "the batch given to `hypergradient`")
-        with self.context(oracles):
-            both = self.num_lower_batches() > 0
-            examine(oracles, ("upper", "lower") if both else ("upper",), whole=both)
+        both = self.num_lower_batches() > 0
+        levels: tuple[Level, ...] = ("upper", "lower") if both else ("upper",)
+        if not examined(problem, levels):
+            with self.context(oracles):
+                examine(oracles, levels, whole=both)
         return self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=throw)
 
     @final
@@ -295,7 +298,7 @@ class Solver(ABC):
         throw: bool = True,
     ) -> Hypergradient:
         """`hypergradient` for a caller that holds the oracles already."""
-        with self.context(oracles), torch.enable_grad():
+        with attentive, self.context(oracles), torch.enable_grad():
             response = self.respond(oracles, state, lower_optimizer)
             answer = self._assemble(oracles, response)
         if throw and answer.result is not Result.SUCCESS:
