@@ -159,7 +159,7 @@ def _loop(
     oracles: Oracles, solver: Solver, steps: UnrolledSteps, optimizers: Optimizers | None
 ) -> Callable[[], None]:
     def settle() -> None:
-        step = _stepper(oracles, steps, optimizers)
+        step = stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
             for t in range(steps.num_steps):
                 step(_lower_gradients(oracles, t))
@@ -178,7 +178,7 @@ def _lower_gradients(oracles: Oracles, t: int) -> dict[str, Tensor | None]:
     return {n: None if g is None else next(means) for n, g in zip(lower, grads, strict=True)}
 
 
-def _stepper(
+def stepper(
     oracles: Oracles, steps: UnrolledSteps, optimizers: Optimizers | None
 ) -> Callable[[dict[str, Tensor | None]], None]:
     """A function that moves the modules' lower variables by one step with given gradients."""
