@@ -8,6 +8,7 @@ if not (_pathlib.Path(__file__).parent / "methods" / "__init__.py").is_file():
 
 from bilevel.batches import Batches
 from bilevel.check import HypergradientCheck, check_hypergradient
+from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
 from bilevel.moved import follow as _follow
@@ -38,6 +39,7 @@ __all__ = [
     "Cholesky",
     "ConjugateGradient",
     "DivergenceError",
+    "Explanation",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientError",
@@ -57,5 +59,6 @@ __all__ = [
     "Unrolled",
     "check_hypergradient",
     "check_second_order",
+    "explain",
     "train",
 ]

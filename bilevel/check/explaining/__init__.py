@@ -133,7 +133,7 @@ def explain(
         measured = numbers(scene)
     seconds = time.perf_counter() - start
     return Explanation(
-        problem=problem._get_name(),
+        problem=problem._get_name(),  # type: ignore[no-untyped-call]  # torch's
         solver=repr(solver),
         findings=ranked(findings),
         numbers=measured,

@@ -24,11 +24,11 @@ from bilevel.check.explaining.rehearsal import (
     bend,
     growth,
     rate,
+    rates_of,
     reach,
     rehearse,
-    settings,
 )
-from bilevel.check.explaining.scene import Scene, angle, flat
+from bilevel.check.explaining.scene import Scene, angle, long_vector
 from bilevel.check.procedures import write
 from bilevel.solvers import Hypergradient
 from bilevel.tree import Tree
@@ -52,7 +52,7 @@ def lower_rate(scene: Scene) -> Iterator[Diagnosis]:
         said = f"40 lower steps bring the lower gradient to {grown:.2g} of its size"
         yield Diagnosis(LOWER_RATE, "fine", grown, said)
         return
-    of = f" ({settings(scene.rates.lower)})" if used is not None else ""
+    of = f" ({rates_of(scene.rates.lower)})" if used is not None else ""
     yield Diagnosis(
         LOWER_RATE,
         "wrong",
@@ -75,7 +75,7 @@ def step_sizes(scene: Scene) -> Iterator[Diagnosis]:
         )
         return
     seen = rehearse(scene, min(TURNS, rates.num_steps))
-    said = f"{settings(rates.upper)} above, {settings(rates.lower)} below"
+    said = f"{rates_of(rates.upper)} above, {rates_of(rates.lower)} below"
     if (found := _runs_away(scene, seen, said)) is not None:
         yield found
         return
@@ -86,12 +86,24 @@ def step_sizes(scene: Scene) -> Iterator[Diagnosis]:
     if (left := _left_behind(scene, seen, said)) is not None:
         yield left
         return
-    turns = (
-        "" if needed is None else f"; about {needed:.0f} turns get the upper level where it points"
-    )
     yield Diagnosis(
-        RATES, "fine", needed, f"{seen.turns} rehearsed turns ({said}) show no mismatch{turns}"
+        RATES,
+        "fine",
+        needed,
+        f"{seen.turns} rehearsed turns ({said}) show no mismatch{_pace(scene, needed)}",
     )
+
+
+def _pace(scene: Scene, needed: float | None) -> str:
+    """How many turns each level needs, in words."""
+    said = []
+    grown = growth(scene) if scene.oracles.lower else None
+    if grown is not None and 0 < grown < 0.9 and scene.rates.lower_steps:
+        settles = 40 / (scene.rates.lower_steps * -math.log(grown))
+        said.append(f"the lower level settles in about {max(1, round(settles))}")
+    if needed is not None:
+        said.append(f"the upper level gets where it points in about {max(1, round(needed))}")
+    return f": {', '.join(said)}" if said else ""
 
 
 def _runs_away(scene: Scene, seen: Rehearsal, said: str) -> Diagnosis | None:
@@ -104,7 +116,7 @@ def _runs_away(scene: Scene, seen: Rehearsal, said: str) -> Diagnosis | None:
         turning = float(cosines.mean()) if len(cosines) else 1.0
         best, last = min(seen.values), max(seen.values[len(seen.values) // 2 :])
         rises = last - seen.values[0] > 0.5 * abs(seen.values[0]) + 1e-12
-        still = float(moves.norm()) <= 1e-3 * float(flat(reach(scene)).norm())
+        still = float(moves.norm()) <= 1e-3 * float(long_vector(reach(scene)).norm())
         if still or not (rises or (turning < -0.3 and last - best > 0.1 * abs(best))):
             return None
         meaning = (
@@ -123,7 +135,7 @@ def _runs_away(scene: Scene, seen: Rehearsal, said: str) -> Diagnosis | None:
 def _turns_needed(scene: Scene, seen: Rehearsal) -> float | None:
     """How many turns the upper level needs at the rehearsed speed; `None` if there is no way to go."""
     first = seen.slopes[0]
-    size = flat(reach(scene))
+    size = long_vector(reach(scene))
     gained = float((seen.slopes * (seen.path[:-1] - seen.path[1:])).sum())
     # moving each variable by its size against its gradient
     to_gain = float(first.norm() * size.norm())
@@ -146,7 +158,7 @@ def _along(scene: Scene, slope: torch.Tensor, size: torch.Tensor) -> Tree:
 
 
 def _too_slow(scene: Scene, seen: Rehearsal, needed: float, said: str) -> Diagnosis:
-    size = float(flat(reach(scene)).norm())
+    size = float(long_vector(reach(scene)).norm())
     moved = float((seen.path[-1] - seen.path[0]).norm()) / size
     severity = graded(needed, scene.rates.num_steps / 3, scene.rates.num_steps)
     factor = needed / (scene.rates.num_steps / 10)
@@ -189,7 +201,7 @@ def _left_behind(scene: Scene, seen: Rehearsal, said: str) -> Diagnosis | None:
             return None
         solved = scene.solved_by(scene.solver)
     cosine = angle(now.grad, solved.grad)
-    left = float(flat(solved.grad).norm())
+    left = float(long_vector(solved.grad).norm())
     if cosine > 0.3 or left < _ARRIVED * float(seen.slopes.norm(dim=1).max()):
         return None
     return Diagnosis(

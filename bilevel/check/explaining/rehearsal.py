@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.autodiff import fill
 from bilevel.check.differences import sizes
-from bilevel.check.explaining.scene import Scene, flat
+from bilevel.check.explaining.scene import Scene, long_vector
 from bilevel.check.procedures import shift, stepper
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
@@ -62,7 +62,7 @@ def rehearse(scene: Scene, turns: int) -> Rehearsal:
             seed=scene.seed,
             throw=False,
         )
-        slopes.append(flat(answer.grad))
+        slopes.append(long_vector(answer.grad))
         values.append(float(answer.value))
         residuals.append(residual)
         _step(uppers, copied.variables("upper"), answer.grad)
@@ -86,7 +86,7 @@ def rehearse(scene: Scene, turns: int) -> Rehearsal:
 
 
 def _own(problem: Problem) -> Tensor:
-    return flat({n: p.detach() for n, p in problem.variables("upper").items()})
+    return long_vector({n: p.detach() for n, p in problem.variables("upper").items()})
 
 
 def _lower_step(
@@ -99,7 +99,7 @@ def _lower_step(
     )
     _, grads = oracles.lower_gradient(oracles.upper, oracles.lower)
     _step(optimizers, problem.variables("lower"), grads)
-    return float(flat({n: g for n, g in grads.items() if g is not None}).norm())
+    return float(long_vector({n: g for n, g in grads.items() if g is not None}).norm())
 
 
 def _step(
@@ -135,11 +135,11 @@ def growth(scene: Scene) -> float | None:
     with scene.at(offset), scene.twice():
         move = stepper(oracles, steps, scene.lower_optimizers or None)
         first = last = _gradients(oracles)
-        start = float(flat(fill_tree(first, oracles)).norm())
+        start = float(long_vector(fill_tree(first, oracles)).norm())
         for _ in range(_LOWER_STEPS):
             move(last)
             last = _gradients(oracles)
-            end = float(flat(fill_tree(last, oracles)).norm())
+            end = float(long_vector(fill_tree(last, oracles)).norm())
             if not math.isfinite(end):
                 return math.inf
     return end / start if start > 0 else 0.0
@@ -190,19 +190,19 @@ def bend(scene: Scene, direction: Tree) -> float | None:
     """
     if scene.there is None or scene.solution is None:
         return None
-    length = float(flat(direction).norm())
+    length = float(long_vector(direction).norm())
     if length == 0:
         return None
     with scene.at(scene.solution):
         shift(scene.copy.variables("upper"), direction)
         scene.follow(3)
         moved = scene.reference().grad
-    difference = flat(moved) - flat(scene.there.grad)
-    found = float(difference @ flat(direction)) / length**2
+    difference = long_vector(moved) - long_vector(scene.there.grad)
+    found = float(difference @ long_vector(direction)) / length**2
     return found if math.isfinite(found) else None
 
 
-def settings(optimizers: Sequence[torch.optim.Optimizer]) -> str:
+def rates_of(optimizers: Sequence[torch.optim.Optimizer]) -> str:
     """The optimizers and their rates in words."""
     rated = [o for o in optimizers if all("lr" in g for g in o.param_groups)]
     said = [

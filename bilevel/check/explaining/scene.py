@@ -355,7 +355,7 @@ def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def flat(tree: Tree) -> Tensor:
+def long_vector(tree: Tree) -> Tensor:
     """The tree as one vector in float64 on the processor."""
     if not tree:
         return torch.zeros(0, dtype=torch.float64)
@@ -364,8 +364,8 @@ def flat(tree: Tree) -> Tensor:
 
 def apart(a: Tree, b: Tree) -> float:
     """How far two trees of the same names are apart, relative to the second; 0 where both are 0."""
-    difference = float(norm([flat(a) - flat(b)]))
-    size = float(norm([flat(b)]))
+    difference = float(norm([long_vector(a) - long_vector(b)]))
+    size = float(norm([long_vector(b)]))
     if difference == 0:
         return 0.0
     return difference / size if size > 0 else float("inf")
@@ -373,6 +373,6 @@ def apart(a: Tree, b: Tree) -> float:
 
 def angle(a: Tree, b: Tree) -> float:
     """The cosine of the angle between two trees of the same names, 1 where both are 0."""
-    one, other = flat(a), flat(b)
+    one, other = long_vector(a), long_vector(b)
     sizes = float(one.norm()) * float(other.norm())
     return float(one @ other) / sizes if sizes > 0 else float(bool(one.norm() == other.norm()))

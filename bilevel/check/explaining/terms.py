@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 
 from bilevel.check.explaining.page import Diagnosis, Severity, graded
-from bilevel.check.explaining.scene import Scene, angle, apart, changed, flat
+from bilevel.check.explaining.scene import Scene, angle, apart, changed, long_vector
 from bilevel.errors import Result
 from bilevel.solvers import Solver
 
@@ -51,9 +51,11 @@ def _dropped(scene: Scene) -> Diagnosis:
         return _unknown(DROPPED, str(scene.second_order))
     whole = scene.here.grad
     kept, cosine = scene.answer.grad, angle(scene.answer.grad, whole)
-    share = float((flat(whole) - flat(kept)).norm()) / max(float(flat(whole).norm()), 1e-300)
+    share = float((long_vector(whole) - long_vector(kept)).norm()) / max(
+        float(long_vector(whole).norm()), 1e-300
+    )
     alone = [n for n, g in whole.items() if bool(g.any()) and not bool(kept[n].any())]
-    if not bool(flat(whole).any()) and not bool(flat(kept).any()):
+    if not bool(long_vector(whole).any()) and not bool(long_vector(kept).any()):
         return Diagnosis(DROPPED, "fine", 0.0, "both terms are 0 here")
     if share == float("inf") or share > 1e3:  # the two terms cancel
         share = min(share, 1e3)

@@ -309,9 +309,6 @@ class Cleaning(Problem):
         fit = torch.stack([self.upper_loss(part) for part in batch])
         return weights @ fit + 0.01 * self.lower["w"].square().sum()
 
-    def noisy_weight(self) -> float:
-        return float(self.upper["source"].detach().softmax(0)[1])
-
 
 def labelled(seed: int, count: int, *, corrupted: bool = False) -> Rows:
     inputs = normal(count, 10, seed=seed)
@@ -330,7 +327,7 @@ def cleaning(upper_rate: float, lower_rate: float = 1e-5) -> Program:
         "lower_optimizer": torch.optim.AdamW(
             problem.lower.parameters(), lower_rate, weight_decay=0
         ),
-        "lower_steps": 5,
+        "lower_steps": 2,
     }
     return Program(problem, Implicit(), labelled(3, 64), [train], settings)
 
@@ -375,15 +372,13 @@ def in_bfloat16() -> Program:
 
 
 class Normalised(Problem):
-    """A network with batch norm, its penalty tuned."""
+    """A linear model behind batch norm, its penalty tuned."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.upper = nn.ParameterDict({"log_l2": torch.tensor(-2.0)})
-        self.lower = nn.Sequential(
-            nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 1)
-        )
+        self.lower = nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 1))
         self.double()
 
     def fit(self, batch: Rows) -> Tensor:
@@ -460,7 +455,7 @@ def minimax() -> Program:
 
 
 class Network(Normalised):
-    """Without batch norm, in float32."""
+    """A hidden layer and no batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
