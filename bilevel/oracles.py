@@ -15,18 +15,20 @@ A solver touches nothing else. What every solver must do in the same way is done
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import fill, gradients, vector_jacobian_product
+from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
-from bilevel.compile import is_tracing
+from bilevel.compile import EagerUnits, Units, is_tracing
 from bilevel.devices import elsewhere, global_generators
 from bilevel.distributed import mean_over_ranks, rank, world_size
+from bilevel.linearization import CompiledHessian, Hessian, Linearization
 from bilevel.losses.answers import scalar
 from bilevel.losses.hooks import refuse_hooks
 from bilevel.losses.in_training import AsInTraining
@@ -38,6 +40,7 @@ from bilevel.refusals import SEEDS, outside_inference_mode, shown, whole
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.tree import Layout, Tree
 
+_EAGER = EagerUnits()
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
 
 
@@ -49,79 +52,6 @@ class Evaluation:
     loss: Tensor
     logs: dict[str, Tensor]
     buffers: Tree
-
-
-@final
-@dataclass(frozen=True)
-class Linearization:
-    """The lower gradient at a point and products with its derivatives (one graph, many products).
-
-    Attributes:
-        gradient: the lower gradient dG/dy as a vector, shape (n,).
-        hessian: v -> (d2G/dy2)^T v on vectors of shape (n,). A vector-Jacobian product: right also
-            where the operator is not symmetric. `hessian.matrix()` is the whole of it.
-        cross: w -> w^T d2G/(dy dx), a tree over the upper variables.
-        layout: how the lower variables lie in the vectors.
-    """
-
-    gradient: Tensor
-    hessian: "Hessian"
-    cross: Callable[[Tensor], Tree]
-    layout: Layout
-
-
-@final
-class Hessian:
-    """The second derivative of the lower loss at a point: products with it, and all of it.
-
-    Args:
-        gradient: the lower gradient, with its graph.
-        leaves: the lower variables.
-        layout: how they lie in a vector.
-    """
-
-    def __init__(self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout) -> None:
-        self._gradient = gradient
-        self._leaves = leaves
-        self._layout = layout
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Product with a vector of shape (n,)."""
-        return self._layout.ravel(self.product(vector, self._leaves))
-
-    def product(self, vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
-        """The vector times the derivative of the gradient in other variables, too."""
-        cotangents = self._layout.unravel(vector)
-        return mean_over_ranks(vector_jacobian_product(self._gradient, wrt, cotangents))
-
-    def matrix(self) -> Tensor:
-        """The matrix, shape (n, n), its columns computed side by side.
-
-        Raises:
-            RuntimeError: if an operation of the loss has no batched derivative.
-        """
-        n = self._layout.size
-        eye = torch.eye(n, dtype=self._gradient[0].dtype, device=self._gradient[0].device)
-        parts = [
-            p.view(n, *s)
-            for p, s in zip(eye.split(self._layout.sizes, 1), self._layout.shapes, strict=True)
-        ]
-        pairs = [(g, c) for g, c in zip(self._gradient, parts, strict=True) if g.requires_grad]
-        if not pairs:  # a linear loss
-            return torch.zeros_like(eye)
-        rows = torch.autograd.grad(
-            [g for g, _ in pairs],
-            self._leaves,
-            [c.to(g.dtype) for g, c in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-        filled = [
-            y.new_zeros(n, y.numel()) if r is None else r.reshape(n, -1)
-            for r, y in zip(rows, self._leaves, strict=True)
-        ]
-        return mean_over_ranks([torch.cat(filled, dim=1)])[0].mT
 
 
 @final
@@ -141,6 +71,7 @@ class Oracles:
         names: names of the upper variables.
         shared: upper name -> lower name of the variables that belong to both levels. The lower
             level decides their value; their upper gradient is the partial derivative of F.
+        units: how a solver's pieces of work run, as they are or compiled.
 
     Raises:
         TypeError: if `problem` is not a problem, or the lower batches are not a list.
@@ -167,6 +98,7 @@ class Oracles:
         self.lower_batches = lower_batches
         self.seed = whole("seed", seed, *SEEDS)
         self.precision = usable_precision(precision)
+        self.units: Units = _EAGER
         with undisturbed():
             self.slots = Slots(problem) if slots is None else slots
             self.names = list(self.slots.variables("upper"))
@@ -312,21 +244,66 @@ class Oracles:
                 "or the wrong module in `lower_loss`"
             )
 
+    def on(self, upper_batch: Any, lower_batches: Sequence[Any]) -> "Oracles":
+        """The same losses on other batches."""
+        other = copy.copy(self)
+        other.upper_batch, other.lower_batches = upper_batch, lower_batches
+        return other
+
+    def upper_gradient(
+        self, upper: Tree, lower: Tree, wanted: Sequence[str]
+    ) -> tuple[Evaluation, list[Tensor | None]]:
+        """The upper loss and its gradient in the upper variables and in lower ones; no graph is left.
+
+        Args:
+            upper: the upper variables.
+            lower: the lower variables.
+            wanted: names of the lower variables that count.
+        """
+
+        def piece(batch: Any, upper: Tree, lower: Tree) -> tuple[Any, ...]:
+            upper, lower = leaves(upper), leaves(lower)
+            here = self.on(batch, [None])
+            evaluation = here.evaluate("upper", upper, lower)
+            inputs = [*upper.values(), *(lower[name] for name in wanted)]
+            grads = gradients(evaluation.loss, inputs)
+            evaluation, grads = here.mean_over_ranks(evaluation, grads)
+            return evaluation.loss.detach(), evaluation.logs, evaluation.buffers, grads
+
+        key = "upper", tuple(wanted), self.precision
+        loss, logs, buffers, grads = self.units.call(key, piece, self.upper_batch, upper, lower)
+        return Evaluation(loss, logs, buffers), grads
+
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
         """The lower gradient at (upper, lower) and products with its two derivatives.
 
         Of several lower batches, the mean.
         """
-        leaves, sources = list(lower.values()), list(upper.values())
-        layout = Layout(leaves)
+        if not self.units.compiled:
+            return self._linearization(upper, lower)
+        layout = Layout(list(lower.values()))
+
+        def piece(batches: list[Any], upper: Tree, lower: Tree) -> tuple[Tensor, Any]:
+            found = self.on(None, batches)._linearization(leaves(upper), leaves(lower))
+            return found.gradient, lambda vector: (found.hessian(vector), found.cross(vector))
+
+        like = layout.ravel([y.detach() for y in lower.values()])
+        fixed = list(self.lower_batches), upper, lower
+        stage = self.units.stage(("lower", self.precision), piece, fixed, [like])
+        hessian = CompiledHessian(stage, stage.early)
+        return Linearization(stage.early, hessian, hessian.cross, layout)
+
+    def _linearization(self, upper: Tree, lower: Tree) -> Linearization:
+        points, sources = list(lower.values()), list(upper.values())
+        layout = Layout(points)
         # this rank's own: products with its derivatives are averaged one by one
         count = len(self.lower_batches)
         own = [self._own_lower_gradient(upper, lower, i, True)[1] for i in range(count)]
-        filled = [fill(list(grads.values()), leaves) for grads in own]
+        filled = [fill(list(grads.values()), points) for grads in own]
         gradient = filled[0]
         if count > 1:
             gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
-        hessian = Hessian(gradient, leaves, layout)
+        hessian = Hessian(gradient, points, layout)
         return Linearization(
             gradient=mean_over_ranks([layout.ravel(gradient).detach()])[0],
             hessian=hessian,
@@ -357,6 +334,11 @@ class Oracles:
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield
+
+
+def leaves(tree: Tree) -> Tree:
+    """The same numbers, as leaves that require grad."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
 
 
 def usable_precision(precision: Any) -> torch.dtype | None:

@@ -6,6 +6,17 @@ optimizers' numbers), `lowering` (tracing and compiling) and `cuda_graph`.
 """
 
 from bilevel.compile.compiled import Compiled
-from bilevel.compile.tracing import is_tracing, traced
+from bilevel.compile.compiled_units import CompiledUnits
+from bilevel.compile.tracing import is_tracing, known, traced
+from bilevel.compile.units import EagerUnits, Stage, Units
 
-__all__ = ["Compiled", "is_tracing", "traced"]
+__all__ = [
+    "Compiled",
+    "CompiledUnits",
+    "EagerUnits",
+    "Stage",
+    "Units",
+    "is_tracing",
+    "known",
+    "traced",
+]

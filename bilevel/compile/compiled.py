@@ -10,14 +10,12 @@ optimizers' state and their moving numbers (`settings`). What Python decides whi
 whole graph, so it is compared before every run (`guards`): this tells which graph fits, if one does.
 """
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, final
 
-import numpy as np
 import optree
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,8 @@ from torch.optim import optimizer as hooks
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
 from bilevel.compile.settings import Settings, begin
+from bilevel.compile.tracing import reason
+from bilevel.compile.trees import constant, flatten, modes, signature
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,7 +107,7 @@ class Compiled(Generic[P, R]):
         graph = None
         if not self._refused:
             try:
-                leaves, structure = _flatten((args, kwargs))
+                leaves, structure = flatten((args, kwargs))
                 graph = self._graph(leaves, structure)
             except Exception as error:  # any failure of the tracer or the compiler
                 self._refused = True
@@ -146,10 +146,10 @@ class Compiled(Generic[P, R]):
     def _key(self, leaves: list[Any], structure: Any) -> _Key:
         return _Key(
             structure,
-            tuple(_signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
-            tuple(_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
+            tuple(signature(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
+            tuple(constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)),
             self._settings.fixed(),
-            _modes(self._device.type),
+            modes(self._device.type),
         )
 
     def _bound(self, graph: _Graph, leaves: list[Any]) -> _Graph:
@@ -192,7 +192,7 @@ class Compiled(Generic[P, R]):
             given = iter(tensors)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = cast(Any, optree.tree_unflatten(key.structure, filled))
-            found["answer"], found["structure"] = _flatten(self._step(*args, **kwargs))
+            found["answer"], found["structure"] = flatten(self._step(*args, **kwargs))
             return [leaf for leaf in found["answer"] if isinstance(leaf, Tensor)]
 
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -202,7 +202,8 @@ class Compiled(Generic[P, R]):
                 lowered = lower(
                     flat, arguments, self._live(), self._device, cuda_graph=self._cuda_graph
                 )
-        guard = Guard(self._module, reads)
+        guard = Guard(self._module)
+        guard.add(reads)
         memory = _memory(lowered)
         named, answer, answered = len(self._named()), found["answer"], found["structure"]
         graph = _Graph(key, guard, lowered, named, self._held(), memory, answer, answered)
@@ -210,12 +211,7 @@ class Compiled(Generic[P, R]):
         return graph
 
     def _warn(self, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "tracing tensor" in reason:  # torch's words for it are about its own insides
-            reason = (
-                "it looks at the value of a tensor (`if`, `.item()`, a solver that watches itself)"
-            )
-        words = f"the step is not compiled and runs as without `compile`: {reason}"
+        words = f"the step is not compiled and runs as without `compile`: {reason(error)}"
         if words not in self._said:
             self._said.add(words)
             warnings.warn(words, RuntimeWarning, stacklevel=5)
@@ -223,82 +219,6 @@ class Compiled(Generic[P, R]):
 
 # what SGD and Adam keep of a parameter, in the order in which a graph takes it
 _STATE = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    """The tensors and constants of a tree, dataclasses and dict-likes taken apart, too."""
-    leaves, structure = optree.tree_flatten(tree, namespace="bilevel")
-    if any(_take_apart(type(leaf)) for leaf in leaves):
-        return _flatten(tree)
-    return list(leaves), structure
-
-
-_whole: set[type] = {Tensor, torch.nn.Parameter, float, int, bool, str}
-
-
-def _take_apart(kind: type) -> bool:
-    """Register a class of records with `optree`; returns whether it was new."""
-    if kind in _whole:
-        return False
-    _whole.add(kind)
-    if dataclasses.is_dataclass(kind) and not issubclass(kind, Mapping):
-        names = [field.name for field in dataclasses.fields(kind)]
-    elif issubclass(kind, Mapping) and not issubclass(kind, dict):
-        names = []
-    else:
-        return False
-
-    def parts(record: Any) -> tuple[list[Any], tuple[str, ...]]:
-        held = {
-            **{name: getattr(record, name) for name in names},
-            **getattr(record, "__dict__", {}),
-        }
-        return list(held.values()), tuple(held)
-
-    def whole(held: tuple[str, ...], values: Any) -> Any:
-        record = object.__new__(
-            kind
-        )  # `__init__` has run before, and frozen records allow no other way
-        for name, value in zip(held, values, strict=True):
-            object.__setattr__(record, name, value)
-        return record
-
-    optree.register_pytree_node(cast(Any, kind), parts, cast(Any, whole), namespace="bilevel")
-    return True
-
-
-def _signature(tensor: Tensor) -> Any:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"a batch holds a tensor of layout `{tensor.layout}`")
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _constant(leaf: Any) -> Any:
-    """What a graph is made for; 1, 1.0 and True are not the same.
-
-    Raises:
-        TypeError: for something that a graph can neither read nor hold.
-    """
-    if isinstance(leaf, np.ndarray):
-        raise TypeError("the batch holds a NumPy array; make it a tensor, `torch.as_tensor(...)`")
-    try:
-        hash(leaf)
-    except TypeError:
-        raise TypeError(
-            f"the batch holds a `{type(leaf).__name__}`, which a graph cannot look into; use "
-            "tensors in tuples, dicts or dataclasses"
-        ) from None
-    return type(leaf), leaf
-
-
-def _modes(device: str) -> tuple[Any, ...]:
-    """The parts of torch's global state that decide how a step is computed."""
-    return (
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-    )
 
 
 def _memory(lowered: Lowered) -> frozenset[int]:

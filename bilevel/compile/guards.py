@@ -113,12 +113,10 @@ class Reads:
                 value = held.fget
                 held = None
             if held is None or (isinstance(value, MethodType) and _root(value) in _NOT_THE_USERS):
-                for function in _functions(value):
-                    self._walk(function)
+                self.watch(value)
                 return
         self.attributes[key] = module, name, frozen(value)
-        for function in _functions(value):
-            self._walk(function)
+        self.watch(value)
 
     def note_write(self, module: nn.Module, name: str) -> None:
         """A module's attribute was written: from here on it is the step's own."""
@@ -135,6 +133,11 @@ class Reads:
         ]
         around = [place for place in self.surroundings.values() if frozen(place[0]()) == place[2]]
         return attributes, around
+
+    def watch(self, value: Any) -> None:
+        """What a function of the user's own closes over was read."""
+        for function in _functions(value):
+            self._walk(function)
 
     def _walk(self, function: FunctionType) -> None:
         """Note what a function closes over, its globals, and those of the functions among them."""
@@ -168,8 +171,7 @@ class Reads:
             return
         self._kept.append(owner)
         self.surroundings.setdefault((id(owner), key), (get, name, frozen(value)))
-        for function in _functions(value):
-            self._walk(function)
+        self.watch(value)
 
 
 def _content(cell: CellType) -> Any:
@@ -239,23 +241,29 @@ def reading() -> Iterator[Reads]:
 
 @final
 class Guard:
-    """Whether what a graph takes for granted still holds.
+    """Whether what graphs take for granted still holds.
 
     Args:
-        problem: whose modules, parameters and buffers must be the same objects.
-        reads: what tracing the graph has read.
+        problem: whose modules, parameters and buffers must be the same objects, in the same modes.
     """
 
-    def __init__(self, problem: nn.Module, reads: Reads) -> None:
+    def __init__(self, problem: nn.Module) -> None:
         self._names = {id(m): path for path, m in problem.named_modules()}
-        self._dicts = [
-            d for m in problem.modules() for d in (m._modules, m._parameters, m._buffers)
-        ]
+        self._modules = list(problem.modules())
+        self._dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
         self._members = self._found()
         self._parameters = list(problem.parameters())
         self._variables = self._flags()
+        self._modes = self._training()
         self._kept = list(chain.from_iterable(d.values() for d in self._dicts))
-        attributes, self._places = reads.lasting()
+        self._plain: list[tuple[nn.Module, Callable[[nn.Module], tuple[Any, ...]], list[str]]] = []
+        self._values: list[tuple[Any, ...]] = []
+        self._places: list[tuple[Callable[[], Any], str, Any]] = []
+
+    def add(self, reads: Reads) -> None:
+        """Take for granted, too, what tracing another graph has read."""
+        attributes, places = reads.lasting()
+        self._places += places
         simple: dict[int, tuple[nn.Module, list[str]]] = {}
         for module, name in attributes:
             value = getattr(module, name)
@@ -264,8 +272,10 @@ class Guard:
             else:
                 get = partial(getattr, module, name, _MISSING)
                 self._places.append((get, self._path(module, name), frozen(value)))
-        self._plain = [(module, _getter(names), names) for module, names in simple.values()]
-        self._values = [tuple(map(_copied, get(module))) for module, get, _ in self._plain]
+        for module, names in simple.values():
+            get_all = _getter(names)
+            self._plain.append((module, get_all, names))
+            self._values.append(tuple(map(_copied, get_all(module))))
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -274,6 +284,7 @@ class Guard:
                 [get(module) for module, get, _ in self._plain] == self._values
                 and self._found() == self._members
                 and self._flags() == self._variables
+                and self._training() == self._modes
                 and all(frozen(get()) == was for get, _, was in self._places)
             )
         except Exception:  # an attribute is gone, a comparison is not a truth value
@@ -290,10 +301,16 @@ class Guard:
                 return f"`{name}`"
         if self._flags() != self._variables:
             return "which variables require grad"
+        for module, now, then in zip(self._modules, self._training(), self._modes, strict=True):
+            if now != then:
+                return f"`{self._path(module, 'training')}`"
         return "a module, parameter or buffer"
 
     def _flags(self) -> list[Any]:
         return [(p.requires_grad, *(p._backward_hooks or ())) for p in self._parameters]
+
+    def _training(self) -> list[bool]:
+        return [module.training for module in self._modules]
 
     def _found(self) -> list[int]:
         return [*map(id, chain.from_iterable([d.values() for d in self._dicts]))]

@@ -1,4 +1,4 @@
-"""`lower`: a function of tensors, traced and compiled together with all that it reads and writes.
+"""`lower` and `trace`: a function of tensors as a graph, with all that it reads, and compiled.
 
 `make_fx` follows the function down to the kernels. Tensors that it reads without being given them (a
 plain tensor that a module keeps, a teacher's weights) are found in the graph and read live, like the
@@ -7,6 +7,7 @@ given ones. Those that lie on another device, or whose values Python has taken, 
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -77,7 +78,7 @@ class Lowered:
 
     def stale(self) -> bool:
         """Whether a constant was written to."""
-        return any(tensor._version != version for tensor, version in self.constants)
+        return is_stale(self.constants)
 
     def in_place(self, count: int) -> bool:
         """Whether the first `count` live tensors, and those found, lie where they did."""
@@ -131,35 +132,102 @@ def lower(
     Raises:
         ValueError: if it draws random numbers or takes values out of torch.
     """
-    import torch._inductor  # imported here: it takes four seconds and only compiling needs it
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    # Tensors of their own: two arguments that are one tensor now may be two the next time.
-    arguments = [a.detach().requires_grad_(a.requires_grad) for a in arguments]
-    looks = _Looks()
-    with unchanged(live), traced(), _one_fake_mode(), looks:
-        graph = make_fx(function)(*arguments, *live)
-    _refuse_random(graph)
-    extra, constants = _constants(graph, device)
-    constants += looks.seen
+    with unchanged(live):
+        traced_step = trace(function, arguments, device, live)
+    extra = traced_step.extra
     lowered = Lowered(
-        compiled=graph,
+        compiled=traced_step.graph,
         device=device,
         cuda_graph=cuda_graph,
         live=list(live),
         extra=extra,
-        constants=[(c, c._version) for c in constants if not c.is_inference()],
+        constants=traced_step.constants,
         aliases=[t.detach() for t in (*live, *extra)],
-        run=graph,
+        run=traced_step.graph,
     )
     with unchanged(lowered.aliases), torch.no_grad():
-        # the shapes are compared before each call
-        options = {"size_asserts": False}
-        inputs: list[Any] = [*arguments, *lowered.aliases]
-        lowered.compiled = torch._inductor.compile(graph, inputs, options)
+        inputs: list[Any] = [*map(alone, arguments), *lowered.aliases]
+        lowered.compiled = compiled(traced_step.graph, inputs)
         lowered.compiled(*inputs)
     lowered.bind(arguments)
     return lowered
+
+
+@final
+@dataclass(frozen=True)
+class Traced:
+    """A function of tensors as a graph.
+
+    Attributes:
+        graph: takes the arguments, the live tensors, and `extra`.
+        extra: further tensors that it reads.
+        constants: tensors whose values it holds, and the versions these had.
+    """
+
+    graph: "GraphModule"
+    extra: list[Tensor]
+    constants: list[tuple[Tensor, int]]
+
+
+def trace(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor],
+    device: torch.device,
+    live: Sequence[Tensor] = (),
+) -> Traced:
+    """Follow `function(*arguments, *live)` down to the kernels.
+
+    Raises:
+        ValueError: if it draws random numbers or takes values out of torch.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    looks = _Looks()
+    with traced(), _one_fake_mode(), looks:
+        graph = make_fx(function, _norms())(*map(alone, arguments), *live)
+    _refuse_random(graph)
+    extra, constants = _constants(graph, device)
+    constants += looks.seen
+    held = [(c, c._version) for c in constants if not c.is_inference()]
+    return Traced(graph, extra, held)
+
+
+def compiled(graph: "GraphModule", inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph through the compiler; call both under `torch.no_grad()`."""
+    # imported here: it takes four seconds and only compiling needs it
+    import torch._inductor
+    from torch.fx import GraphModule
+
+    graph = GraphModule(graph, copy.deepcopy(graph.graph))  # the compiler writes into what it gets
+    # the shapes are compared before each call
+    run: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), {"size_asserts": False})
+    return run
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A tensor of its own: two arguments that are one tensor now may be two the next time."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def is_stale(constants: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether a constant was written to."""
+    return any(tensor._version != version for tensor, version in constants)
+
+
+def _norms() -> dict[Any, Callable[..., Any]]:
+    """Euclidean norms as roots of sums, which a compiler can fuse; torch's own are calls."""
+    aten = torch.ops.aten
+
+    def one(tensor: Tensor, order: Any = 2, dim: Any = None, *rest: Any, **more: Any) -> Any:
+        plain = order == 2 and dim is None and not rest and not more and tensor.is_floating_point()
+        return tensor.square().sum().sqrt() if plain else NotImplemented
+
+    def each(tensors: list[Tensor], order: Any = 2, dtype: Any = None) -> Any:
+        if order != 2 or dtype is not None:
+            return NotImplemented
+        return [tensor.square().sum().sqrt() for tensor in tensors]
+
+    return {aten.linalg_vector_norm.default: one, aten._foreach_norm.Scalar: each}
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.refusals import positive, shown
 
@@ -120,6 +120,21 @@ def damped(operator: Operator, damping: float) -> Operator:
     return (lambda v: operator(v) + damping * v) if damping else operator
 
 
+def iterated(operator: Operator, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step(operator, *tensors) -> tensors`, to be called many times with tensors of the same kinds.
+
+    In one piece, product and all, if the operator knows how (`operator.iterate`).
+
+    Args:
+        operator: v -> A v.
+        key: all that the step depends on besides its arguments.
+        step: a function that does not look at values.
+    """
+    iterate = getattr(operator, "iterate", None)
+    run: Callable[..., Any] = iterate(key, step) if iterate else partial(step, operator)
+    return run
+
+
 def dense(operator: Operator, like: Tensor) -> Tensor:
     """The operator as a matrix; `like` is any vector it takes.
 
@@ -135,12 +150,7 @@ def dense(operator: Operator, like: Tensor) -> Tensor:
 
 
 def outcome(residual: Tensor, rtol: float | None) -> Result:
-    """How a solve with this relative residual ended; without `rtol` any finite one will do.
-
-    A traced solve cannot know and says success; its residual is in the statistics.
-    """
-    if is_tracing():
-        return Result.SUCCESS
+    """How a solve with this relative residual ended; without `rtol` any finite one will do."""
     if not bool(residual.isfinite()):
         return Result.NOT_FINITE
     return Result.SUCCESS if rtol is None or residual <= rtol else Result.NOT_CONVERGED

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments import explained_settings
-from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -76,9 +75,6 @@ class Cholesky(LinearSolver):
         matrix = dense(operator, rhs)
         if self.damping:
             matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
-        if is_tracing():  # a graph is the same for all values: it cannot branch on a pivot
-            w: Tensor = torch.linalg.solve_ex(matrix, rhs).result
-            return LinearSolution(w, Result.SUCCESS, _residual(matrix, w, rhs), n)
         if not bool(matrix.isfinite().all() & rhs.isfinite().all()):
             nan = torch.full_like(rhs, torch.nan)
             return LinearSolution(nan, Result.NOT_FINITE, _residual(matrix, nan, rhs), n)

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from bilevel.arguments import explained_settings
-from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -19,6 +19,7 @@ from bilevel.linear.base import (
     damped,
     in_own_units,
     initial,
+    iterated,
     refuse_no_system,
     tolerance,
 )
@@ -85,9 +86,9 @@ class ConjugateGradient(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         refuse_no_system(operator, rhs)
-        operator = damped(operator, self.damping)
         rhs, unit = in_own_units(rhs)
-        w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
+        whole = damped(operator, self.damping)
+        w, r, products = initial(whole, rhs, guess if self.warm_start else None, unit)
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
         r = r / scale
         goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)
@@ -98,11 +99,9 @@ class ConjugateGradient(LinearSolver):
             products += walk.steps
             w = walk.value
             if walk.steps:  # else the residual at the start is the true one already
-                r = (rhs - operator(w)) / scale
+                r = (rhs - whole(w)) / scale
                 products += 1
             residual = torch.linalg.vector_norm(r)
-            if is_tracing():
-                return LinearSolution(unit * w, Result.SUCCESS, residual, products)
             # the one wait for the device at the end
             size, negative, flat = torch.stack([residual, *walk[2:]]).tolist()
             if kept is not None and size > last:  # a restart that made it worse
@@ -129,40 +128,66 @@ class ConjugateGradient(LinearSolver):
     ) -> "_Walk":
         """Steps from the iterate w with residual r, relative to `scale`."""
         eps = torch.finfo(r.dtype).eps  # below it, the recursion says nothing about the residual
-        precondition = self.preconditioner or (lambda v: v)
-        z = precondition(r)
-        p = z
-        rz = torch.dot(r, z)
+        z = r if self.preconditioner is None else self.preconditioner(r)
         length = torch.linalg.vector_norm(r)
-        best, least = w, length
-        reach = torch.zeros_like(rz)  # squared, of the largest |A p| / |p|: at most |A|
-        flat = negative = torch.zeros((), dtype=torch.bool, device=r.device)
+        no = torch.zeros((), dtype=torch.bool, device=r.device)
+        here = _Place(w, r, z, torch.dot(r, z), length, w, length, torch.zeros_like(length), no, no)
+        done = (length <= max(goal, eps)) | ~length.isfinite()
+        key = type(self), self.damping, self.preconditioner, goal
+        advance = iterated(operator, key, partial(self._step, goal))
         steps = 0
         while steps < most:
-            stopped = (length <= max(goal, eps)) | negative | flat
-            looks = steps % self.check_every == 0 and not is_tracing()
-            if looks and bool(stopped | ~length.isfinite()):  # waits for the device
+            if steps % self.check_every == 0 and bool(done):  # waits for the device
                 break
             steps += 1
-            Ap = operator(p)
-            curvature, pp, stretched = torch.dot(p, Ap), torch.dot(p, p), torch.dot(Ap, Ap)
-            reach = torch.maximum(reach, stretched / pp)
-            bent, level = _judge(curvature, pp, stretched, reach, eps)
-            negative, flat = negative | (bent & ~stopped), flat | (level & ~stopped)
-            # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
-            # recurrence would go on until it underflows
-            frozen = stopped | negative | flat
-            alpha = torch.where(frozen, torch.zeros_like(rz), rz / curvature)
-            w = w + scale * alpha * p
-            r = r - alpha * Ap
-            z = precondition(r)
-            rz, previous = torch.dot(r, z), rz
-            p = z + torch.where(previous == 0, torch.zeros_like(rz), rz / previous) * p
-            length = torch.linalg.vector_norm(r)
-            best = torch.where(length < least, w, best)
-            least = torch.minimum(length, least)
+            *now, done = advance(scale, *here)
+            here = _Place(*now)
         # before a flat direction shows, nearly flat ones have made the iterate large
-        return _Walk(torch.where(flat, best, w), steps, negative, flat)
+        return _Walk(torch.where(here.flat, here.best, here.w), steps, here.negative, here.flat)
+
+    def _step(
+        self, goal: float, operator: Operator, scale: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A step of the recursion, and whether the next one would stop."""
+        here = _Place(*tensors)
+        w, r, p = here.w, here.r, here.p
+        enough = max(goal, torch.finfo(r.dtype).eps)
+        stopped = (here.length <= enough) | here.negative | here.flat
+        Ap = operator(p) + self.damping * p if self.damping else operator(p)
+        curvature, pp, stretched = torch.dot(p, Ap), torch.dot(p, p), torch.dot(Ap, Ap)
+        reach = torch.maximum(here.reach, stretched / pp)
+        bent, level = _judge(curvature, pp, stretched, reach, torch.finfo(r.dtype).eps)
+        negative, flat = here.negative | (bent & ~stopped), here.flat | (level & ~stopped)
+        # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
+        # recurrence would go on until it underflows
+        frozen = stopped | negative | flat
+        alpha = torch.where(frozen, torch.zeros_like(here.rz), here.rz / curvature)
+        w = w + scale * alpha * p
+        r = r - alpha * Ap
+        z = r if self.preconditioner is None else self.preconditioner(r)
+        rz = torch.dot(r, z)
+        p = z + torch.where(here.rz == 0, torch.zeros_like(rz), rz / here.rz) * p
+        length = torch.linalg.vector_norm(r)
+        best = torch.where(length < here.least, w, here.best)
+        least = torch.minimum(length, here.least)
+        done = (length <= enough) | negative | flat | ~length.isfinite()
+        return w, r, p, rz, length, best, least, reach, negative, flat, done
+
+
+@final
+class _Place(NamedTuple):
+    """Where the recursion is: the iterate, its residual, the direction, and what was seen so far."""
+
+    w: Tensor
+    r: Tensor
+    p: Tensor
+    rz: Tensor
+    length: Tensor
+    best: Tensor
+    least: Tensor
+    reach: Tensor  # squared, of the largest |A p| / |p|: at most |A|
+    negative: Tensor
+    flat: Tensor
 
 
 @final

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments import explained_settings
-from bilevel.compile import is_tracing
 from bilevel.errors import Result
 from bilevel.linear.base import (
     LinearSolution,
@@ -15,6 +14,7 @@ from bilevel.linear.base import (
     Operator,
     in_own_units,
     initial,
+    iterated,
     outcome,
     refuse_no_system,
     relative,
@@ -73,14 +73,12 @@ class Neumann(LinearSolver):
         w, r, products = initial(operator, rhs, guess if self.warm_start else None, unit)
         # b - A w after a step w += eta r is (I - eta A) r, the next term of the series; computed
         # from w at the same cost, it is the true residual and rounding does not add up
+        advance = iterated(operator, (type(self), self.step_size), self._step)
         for _ in range(self.num_steps):
-            w = w + self.step_size * r
-            r = rhs - operator(w)
+            w, r = advance(w, r, rhs)
         products += self.num_steps
         residual = relative(torch.linalg.vector_norm(r), torch.linalg.vector_norm(rhs))
         result = outcome(residual, self.rtol)
-        if is_tracing():
-            return LinearSolution(unit * w, result, residual, products)
         if result is Result.NOT_FINITE:  # it grew until it overflowed, or A or b are to blame
             products += 1
             grew = bool(operator(rhs).isfinite().all())
@@ -88,3 +86,7 @@ class Neumann(LinearSolver):
             grew = bool(residual > 1 + 1e-6)
         result = Result.DIVERGED if grew else result
         return LinearSolution(unit * w, result, residual, products)
+
+    def _step(self, operator: Operator, w: Tensor, r: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        w = w + self.step_size * r
+        return w, rhs - operator(w)

@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.autodiff import fill, gradients
+from bilevel.autodiff import fill
 from bilevel.batches import refuse_no_list
 from bilevel.cards import Card, digits, numbers_by_name, plural
 from bilevel.errors import HypergradientError, Result
@@ -308,13 +308,9 @@ class Solver(ABC):
     def _assemble(self, oracles: Oracles, response: Response) -> Hypergradient:
         upper, shared = oracles.upper, oracles.shared
         lower = {name: y.detach() for name, y in response.lower.items()}
-        wanted = {}
-        for name in lower if response.vjp is not None else shared.values():
-            wanted[name] = lower[name].requires_grad_()
-        evaluation = oracles.evaluate("upper", upper, lower)
-        leaves = [*upper.values(), *wanted.values()]
-        evaluation, found = oracles.mean_over_ranks(evaluation, gradients(evaluation.loss, leaves))
-        grads = fill(found, leaves)
+        wanted = list(lower if response.vjp is not None else shared.values())
+        evaluation, found = oracles.upper_gradient(upper, lower, wanted)
+        grads = fill(found, [*upper.values(), *(lower[name] for name in wanted)])
         by_upper = dict(zip(upper, grads[: len(upper)], strict=True))
         by_lower = dict(zip(wanted, grads[len(upper) :], strict=True))
         direct = {
@@ -326,7 +322,7 @@ class Solver(ABC):
             product = response.vjp(by_lower)
             grad = {name: g + product.product.get(name, 0) for name, g in direct.items()}
         return Hypergradient(
-            value=evaluation.loss.detach(),
+            value=evaluation.loss,
             grad=grad,
             result=product.result,
             stats=Stats(

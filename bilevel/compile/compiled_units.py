@@ -1,0 +1,322 @@
+"""`CompiledUnits`: a solver's units, each traced once for what it depends on, and compiled.
+
+What Python decides while a unit is traced holds for its graph: structure, shapes, dtypes and constants
+of the arguments tell one graph from another, and what was read of modules, their modes, flags and
+hooks, and torch's global settings are compared before every hypergradient (`guards`).
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, final
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from bilevel.compile.guards import Guard, reading
+from bilevel.compile.lowering import Traced, compiled, is_stale, trace
+from bilevel.compile.split import Split, split
+from bilevel.compile.tracing import reason
+from bilevel.compile.trees import constant, flatten, modes, signature
+from bilevel.compile.units import EagerStage, Rest, Stage, Units
+
+_MOST = 8  # sets of decisions that graphs are kept for
+_FEW = 4  # graphs of one unit in such a set
+
+
+@final
+@dataclass(eq=False)
+class _Graphs:
+    """The graphs for one set of decisions."""
+
+    modes: Any
+    guard: Guard
+    units: dict[Any, "_Unit | None"] = field(default_factory=dict)
+    counts: dict[Any, int] = field(default_factory=dict)
+    facts: dict[Hashable, Any] = field(default_factory=dict)
+    constants: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def holds(self) -> bool:
+        return not is_stale(self.constants) and self.guard.holds()
+
+
+@final
+@dataclass(eq=False)
+class _Unit:
+    """A compiled unit: `before(fixed)` and, of a stage, `after(residuals, moving)`."""
+
+    extra: list[Tensor]
+    answer: list[Any]
+    structure: Any
+    before: Callable[..., Any]
+    parts: Split | None = None
+    after: Callable[..., Any] | None = None
+    late_answer: list[Any] = field(default_factory=list)
+    late_structure: Any = None
+    steps: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
+
+
+@final
+class CompiledUnits(Units):
+    """Units as graphs, one for each set of decisions that Python takes in them.
+
+    What cannot be compiled runs as it is, after one warning.
+
+    Args:
+        module: whose parameters, buffers and attributes the units read.
+        context: entered while a unit is traced.
+        said: the warnings given so far; none is given twice.
+    """
+
+    compiled = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        said: set[str] | None = None,
+    ) -> None:
+        self.module = module
+        self._context = context
+        self._said = set() if said is None else said
+        self._kept: list[_Graphs] = []
+        self._device = next(module.parameters()).device
+        self._graphs = _Graphs(None, Guard(module))
+
+    def begin(self) -> None:
+        """Find the graphs that fit things as they are now; to be called before a hypergradient."""
+        now = modes(self._device.type)
+        for graphs in reversed(self._kept):
+            if graphs.modes == now and graphs.holds():
+                self._graphs = graphs
+                return
+        if len(self._kept) >= _MOST:
+            changed = self._kept[-1].guard.changed()
+            self.warn(
+                ValueError(
+                    f"there are {_MOST} graphs of it and {changed} has changed; make what changes in "
+                    "every step a buffer (`register_buffer`) or part of the batch"
+                )
+            )
+            self._kept.pop(0)
+        self._graphs = _Graphs(now, Guard(self.module))
+        self._kept.append(self._graphs)
+
+    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        facts = self._graphs.facts
+        if key not in facts:
+            facts[key] = function()
+        return facts[key]
+
+    def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        leaves, structure = flatten(arguments)
+        unit = self._unit(key, leaves, structure, partial(self._whole, key, function))
+        if unit is None:
+            return function(*arguments)
+        with torch.no_grad():
+            new = unit.before(*_tensors(leaves), *unit.extra)
+        return _filled(unit.answer, unit.structure, new)
+
+    def stage(
+        self,
+        key: Hashable,
+        function: Callable[..., tuple[Any, Rest]],
+        fixed: Sequence[Any],
+        like: Sequence[Any],
+    ) -> Stage:
+        leaves, structure = flatten(tuple(fixed))
+        unit = self._unit(key, leaves, structure, partial(self._halves, key, function, tuple(like)))
+        if unit is None:
+            return EagerStage(*function(*fixed))
+        assert unit.parts is not None
+        given = [*_tensors(leaves), *unit.extra]
+        with torch.no_grad():
+            computed = unit.before(*given)
+        count = unit.parts.count
+        early = _filled(unit.answer, unit.structure, computed[:count])
+        return _CompiledStage(self, unit, early, unit.parts.residuals(given, computed[count:]))
+
+    def warn(self, error: Exception) -> None:
+        """Say once that a unit runs as it is."""
+        words = f"the step is not compiled and runs as without `compile`: {reason(error)}"
+        if words not in self._said:
+            self._said.add(words)
+            warnings.warn(words, RuntimeWarning, stacklevel=5)
+
+    def _unit(
+        self, key: Hashable, leaves: list[Any], structure: Any, make: Callable[..., _Unit]
+    ) -> _Unit | None:
+        """The unit for these arguments, compiled if it is new; `None` if it cannot be."""
+        try:
+            kinds = tuple(
+                signature(leaf) if isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves
+            )
+            units, full = self._graphs.units, (key, structure, kinds)
+            if full not in units:
+                count = self._graphs.counts.get(key, 0)
+                if count >= _FEW:
+                    raise ValueError(
+                        f"there are {_FEW} graphs of it and shapes or constants of the batch have "
+                        "changed; pad the batches to few shapes, and make numbers tensors"
+                    )
+                self._graphs.counts[key] = count + 1
+                units[full] = None
+                units[full] = make(leaves, structure)
+            return units[full]
+        except Exception as error:  # any failure of the tracer or the compiler
+            self.warn(error)
+            return None
+
+    @contextlib.contextmanager
+    def _tracing(self, key: Hashable) -> Iterator[None]:
+        """Inside, a unit is traced; what it reads, and the functions in its key, is guarded."""
+        with (
+            self._context(),
+            warnings.catch_warnings(),
+            reading() as reads,
+        ):
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
+            reads.watch(key)
+            yield
+        self._graphs.guard.add(reads)
+
+    def _traced(self, flat: Callable[..., list[Tensor]], arguments: list[Tensor]) -> Traced:
+        found = trace(flat, arguments, self._device)
+        self._graphs.constants += found.constants
+        return found
+
+    def _whole(
+        self, key: Hashable, function: Callable[..., Any], leaves: list[Any], structure: Any
+    ) -> _Unit:
+        """Compile a unit without a second part."""
+        answer: dict[str, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            arguments = _filled(leaves, structure, tensors)
+            answer["leaves"], answer["structure"] = flatten(function(*arguments))
+            return _tensors(answer["leaves"])
+
+        given = _tensors(leaves)
+        with self._tracing(key):
+            found = self._traced(flat, given)
+        with torch.no_grad():
+            run = compiled(found.graph, [*map(Tensor.detach, given), *found.extra])
+        return _Unit(found.extra, answer["leaves"], answer["structure"], run)
+
+    def _halves(
+        self,
+        key: Hashable,
+        function: Callable[..., tuple[Any, Rest]],
+        like: tuple[Any, ...],
+        leaves: list[Any],
+        structure: Any,
+    ) -> _Unit:
+        """Compile a stage."""
+        more, moving = flatten(like)
+        given, others = _tensors(leaves), _tensors(more)
+        answer: dict[str, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            early, rest = function(*_filled(leaves, structure, tensors[: len(given)]))
+            late = rest(*_filled(more, moving, tensors[len(given) :]))
+            answer["early"], answer["late"] = flatten(early), flatten(late)
+            return [*_tensors(answer["early"][0]), *_tensors(answer["late"][0])]
+
+        with self._tracing(key):
+            found = self._traced(flat, [*given, *others])
+        moves = [False] * len(given) + [True] * len(others) + [False] * len(found.extra)
+        parts = split(found.graph, moves, len(_tensors(answer["early"][0])))
+        fixed = [*map(Tensor.detach, given), *found.extra]
+        with torch.no_grad():
+            before = compiled(parts.before, fixed)
+            residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
+            after = compiled(parts.after, [*residuals, *map(Tensor.detach, others)])
+        return _Unit(found.extra, *answer["early"], before, parts, after, *answer["late"])
+
+    def compose(
+        self,
+        unit: _Unit,
+        residuals: list[Tensor],
+        key: Hashable,
+        step: Callable[..., Any],
+        given: list[Tensor],
+    ) -> Callable[..., Any]:
+        """`step(rest, *tensors)` with the rest of a stage inside, compiled."""
+        assert unit.parts is not None
+        after, count = unit.parts.after, len(residuals)
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            def rest(*moving: Any) -> Any:
+                new = after(*tensors[:count], *_tensors(flatten(moving)[0]))
+                return _filled(unit.late_answer, unit.late_structure, new)
+
+            return list(step(rest, *tensors[count:]))
+
+        with self._tracing(key):
+            found = self._traced(flat, [*residuals, *given])
+        with torch.no_grad():
+            run = compiled(found.graph, [*map(Tensor.detach, [*residuals, *given]), *found.extra])
+        return lambda *tensors: run(*tensors, *found.extra)
+
+
+@final
+class _CompiledStage(Stage):
+    """A stage whose rest runs as a graph."""
+
+    def __init__(
+        self, units: CompiledUnits, unit: _Unit, early: Any, residuals: list[Tensor]
+    ) -> None:
+        self.early = early
+        self._units = units
+        self._unit = unit
+        self._residuals = residuals
+
+    def __call__(self, *moving: Any) -> Any:
+        unit = self._unit
+        assert unit.after is not None
+        with torch.no_grad():
+            new = unit.after(*self._residuals, *_tensors(flatten(moving)[0]))
+        return _filled(unit.late_answer, unit.late_structure, new)
+
+    def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
+        run: Callable[..., Any] | None = None
+
+        def advance(*tensors: Tensor) -> Any:
+            nonlocal run
+            if run is None:  # found once: the tensors are of the same kinds at every call
+                full = key, tuple(map(signature, tensors))
+                steps = self._unit.steps
+                if full not in steps:
+                    steps[full] = self._composed(key, step, list(tensors))
+                run = steps[full] or partial(self._as_it_is, step)
+            with torch.no_grad():
+                return run(*self._residuals, *tensors)
+
+        return advance
+
+    def _as_it_is(self, step: Callable[..., Any], *tensors: Tensor) -> Any:
+        return step(self, *tensors[len(self._residuals) :])
+
+    def _composed(
+        self, key: Hashable, step: Callable[..., Any], given: list[Tensor]
+    ) -> Callable[..., Any] | None:
+        try:
+            return self._units.compose(self._unit, self._residuals, key, step, given)
+        except Exception as error:  # any failure of the tracer or the compiler
+            self._units.warn(error)
+            return None
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _filled(leaves: Sequence[Any], structure: Any, tensors: Sequence[Tensor]) -> Any:
+    """The tree with these tensors in the places of its own."""
+    new = iter(tensors)
+    filled = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return optree.tree_unflatten(structure, filled)

@@ -1,0 +1,119 @@
+"""`Units`: how a solver's pieces of work run, as they are or compiled.
+
+A *unit* is a pure function of tensors that a solver repeats: a step of the lower level, its adjoint, a
+step of a linear solver, an evaluation of the upper loss. The solver's own loop stays in Python, so what
+compiling costs does not depend on how long the loop is.
+
+A *stage* is a unit in two parts. `function(*fixed)` returns `(early, rest)`, and `rest(*moving)` is
+called later, maybe often: what does not depend on the moving arguments is computed once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, ClassVar, TypeAlias, final
+
+Rest: TypeAlias = Callable[..., Any]
+
+
+class Stage(ABC):
+    """A unit of which the first part has run.
+
+    Attributes:
+        early: what does not depend on the moving arguments.
+    """
+
+    early: Any
+
+    @abstractmethod
+    def __call__(self, *moving: Any) -> Any:
+        """The rest."""
+
+    @abstractmethod
+    def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step(rest, *tensors) -> tensors`, to be called many times with tensors of the same kinds.
+
+        Args:
+            key: what tells this step from others; it holds all that the step depends on besides its
+                arguments and the functions it closes over.
+            step: a function of tensors that calls the rest.
+        """
+
+
+class Units(ABC):
+    """How a solver's pieces of work run.
+
+    Attributes:
+        compiled: whether they run as graphs, each for itself: autograd sees none of them.
+    """
+
+    compiled: ClassVar[bool]
+
+    @abstractmethod
+    def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(*arguments)`, which writes nothing and returns tensors without a graph.
+
+        Args:
+            key: what tells this function from others; it holds all that the function depends on
+                besides the arguments and the problem.
+            function: a function of trees of tensors.
+            arguments: trees.
+        """
+
+    @abstractmethod
+    def stage(
+        self,
+        key: Hashable,
+        function: Callable[..., tuple[Any, Rest]],
+        fixed: Sequence[Any],
+        like: Sequence[Any],
+    ) -> Stage:
+        """The first part of `function(*fixed) -> (early, rest)`.
+
+        Args:
+            key: as in `call`.
+            function: a function of trees of tensors.
+            fixed: its arguments.
+            like: tensors of the kinds that the rest will be called with.
+        """
+
+    @abstractmethod
+    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """What a function found, kept as long as the graphs are good."""
+
+
+@final
+class EagerStage(Stage):
+    """A stage as it is."""
+
+    def __init__(self, early: Any, rest: Rest) -> None:
+        self.early = early
+        self._rest = rest
+
+    def __call__(self, *moving: Any) -> Any:
+        return self._rest(*moving)
+
+    def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(step, self._rest)
+
+
+@final
+class EagerUnits(Units):
+    """Units as they are."""
+
+    compiled = False
+
+    def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def stage(
+        self,
+        key: Hashable,
+        function: Callable[..., tuple[Any, Rest]],
+        fixed: Sequence[Any],
+        like: Sequence[Any],
+    ) -> Stage:
+        return EagerStage(*function(*fixed))
+
+    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        return function()
