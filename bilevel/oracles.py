@@ -244,10 +244,11 @@ class Oracles:
                 "or the wrong module in `lower_loss`"
             )
 
-    def on(self, upper_batch: Any, lower_batches: Sequence[Any]) -> "Oracles":
-        """The same losses on other batches."""
+    def on(self, upper_batch: Any, lower_batches: Sequence[Any], index: int = 0) -> "Oracles":
+        """The same losses on other batches, drawn for the evaluation with this number."""
         other = copy.copy(self)
         other.upper_batch, other.lower_batches = upper_batch, lower_batches
+        other.seed = self.seed + index
         return other
 
     def upper_gradient(

@@ -35,7 +35,7 @@ def known(condition: Callable[[], Tensor]) -> bool:
     """
     if _active:
         return False
-    found = condition()
+    found = condition()  # on an accelerator it is queued, and not read
     return found.device.type == "cpu" and bool(found)
 
 

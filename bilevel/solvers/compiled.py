@@ -26,8 +26,8 @@ class Compiled(Solver):
     stays in Python, so that the first call takes as long for 10 steps as for 10,000, and linear solvers
     watch themselves as ever.
 
-    A graph holds what Python decided while it was made. Before every call all of that is compared: shapes,
-    dtypes and constants of the batches; which variables require grad; the mode of every module; the
+    A graph holds what Python decided while it was made. Before every call all of that is compared:
+    shapes, dtypes and constants of the batches; which variables require grad; the mode of every module; the
     attributes, globals and closures that the losses read; an optimizer's options; torch's global
     settings. If something differs, another graph is made, up to eight. A loss that looks at values or
     draws random numbers runs as it is, with one warning; so does everything where there is no C++

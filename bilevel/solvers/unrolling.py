@@ -1,5 +1,6 @@
 """One unrolling of `Unrolled`: the steps of a twin, and their products in each mode."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 from weakref import WeakKeyDictionary
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
-from bilevel.compile import is_tracing
+from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
-from bilevel.oracles import Oracles
+from bilevel.oracles import Oracles, leaves
 from bilevel.problem import Problem
 from bilevel.solvers.base import Response, ResponseProduct
 from bilevel.tree import Tree, norm
@@ -51,11 +52,14 @@ class Unrolling:
 
     def run(self) -> Response:
         """Take the steps; the answer and its vector-Jacobian product."""
+        if self.oracles.units.compiled:
+            return self._unit_by_unit()
         steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
         first = steps - (self.settings.truncate or steps)
         lower = self.oracles.lower
         grads = self._gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
         self.twin = self._make_twin(lower)
+        self._held = self.twin.held()
         points = self.twin.pack(lower)
         state = self.twin.start(points)
         saved = []
@@ -77,6 +81,36 @@ class Unrolling:
         else:
             vjp = (self._recompute if self.settings.mode == "recompute" else self._forward)(saved)
         return Response(self.twin.unpack(points), vjp, residual)
+
+    def _unit_by_unit(self) -> Response:
+        """The same with every step a unit; reverse mode keeps what a step's adjoint needs of it."""
+        units, mode = self.oracles.units, self.settings.mode
+        first = self.settings.num_steps - (self.settings.truncate or self.settings.num_steps)
+        lower = self.oracles.lower
+        self.used = units.once("used", lambda: self._used(lower))
+        self.twin = self._make_twin(lower)
+        self._held = _live(self.twin.held())
+        points = [p.detach() for p in self.twin.pack(lower)]
+        state = _counted(self.twin.whole(points))
+        saved: list[tuple[int, list[Tensor], Any]] = []
+        stages: list[Stage] = []
+        for t in range(self.settings.num_steps):
+            if t == first or (t > first and mode == "recompute"):
+                saved.append((t, points, state))
+            if mode == "reverse" and t >= first:
+                stages.append(self._stage(t, points, state))
+                points, state, residual = stages[-1].early
+            else:
+                points, state, residual = self._unit("step", Unrolling._plain, t, points, state)
+        answer = self.twin.unpack(points)
+        if mode == "reverse":
+            return Response(answer, lambda v: self._product(self._staged(stages, v)), residual)
+        vjp = self._recompute if mode == "recompute" else self._forward
+        return Response(answer, vjp(saved), residual)
+
+    def _used(self, lower: Tree) -> set[str]:
+        _, grads = self.oracles.lower_gradient(self.upper, lower, 0)
+        return {name for name, g in grads.items() if g is not None}
 
     def _make_twin(self, lower: Tree) -> Twin:
         if self.settings.optimizer is not None:
@@ -129,26 +163,100 @@ class Unrolling:
         self, saved: list[tuple[int, list[Tensor], Any]], adjoint: list[Tensor]
     ) -> list[Tensor]:
         """The product of the saved steps' transposed Jacobian in x with a vector of points."""
-        upper = list(self.upper.values())
-        total = [torch.zeros_like(x) for x in upper]
+        total = [torch.zeros_like(x) for x in self.upper.values()]
+        moments: list[Tensor] | None = None  # after the last step nothing depends on the state
         for t, points, state in reversed(saved):
-            grads = self._pull_back(t, points, state, adjoint)
-            total = [a + g for a, g in zip(total, grads, strict=False)]
-            adjoint = grads[len(upper) :]
+            given = points, state, adjoint, moments, total
+            adjoint, moments, total = self._unit("adjoint", Unrolling._pull_back, t, *given)
         return total
 
     def _pull_back(
-        self, t: int, points: list[Tensor], state: Any, adjoint: list[Tensor]
-    ) -> list[Tensor]:
-        """The adjoint of step t in (x, y, s); the step's graph ends with this call."""
+        self,
+        points: list[Tensor],
+        state: Any,
+        adjoint: list[Tensor],
+        moments: list[Tensor] | None,
+        total: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The adjoint of a step in (y, s), and in x added to those of later steps."""
+        (_, after, _), rest = self._differentiable(points, state)
+        if moments is None:
+            moments = [torch.zeros_like(s) for s in _moments(after)]
+        return rest(adjoint, moments, total)
+
+    def _differentiable(
+        self, points: list[Tensor], state: Any
+    ) -> tuple[tuple[list[Tensor], Any, Tensor], Callable[..., Any]]:
+        """A step and its adjoint; the step's graph ends with the call of it."""
         points = [p.detach().requires_grad_() for p in points]
         state = _map_moments(lambda s: s.detach().requires_grad_(), state)
-        after, next_state = self._step(self.upper, points, state, t, create_graph=True)
+        upper = list(self.upper.values())
+        grads = self._gradients(self.upper, self.twin.unpack(points), 0, create_graph=True)
+        after, next_state = self.twin.step(points, self._clipped(grads), state)
         outputs = [*after, *_moments(next_state)]
-        # after the last step nothing depends on the optimizer's state
-        adjoint = adjoint + [torch.zeros_like(s) for s in outputs[len(adjoint) :]]
-        inputs = [*self.upper.values(), *points, *_moments(state)]
-        return vector_jacobian_product(outputs, inputs, adjoint)
+        inputs = [*upper, *points, *_moments(state)]
+
+        def rest(adjoint: list[Tensor], moments: list[Tensor], total: list[Tensor]) -> Any:
+            found = vector_jacobian_product(outputs, inputs, [*adjoint, *moments])
+            of_x, of_y = found[: len(upper)], found[len(upper) : len(upper) + len(points)]
+            total = [a + g for a, g in zip(total, of_x, strict=True)]
+            return of_y, found[len(upper) + len(points) :], total
+
+        residual = norm([g.detach() for g in grads.values() if g is not None])
+        early = [p.detach() for p in after], _map_moments(Tensor.detach, next_state), residual
+        return early, rest
+
+    def _plain(self, points: list[Tensor], state: Any) -> tuple[list[Tensor], Any, Tensor]:
+        """A step that is not differentiated."""
+        points = [p.detach().requires_grad_() for p in points]
+        grads = self._gradients(self.upper, self.twin.unpack(points), 0, create_graph=False)
+        with torch.no_grad():
+            after, state = self.twin.step(points, self._clipped(grads), state)
+        return after, state, norm([g for g in grads.values() if g is not None])
+
+    def _staged(self, stages: list[Stage], cotangent: Tree) -> list[Tensor]:
+        """The product of all steps' transposed Jacobian in x with a cotangent."""
+        total = [torch.zeros_like(x) for x in self.upper.values()]
+        adjoint = self.twin.pack(cotangent)
+        moments = [torch.zeros_like(s) for s in _moments(stages[-1].early[1])]
+        for stage in reversed(stages):
+            adjoint, moments, total = stage(adjoint, moments, total)
+        return total
+
+    # ------------------------------------------------------------------ units
+
+    def _unit(self, name: str, piece: Callable[..., Any], t: int, *arguments: Any) -> Any:
+        """`piece(self, *arguments)` at step t."""
+
+        def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:
+            return piece(self._at(t, batch, upper, held), *given)
+
+        key = name, *self._key()
+        fixed = self._batch(t), self.upper, self._held
+        return self.oracles.units.call(key, function, *fixed, *arguments)
+
+    def _stage(self, t: int, points: list[Tensor], state: Any) -> Stage:
+        """A step of which the adjoint is the rest."""
+
+        def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:
+            return self._at(t, batch, upper, held)._differentiable(*given)
+
+        fixed = self._batch(t), self.upper, self._held, points, state
+        like = points, _moments(state), list(self.upper.values())
+        return self.oracles.units.stage(("stage", *self._key()), function, fixed, like)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.settings, self.twin.key(), self.oracles.precision
+
+    def _batch(self, t: int) -> Any:
+        return self.oracles.lower_batches[0 if self.one_batch else t]
+
+    def _at(self, t: int, batch: Any, upper: Tree, held: Any) -> "Unrolling":
+        """The same at step t, with these tensors in the places of its own."""
+        other = copy.copy(self)
+        other.oracles = self.oracles.on(None, [batch], 0 if self.one_batch else t)
+        other.upper, other.twin, other.one_batch = leaves(upper), self.twin.holding(held), True
+        return other
 
     def _forward(
         self, saved: list[tuple[int, list[Tensor], Any]]
@@ -177,7 +285,7 @@ class Unrolling:
         """
         done = _VERIFIED.setdefault(self.oracles.problem, set())
         key = repr(self.settings), len(self.upper)
-        if key in done or is_tracing():
+        if key in done:
             return
         first, points, state = saved
         last = min(first + _VERIFIED_STEPS, self.settings.num_steps)
@@ -230,24 +338,32 @@ class Unrolling:
         first, points, state = saved
         tangents: list[Tensor | None] = [None] * (len(points) + len(_moments(state)))
         for t in range(first, last):
-            with forward_ad.dual_level():  # a level keeps its tangents, so one for each step
-                upper = {
-                    n: _dual(x.detach().requires_grad_(), directions.get(n))
-                    for n, x in self.upper.items()
-                }
-                carried = iter(tangents)
-                points = [_dual(p.detach().requires_grad_(), next(carried)) for p in points]
-                duals = [_dual(s, next(carried)) for s in _moments(state)]
-                state = _replace_moments(state, duals)
-                # with its graph: torch's backward of a determinant (or a solve, a product) uses what
-                # the forward pass saved, without tangents, unless it is to be differentiated itself
-                points, state = self._step(upper, points, state, t, create_graph=True)
-                pairs = [forward_ad.unpack_dual(d) for d in (*points, *_moments(state))]
-                tangents = [None if d is None else d.detach() for _, d in pairs]
-                points = [p.detach() for p, _ in pairs[: len(points)]]
-                state = _replace_moments(state, [p.detach() for p, _ in pairs[len(points) :]])
+            given = points, state, tangents, directions
+            points, state, tangents = self._unit("tangent", Unrolling._pushed, t, *given)
         final = zip(tangents, points, strict=False)
         return [torch.zeros_like(p) if d is None else d for d, p in final]
+
+    def _pushed(
+        self, points: list[Tensor], state: Any, tangents: list[Tensor | None], directions: Tree
+    ) -> tuple[list[Tensor], Any, list[Tensor | None]]:
+        """A step that carries tangents."""
+        with forward_ad.dual_level():  # a level keeps its tangents, so one for each step
+            upper = {
+                n: _dual(x.detach().requires_grad_(), directions.get(n))
+                for n, x in self.upper.items()
+            }
+            carried = iter(tangents)
+            points = [_dual(p.detach().requires_grad_(), next(carried)) for p in points]
+            duals = [_dual(s, next(carried)) for s in _moments(state)]
+            state = _replace_moments(state, duals)
+            # with its graph: torch's backward of a determinant (or a solve, a product) uses what
+            # the forward pass saved, without tangents, unless it is to be differentiated itself
+            points, state = self._step(upper, points, state, 0, create_graph=True)
+            pairs = [forward_ad.unpack_dual(d) for d in (*points, *_moments(state))]
+            tangents = [None if d is None else d.detach() for _, d in pairs]
+            points = [p.detach() for p, _ in pairs[: len(points)]]
+            state = _replace_moments(state, [p.detach() for p, _ in pairs[len(points) :]])
+        return points, state, tangents
 
     def _product(self, product: list[Tensor]) -> ResponseProduct:
         steps = self.settings.truncate or self.settings.num_steps
@@ -286,3 +402,18 @@ def _map_moments(function: Callable[[Tensor], Tensor], state: Any) -> Any:
 def _replace_moments(state: Any, moments: list[Tensor]) -> Any:
     new = iter(moments)
     return _map_moments(lambda _: next(new), state)
+
+
+def _live(held: Any) -> Any:
+    """Numbers that are not 0 as tensors: a graph reads them, so that they may move."""
+    return optree.tree_map(
+        lambda v: (
+            torch.tensor(float(v), dtype=torch.double) if isinstance(v, (int, float)) and v else v
+        ),
+        held,
+    )
+
+
+def _counted(state: Any) -> Any:
+    """Counts of steps as tensors."""
+    return optree.tree_map(lambda v: torch.tensor(int(v)) if isinstance(v, float) else v, state)

@@ -2,7 +2,7 @@
 
 from bilevel.twins.base import NOT_LEARNED, Gradients, Twin, clip
 from bilevel.twins.functional import TransformationTwin, as_transformation, describe, refuse_learned
-from bilevel.twins.running import RunningTwin, rule_of
+from bilevel.twins.running import RunningTwin, move, rule_of
 
 __all__ = [
     "NOT_LEARNED",
@@ -13,6 +13,7 @@ __all__ = [
     "as_transformation",
     "clip",
     "describe",
+    "move",
     "refuse_learned",
     "rule_of",
 ]

@@ -1,13 +1,13 @@
 """`Twin`: a lower-level optimizer as a pure, differentiable function of variables and state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.compile import is_tracing
+from bilevel.compile import known
 from bilevel.tree import Tree
 
 Gradients = dict[str, Tensor | None]
@@ -39,6 +39,26 @@ class Twin(ABC):
         """The state before the first step: a pytree of tensors and numbers."""
 
     @abstractmethod
+    def whole(self, points: list[Tensor]) -> Any:
+        """The state before the first step with all that later ones have: zeros make the same step.
+
+        Raises:
+            TypeError: if the first step differs from all others.
+        """
+
+    @abstractmethod
+    def held(self) -> Any:
+        """What a step reads besides its arguments: a pytree of tensors and numbers."""
+
+    @abstractmethod
+    def holding(self, held: Any) -> "Twin":
+        """The same optimizer that reads these instead."""
+
+    @abstractmethod
+    def key(self) -> Hashable:
+        """What else a step depends on."""
+
+    @abstractmethod
     def step(
         self, points: list[Tensor], gradients: Gradients, state: Any
     ) -> tuple[list[Tensor], Any]:
@@ -51,8 +71,7 @@ def safe_sqrt(v: Tensor) -> Tensor:
     With v = 0 the first moment m is 0 too, and the true derivative of m / (sqrt(v) + eps) there is
     dm / eps: the root's own derivative multiplies m = 0 and drops out.
     """
-    looks = v.device.type == "cpu" and not is_tracing()  # no device to wait for
-    if looks and bool(v.all()):
+    if known(v.all):
         return v.sqrt()
     zero = v == 0
     return v.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

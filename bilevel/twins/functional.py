@@ -1,6 +1,8 @@
 """The twin of a torchopt transformation: any chain of sgd, adam, clipping, schedules, ..."""
 
+import copy
 import inspect
+from collections.abc import Hashable
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import FunctionType
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bilevel.compile import known
 from bilevel.tree import Tree
 from bilevel.twins.base import NOT_LEARNED, Gradients, Twin, clip, moved, safe_sqrt
 
@@ -47,23 +50,33 @@ class TransformationTwin(Twin):
     def start(self, points: list[Tensor]) -> Any:
         return self._transformation.init(dict(zip(self._names, points, strict=True)))
 
+    def whole(self, points: list[Tensor]) -> Any:
+        return self.start(points)
+
+    def held(self) -> Any:
+        return {name: value for name, value in self._tree.items() if name not in self._names}
+
+    def holding(self, held: Any) -> "TransformationTwin":
+        other = copy.copy(self)
+        other._tree = held
+        return other
+
+    def key(self) -> Hashable:
+        return tuple(self._names)
+
     def step(
         self, points: list[Tensor], gradients: Gradients, state: Any
     ) -> tuple[list[Tensor], Any]:
         params = dict(zip(self._names, points, strict=True))
         grads = dict(zip(self._names, moved(gradients, self._names, "Unrolled"), strict=True))
-        with _SafeSqrt() if _may_vanish(grads) else nullcontext():
+        with nullcontext() if known(partial(_no_zero, grads)) else _SafeSqrt():
             updates, state = self._transformation.update(grads, state, params=params, inplace=False)
         return [params[name] + updates[name] for name in self._names], state
 
 
-def _may_vanish(gradients: Tree) -> bool:
-    """Whether a second moment can be exactly 0: only where the gradient is, or its square.
-
-    Looking is cheap on the CPU; elsewhere it would wait for the device, so the answer is yes.
-    """
-    squares = (g.detach().square() for g in gradients.values())
-    return not all(s.device.type == "cpu" and bool(s.all()) for s in squares)
+def _no_zero(gradients: Tree) -> Tensor:
+    """Whether no second moment can be exactly 0: it is where the gradient is, or its square."""
+    return torch.stack([g.detach().square().all() for g in gradients.values()]).all()
 
 
 @final

@@ -10,22 +10,26 @@ Parameters that share a group (and have taken the same number of steps) are one 
 step costs a dozen kernels however many tensors the level has.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from bilevel.compile import is_tracing
 from bilevel.optimizers import Optimizers, listed
 from bilevel.tree import Layout, Tree
 from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
 
 Moments: TypeAlias = dict[str, Any]
 Rule: TypeAlias = Callable[[Tensor, Tensor, Moments, dict[str, Any]], tuple[Tensor, Moments]]
+
+
+_MOVING = frozenset({"lr", "momentum", "weight_decay", "betas"})
+_FIXED = ("eps", "dampening", "nesterov", "amsgrad", "maximize", "decoupled_weight_decay")
 
 
 @final
@@ -87,16 +91,30 @@ class RunningTwin(Twin):
     def start(self, points: list[Tensor]) -> list[Moments]:
         return [dict(cell.state) for cell in self._cells]
 
-    def write(self, points: list[Tensor], state: list[Moments]) -> None:
-        """Put variables and state where the optimizers keep them (a traced step does that)."""
-        for cell, vector, new in zip(self._cells, points, state, strict=True):
-            for parameter, value in zip(cell.members, cell.layout.unravel(vector), strict=True):
-                parameter.copy_(value)
-            for key, value in new.items():
-                stored = [cell.optimizer.state[p][key] for p in cell.members]
-                values = [value] if key == "step" else cell.layout.unravel(value)
-                for tensor, part in zip(stored, values, strict=True):
-                    tensor.copy_(part)
+    def whole(self, points: list[Tensor]) -> list[Moments]:
+        return [_whole(cell, y) for cell, y in zip(self._cells, points, strict=True)]
+
+    def held(self) -> Any:
+        moved = {name for cell in self._cells for name in cell.names}
+        still = {name: value for name, value in self._tree.items() if name not in moved}
+        return still, [
+            {k: cell.settings[k] for k in _MOVING & cell.settings.keys()} for cell in self._cells
+        ]
+
+    def holding(self, held: Any) -> "RunningTwin":
+        other = copy.copy(self)
+        other._tree, numbers = held
+        other._cells = [
+            replace(cell, settings={**cell.settings, **given})
+            for cell, given in zip(self._cells, numbers, strict=True)
+        ]
+        return other
+
+    def key(self) -> Hashable:
+        return tuple(
+            (tuple(cell.names), cell.rule, *(cell.settings.get(name) for name in _FIXED))
+            for cell in self._cells
+        )
 
     def step(
         self, points: list[Tensor], gradients: Gradients, state: list[Moments]
@@ -145,11 +163,8 @@ def _check_moves(names: list[str]) -> None:
 def _by_step(members: list[Tensor], optimizer: Optimizer) -> list[list[Tensor]]:
     """Group parameters of one dtype that have taken the same number of steps.
 
-    A parameter that was frozen for a while lags behind. A traced step, which must hold for all
-    numbers of steps, takes every parameter by itself; its compiler fuses them.
+    A parameter that was frozen for a while lags behind.
     """
-    if is_tracing():
-        return [[p] for p in members]
     groups: dict[tuple[float, bool, torch.dtype], list[Tensor]] = {}
     for p in members:
         step = optimizer.state.get(p, {}).get("step")
@@ -171,18 +186,58 @@ def _cell(
     state: Moments = {}
     for key, value in stored[0].items():
         if key == "step":
-            state[key] = value.double() if is_tracing() else float(value)
+            state[key] = float(value)
         elif value is not None:
             state[key] = layout.ravel([s[key].detach() for s in stored]).clone()
-    settings = {key: value for key, value in group.items() if key != "params"}
-    if isinstance(optimizer, AdamW):
-        settings["decoupled_weight_decay"] = True
+    settings = _settings(group, optimizer)
     named = [names[id(p)] for p in members]
     return _Cell(named, members, optimizer, layout, settings, rule, state)
 
 
+def _whole(cell: _Cell, y: Tensor) -> Moments:
+    """The state with all that the rule keeps."""
+    settings, state = cell.settings, dict(cell.state)
+    if cell.rule is _sgd:
+        if not _on(settings["momentum"]):
+            return {}
+        if settings["dampening"] and "momentum_buffer" not in state:
+            raise TypeError("`SGD` with dampening begins with a step of another kind")
+        return {"momentum_buffer": torch.zeros_like(y), **state}
+    names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(settings["amsgrad"])]
+    return {"step": 0.0, **{name: torch.zeros_like(y) for name in names}, **state}
+
+
+def move(optimizers: Optimizers, variables: Tree, gradients: Mapping[str, Tensor | None]) -> None:
+    """A step of the optimizers by their rules, written where they keep things: what a graph can hold.
+
+    Args:
+        optimizers: optimizers that keep a state of every parameter already.
+        variables: a level's module parameters by name.
+        gradients: their gradients.
+    """
+    names = {id(p): name for name, p in variables.items()}
+    for optimizer in listed(optimizers):
+        for group in optimizer.param_groups:
+            settings = _settings(group, optimizer)
+            for p in group["params"]:
+                g = gradients.get(names.get(id(p), ""))
+                if g is not None:
+                    kept = {k: v for k, v in optimizer.state[p].items() if v is not None}
+                    y, state = rule_of(optimizer)(p.detach(), g, kept, settings)
+                    for key, value in state.items():
+                        kept[key].copy_(value)
+                    p.detach().copy_(y)
+
+
+def _settings(group: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    settings = {key: value for key, value in group.items() if key != "params"}
+    if isinstance(optimizer, AdamW):
+        settings["decoupled_weight_decay"] = True
+    return settings
+
+
 def _on(setting: Any) -> bool:
-    """Whether an option is not 0; while a step is traced a tensor stands for one that is not."""
+    """Whether an option is not 0; a tensor stands for one that is not."""
     return isinstance(setting, Tensor) or bool(setting)
 
 
@@ -205,12 +260,13 @@ def _adam(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[
     beta1, beta2 = group["betas"]
     lr, decay = group["lr"], group["weight_decay"]
     step = state.get("step", 0.0) + 1
+    count = step.double() if isinstance(step, Tensor) else step
     g = -g if group["maximize"] else g
     if _on(decay) and group.get("decoupled_weight_decay", False):
         y = y * (1 - lr * decay)
     elif _on(decay):
         g = g + decay * y
-    fresh = 1 - beta1  # a tensor while a step is traced, which must be of the same type
+    fresh = 1 - beta1
     fresh = fresh.to(y.dtype) if isinstance(fresh, Tensor) else fresh
     m = torch.lerp(state.get("exp_avg", torch.zeros_like(y)), g, fresh)
     v = beta2 * state.get("exp_avg_sq", torch.zeros_like(y)) + (1 - beta2) * g * g
@@ -218,5 +274,5 @@ def _adam(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[
     if group["amsgrad"]:
         v = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(v)), v)
         new["max_exp_avg_sq"] = v
-    denominator = safe_sqrt(v) / (1 - beta2**step) ** 0.5 + group["eps"]
-    return y - lr / (1 - beta1**step) * m / denominator, new
+    denominator = safe_sqrt(v) / (1 - beta2**count) ** 0.5 + group["eps"]
+    return y - lr / (1 - beta1**count) * m / denominator, new
