@@ -17,6 +17,7 @@ from bilevel.problem import Problem
 from bilevel.second_order import check_second_order
 from bilevel.solvers import (
     Alternating,
+    Compiled,
     Hypergradient,
     Implicit,
     Response,
@@ -37,6 +38,7 @@ __all__ = [
     "Batches",
     "CheckpointError",
     "Cholesky",
+    "Compiled",
     "ConjugateGradient",
     "DivergenceError",
     "Explanation",

@@ -8,7 +8,8 @@ from torch import Tensor
 from bilevel.autodiff import fill
 from bilevel.linear import ConjugateGradient
 from bilevel.linear.base import dense
-from bilevel.oracles import Linearization, Oracles
+from bilevel.linearization import Linearization
+from bilevel.oracles import Oracles
 from bilevel.tree import Layout, Tree
 
 _DENSE = 1000  # most variables for which the Hessian is made as a matrix

@@ -1,17 +1,18 @@
-"""A step of tensors traced once, compiled, and on a GPU captured as a CUDA graph.
+"""Training steps and a solver's pieces of work as compiled graphs; it knows torch alone.
 
-It knows torch alone. `Compiled` is what the loop calls; whatever branches on a tensor's value asks
-`is_tracing` first. Behind `Compiled`: `guards` (what a graph takes for granted), `settings` (the
-optimizers' numbers), `lowering` (tracing and compiling) and `cuda_graph`.
+`CompiledStep` is a step that writes: variables, buffers, an optimizer's state. `Units` are what a solver
+repeats, functions that write nothing. Behind them: `guards` (what a graph takes for granted),
+`settings` (the optimizers' numbers), `lowering` (tracing and compiling), `split` (what is computed once
+and what is repeated) and `cuda_graph`. What would look at a tensor's value asks `known`.
 """
 
-from bilevel.compile.compiled import Compiled
+from bilevel.compile.compiled_step import CompiledStep
 from bilevel.compile.compiled_units import CompiledUnits
 from bilevel.compile.tracing import is_tracing, known, traced
 from bilevel.compile.units import EagerUnits, Stage, Units
 
 __all__ = [
-    "Compiled",
+    "CompiledStep",
     "CompiledUnits",
     "EagerUnits",
     "Stage",

@@ -1,4 +1,4 @@
-"""`Compiled`: a training step traced once and run as one compiled graph.
+"""`CompiledStep`: a training step traced once and run as one compiled graph.
 
 A step of a small model runs about a hundred kernels. Each takes microseconds, and costs tens of
 microseconds of Python and autograd. Traced (`make_fx` follows `torch.autograd.grad`, second
@@ -69,7 +69,7 @@ class _Graph:
 
 
 @final
-class Compiled(Generic[P, R]):
+class CompiledStep(Generic[P, R]):
     """`step` as compiled graphs, one for each set of decisions that Python takes in it.
 
     What cannot be compiled runs as it is, after one warning.
@@ -77,6 +77,7 @@ class Compiled(Generic[P, R]):
     Args:
         step: reads its arguments, the module and the optimizers, writes the latter two, returns a
             pytree.
+        traced: the same in operations that a graph can hold (`optimizer.step` is none).
         module: whose parameters and buffers the step reads and writes, all on one device.
         optimizers: those whose state it reads and writes.
         cuda_graph: whether to capture it as a CUDA graph, on a GPU; a graph holds no exchange
@@ -87,6 +88,7 @@ class Compiled(Generic[P, R]):
     def __init__(
         self,
         step: Callable[P, R],
+        traced: Callable[P, R],
         module: nn.Module,
         optimizers: Sequence[Optimizer],
         *,
@@ -94,6 +96,7 @@ class Compiled(Generic[P, R]):
         said: set[str],
     ) -> None:
         self._step = step
+        self._traced = traced
         self._module = module
         self._device = next(module.parameters()).device
         self._optimizers = optimizers
@@ -192,7 +195,7 @@ class Compiled(Generic[P, R]):
             given = iter(tensors)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = cast(Any, optree.tree_unflatten(key.structure, filled))
-            found["answer"], found["structure"] = flatten(self._step(*args, **kwargs))
+            found["answer"], found["structure"] = flatten(self._traced(*args, **kwargs))
             return [leaf for leaf in found["answer"] if isinstance(leaf, Tensor)]
 
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

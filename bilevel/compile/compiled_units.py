@@ -235,7 +235,8 @@ class CompiledUnits(Units):
             before = compiled(parts.before, fixed)
             residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
             after = compiled(parts.after, [*residuals, *map(Tensor.detach, others)])
-        return _Unit(found.extra, *answer["early"], before, parts, after, *answer["late"])
+        early, late = answer["early"], answer["late"]
+        return _Unit(found.extra, early[0], early[1], before, parts, after, late[0], late[1])
 
     def compose(
         self,

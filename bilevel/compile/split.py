@@ -5,9 +5,10 @@ depends on the fixed inputs alone (the loss, its gradient) is computed once, and
 it, the *residuals*, is handed over.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from torch import Tensor
 
@@ -22,10 +23,13 @@ _VIEWS = {
     "permute",
     "select.int",
     "slice",
+    "split",
+    "split_with_sizes",
     "squeeze",
     "t",
     "transpose",
     "unsqueeze",
+    "unbind",
     "view",
     "_unsafe_view",
 }
@@ -93,7 +97,8 @@ def _reached(start: set["Node"], nodes: Sequence["Node"]) -> set["Node"]:
 def _before(nodes: Sequence["Node"], late: set["Node"], outputs: Sequence["Node"]) -> "Graph":
     from torch.fx import Graph
 
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Node, Node] = {}
     for node in nodes:
         if node.op != "output" and node not in late:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -110,7 +115,7 @@ def _after(
     wanted = _needed(whole, late, outputs)
     crossing = [node for node in whole.graph.nodes if node in wanted and not _cheap(node, late)]
     graph = Graph()
-    copies = {}
+    copies: dict[Node, Node] = {}
     for i, node in enumerate(crossing):
         copies[node] = graph.placeholder(f"residual_{i}")
     moving = [n for n in whole.graph.nodes if n.op == "placeholder" and n in late]
@@ -141,6 +146,8 @@ def _cheap(node: "Node", late: set["Node"]) -> bool:
         return True
     if node.op != "call_function" or node in late:
         return False
+    if node.target is operator.getitem:
+        return _cheap(cast(Any, node.args[0]), late)
     name = str(node.target).removeprefix("aten.").removesuffix(".default")
     views = name in _VIEWS or name.partition(".")[0] in _VIEWS
     return views or (not node.all_input_nodes and not _mutable(node))

@@ -1,7 +1,9 @@
 """`TurnSteps`: the lower step, the upper step, and both at once, eager or compiled."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypeVar, final
 
 import optree
@@ -9,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bilevel.compile import Compiled, is_tracing
+from bilevel.compile import CompiledStep
 from bilevel.distributed import world_size
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
-from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers import Compiled, Hypergradient, Solver
 from bilevel.state import State
 from bilevel.tree import Tree, norm
-from bilevel.twins import RunningTwin, clip
+from bilevel.twins import clip, move
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,82 +54,142 @@ class TurnSteps:
 
     def __init__(self, state: State, solver: Solver, settings: TurnSettings) -> None:
         self._state = state
-        self._solver = solver
         self._settings = settings
         self._slots = Slots(state.problem)
-        self._fused = all(o.defaults.get("fused") for o in state.updates["upper"].optimizers)
         self._said: set[str] = set()
-        self.lower = self._ready(self._lower)
-        self.upper = self._ready(self._upper)
-        self.both = self._ready(self._both)
+        self._eager = _Eager(state, self._slots)
+        graph = _Graph(state, self._slots)
+        at_once = solver.drops_response or not settings.compile
+        self._solver = solver if at_once else Compiled(solver)
+        self.lower = self._ready(partial(self._lower, self._eager), partial(self._lower, graph))
+        self.both = self._ready(partial(self._both, self._eager), partial(self._both, graph))
+        if at_once:
+            self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, graph))
+        else:
+            self._moved = self._ready(self._eager.move_upper, graph.move_upper)
+            self.upper = self._unit_by_unit
 
-    def _ready(self, step: Callable[P, R]) -> Callable[P, R]:
+    def _ready(self, step: Callable[P, R], traced: Callable[P, R]) -> Callable[P, R]:
         """The step itself, or compiled."""
         if not self._settings.compile:
             return step
         optimizers = [o for update in self._state.updates.values() for o in update.optimizers]
-        alone = world_size() == 1  # a CUDA graph holds no exchange between ranks
-        return Compiled(step, self._state.problem, optimizers, cuda_graph=alone, said=self._said)
+        return CompiledStep(
+            step,
+            traced,
+            self._state.problem,
+            optimizers,
+            cuda_graph=world_size() == 1,  # it holds no exchange between ranks
+            said=self._said,
+        )
 
     def begin(self, seed: int) -> None:
         """Seed what the losses of a turn draw."""
-        self._seeds = itertools.count(seed, 2**10)
+        self._eager.begin(seed)
 
-    def _both(self, batch: Any, watched: bool) -> tuple[Hypergradient, LowerOutcome]:
+    def _both(
+        self, writes: "_Writes", batch: Any, watched: bool
+    ) -> tuple[Hypergradient, LowerOutcome]:
         """The upper step and the first lower step; what both losses compute alike, once."""
-        oracles = self._oracles(batch, [])
+        oracles = self._oracles(writes, batch, [])
         lower = oracles.lower
         with torch.enable_grad():
             common, buffers = oracles.share(oracles.upper, lower)
         self._slots.commit(buffers)
         constant = optree.tree_map(_detached, common)
-        hypergradient = self._upper(constant, [None], None)
-        return hypergradient, self._lower(common, watched, lower)
+        hypergradient = self._upper(writes, constant, [None], None)
+        return hypergradient, self._lower(writes, common, watched, lower)
 
-    def _lower(self, batch: Any, watched: bool, lower: Tree | None = None) -> LowerOutcome:
+    def _lower(
+        self, writes: "_Writes", batch: Any, watched: bool, lower: Tree | None = None
+    ) -> LowerOutcome:
         """A step from `lower`, leaves that the batch may depend on (the current ones by default)."""
-        oracles = self._oracles(None, [batch])
+        oracles = self._oracles(writes, None, [batch])
         lower = oracles.lower if lower is None else lower
         constants = {name: x.detach() for name, x in oracles.upper.items()}
         with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
             evaluation, grads = oracles.lower_gradient(constants, lower)
         residual = norm([g for g in grads.values() if g is not None]) if watched else None
-        self._apply("lower", grads)
+        writes.apply("lower", grads)
         self._slots.commit(evaluation.buffers)
         return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
 
-    def _upper(self, batch: Any, lower_batches: list[Any], solver_state: Any) -> Hypergradient:
-        hypergradient = self._solver.solve(
-            self._oracles(batch, lower_batches),
+    def _upper(
+        self, writes: "_Writes", batch: Any, lower_batches: list[Any], solver_state: Any
+    ) -> Hypergradient:
+        hypergradient = self._solved(writes, batch, lower_batches, solver_state)
+        writes.move_upper(hypergradient.grad, hypergradient.buffers)
+        return hypergradient
+
+    def _unit_by_unit(
+        self, batch: Any, lower_batches: list[Any], solver_state: Any
+    ) -> Hypergradient:
+        """An upper step whose solver repeats compiled pieces of work in a loop of its own."""
+        hypergradient = self._solved(self._eager, batch, lower_batches, solver_state)
+        self._moved(hypergradient.grad, hypergradient.buffers)
+        return hypergradient
+
+    def _solved(
+        self, writes: "_Writes", batch: Any, lower_batches: list[Any], solver_state: Any
+    ) -> Hypergradient:
+        return self._solver.solve(
+            self._oracles(writes, batch, lower_batches),
             state=solver_state,
             lower_optimizer=self._state.updates["lower"].optimizers or None,
             throw=self._settings.throw,
         )
-        grads = hypergradient.grad
-        if self._state.updates["upper"].max_norm is not None or not self._fused:
-            # copies: clipping and some optimizers write into the gradients, the record is the caller's
-            grads = {name: g.clone() for name, g in grads.items()}
-        self._apply("upper", grads)
-        self._slots.commit(hypergradient.buffers)
-        return hypergradient
 
-    def _oracles(self, upper_batch: Any, lower_batches: list[Any]) -> Oracles:
-        seed = 0 if is_tracing() else next(self._seeds)  # a graph holds no random numbers
+    def _oracles(self, writes: "_Writes", upper_batch: Any, lower_batches: list[Any]) -> Oracles:
         return Oracles(
             self._state.problem,
             upper_batch,
             lower_batches,
-            seed=seed,
+            seed=writes.seed(),
             slots=self._slots,
             precision=self._settings.precision,
         )
 
-    def _apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
+
+class _Writes(ABC):
+    """How a step moves the variables.
+
+    Args:
+        state: the run's state.
+        slots: where the modules hold the variables.
+    """
+
+    def __init__(self, state: State, slots: Slots) -> None:
+        self._updates = state.updates
+        self._slots = slots
+
+    @abstractmethod
+    def seed(self) -> int:
+        """The seed of what the next losses draw."""
+
+    @abstractmethod
+    def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
         """Let a level's optimizers step with these gradients."""
-        update, parameters = self._state.updates[level], self._slots.variables(level)
-        if is_tracing():
-            _apply_traced(update.optimizers, parameters, grads, update.max_norm)
-            return
+
+    @abstractmethod
+    def move_upper(self, grads: Tree, buffers: Tree) -> None:
+        """An upper step with gradients that belong to a record of the caller's."""
+
+
+@final
+class _Eager(_Writes):
+    """By the optimizers themselves."""
+
+    _seeds: Iterator[int]
+
+    def begin(self, seed: int) -> None:
+        """Seed what the losses of a turn draw."""
+        self._seeds = itertools.count(seed, 2**10)
+
+    def seed(self) -> int:
+        return next(self._seeds)
+
+    def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
+        update, parameters = self._updates[level], self._slots.variables(level)
         for name, parameter in parameters.items():
             parameter.grad = _laid_out(hooked(parameter, grads[name]), parameter)
             accumulated(parameter)
@@ -137,6 +199,34 @@ class TurnSteps:
             optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
+
+    def move_upper(self, grads: Tree, buffers: Tree) -> None:
+        update = self._updates["upper"]
+        fused = all(o.defaults.get("fused") for o in update.optimizers)
+        if update.max_norm is not None or not fused:  # clipping and some optimizers write into them
+            grads = {name: g.clone() for name, g in grads.items()}
+        self.apply("upper", grads)
+        self._slots.commit(buffers)
+
+
+@final
+class _Graph(_Writes):
+    """By the optimizers' twins: a graph cannot call `optimizer.step()`, and draws nothing."""
+
+    def seed(self) -> int:
+        return 0
+
+    def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
+        update, parameters = self._updates[level], self._slots.variables(level)
+        if (found := first_hook(parameters)) is not None:
+            raise TypeError(f"`{found[0]}` has a hook (`{found[1]}`), which a graph cannot call")
+        gradients = grads if update.max_norm is None else clip(grads, update.max_norm)
+        with torch.no_grad():
+            move(update.optimizers, parameters, gradients)
+
+    def move_upper(self, grads: Tree, buffers: Tree) -> None:
+        self.apply("upper", grads)
+        self._slots.commit(buffers)
 
 
 def _detached(leaf: Any) -> Any:
@@ -152,21 +242,3 @@ def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor | None:
     if gradient is None or gradient.stride() == like.stride():
         return gradient
     return torch.empty_like(like).copy_(gradient)
-
-
-def _apply_traced(
-    optimizers: Iterable[torch.optim.Optimizer],
-    parameters: Tree,
-    grads: Mapping[str, Tensor | None],
-    max_norm: float | None,
-) -> None:
-    """What `_apply` does, by the optimizers' twins: a graph cannot call `optimizer.step()`."""
-    if (found := first_hook(parameters)) is not None:
-        raise TypeError(f"`{found[0]}` has a hook (`{found[1]}`), which a graph cannot call")
-    gradients = clip(grads, max_norm) if max_norm is not None else dict(grads)
-    used = {name for name, g in grads.items() if g is not None}
-    tree = {name: p.detach() for name, p in parameters.items()}
-    twin = RunningTwin(list(optimizers), parameters, tree, used)
-    points = twin.pack(tree)
-    with torch.no_grad():
-        twin.write(*twin.step(points, gradients, twin.start(points)))

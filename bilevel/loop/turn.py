@@ -174,7 +174,7 @@ class Turn:
             self._note(self._steps.lower(batch, self._watched(step)))
 
     def _watched(self, step: int) -> bool:
-        """Whether a lower step computes the residual; in a graph that is free."""
+        """Whether a lower step computes the residual; in a graph that costs nothing."""
         return self._settings.compile or step == self._settings.lower_steps - 1
 
     def _note(self, out: LowerOutcome) -> None:

@@ -9,11 +9,13 @@ from bilevel.solvers.base import (
     Stats,
     UnrolledSteps,
 )
+from bilevel.solvers.compiled import Compiled
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.unrolled import Unrolled
 
 __all__ = [
     "Alternating",
+    "Compiled",
     "Hypergradient",
     "Implicit",
     "Response",

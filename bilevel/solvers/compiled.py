@@ -27,11 +27,11 @@ class Compiled(Solver):
     watch themselves as ever.
 
     A graph holds what Python decided while it was made. Before every call all of that is compared:
-    shapes, dtypes and constants of the batches; which variables require grad; the mode of every module; the
-    attributes, globals and closures that the losses read; an optimizer's options; torch's global
-    settings. If something differs, another graph is made, up to eight. A loss that looks at values or
-    draws random numbers runs as it is, with one warning; so does everything where there is no C++
-    compiler.
+    shapes, dtypes and constants of the batches; which variables require grad; the mode of every
+    module; the attributes, globals and closures that the losses read; an optimizer's options; torch's
+    global settings. If something differs, another graph is made, up to eight. A loss that looks at
+    values or draws random numbers runs as it is, with one warning; so does everything where there is
+    no C++ compiler.
 
     Args:
         solver: the solver.

@@ -1,21 +1,18 @@
 """One unrolling of `Unrolled`: the steps of a twin, and their products in each mode."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
-from weakref import WeakKeyDictionary
 
-import optree
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
 from bilevel.oracles import Oracles, leaves
-from bilevel.problem import Problem
 from bilevel.solvers.base import Response, ResponseProduct
+from bilevel.solvers.tangents import tangent_product
 from bilevel.tree import Tree, norm
 from bilevel.twins import (
     Gradients,
@@ -25,13 +22,10 @@ from bilevel.twins import (
     as_transformation,
     clip,
 )
+from bilevel.twins.moments import counted, live, map_moments, moments_of
 
 if TYPE_CHECKING:
     from bilevel.solvers.unrolled import Unrolled
-
-_VERIFIED_STEPS = 3
-# settings whose forward mode was compared with reverse mode, for each problem
-_VERIFIED: WeakKeyDictionary[Problem, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
 @final
@@ -67,7 +61,7 @@ class Unrolling:
             graph = reverse and t >= first
             if t <= first or not reverse:
                 points = [p.detach().requires_grad_() for p in points]
-                state = _map_moments(Tensor.detach, state)
+                state = map_moments(Tensor.detach, state)
             if t == first or (t > first and self.settings.mode == "recompute"):
                 saved.append((t, points, state))
             if t > 0:
@@ -78,8 +72,10 @@ class Unrolling:
         residual = norm([g.detach() for g in grads.values() if g is not None])
         if reverse:
             vjp = self._reverse(points)
+        elif self.settings.mode == "recompute":
+            vjp = self._recompute(saved)
         else:
-            vjp = (self._recompute if self.settings.mode == "recompute" else self._forward)(saved)
+            vjp = tangent_product(self, saved[0])
         return Response(self.twin.unpack(points), vjp, residual)
 
     def _unit_by_unit(self) -> Response:
@@ -89,9 +85,9 @@ class Unrolling:
         lower = self.oracles.lower
         self.used = units.once("used", lambda: self._used(lower))
         self.twin = self._make_twin(lower)
-        self._held = _live(self.twin.held())
+        self._held = live(self.twin.held())
         points = [p.detach() for p in self.twin.pack(lower)]
-        state = _counted(self.twin.whole(points))
+        state = counted(self.twin.whole(points))
         saved: list[tuple[int, list[Tensor], Any]] = []
         stages: list[Stage] = []
         for t in range(self.settings.num_steps):
@@ -101,12 +97,12 @@ class Unrolling:
                 stages.append(self._stage(t, points, state))
                 points, state, residual = stages[-1].early
             else:
-                points, state, residual = self._unit("step", Unrolling._plain, t, points, state)
+                points, state, residual = self.unit("step", Unrolling._plain, t, points, state)
         answer = self.twin.unpack(points)
         if mode == "reverse":
-            return Response(answer, lambda v: self._product(self._staged(stages, v)), residual)
-        vjp = self._recompute if mode == "recompute" else self._forward
-        return Response(answer, vjp(saved), residual)
+            return Response(answer, lambda v: self.product(self._staged(stages, v)), residual)
+        vjp = self._recompute(saved) if mode == "recompute" else tangent_product(self, saved[0])
+        return Response(answer, vjp, residual)
 
     def _used(self, lower: Tree) -> set[str]:
         _, grads = self.oracles.lower_gradient(self.upper, lower, 0)
@@ -132,7 +128,7 @@ class Unrolling:
             )
         return grads
 
-    def _step(
+    def step(
         self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
     ) -> tuple[list[Tensor], Any]:
         """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
@@ -147,7 +143,7 @@ class Unrolling:
         def vjp(cotangent: Tree) -> ResponseProduct:
             upper, target = list(self.upper.values()), self.twin.pack(cotangent)
             product = vector_jacobian_product(points, upper, target)
-            return self._product(product)
+            return self.product(product)
 
         return vjp
 
@@ -155,11 +151,11 @@ class Unrolling:
         self, saved: list[tuple[int, list[Tensor], Any]]
     ) -> Callable[[Tree], ResponseProduct]:
         def vjp(cotangent: Tree) -> ResponseProduct:
-            return self._product(self._adjoint(saved, self.twin.pack(cotangent)))
+            return self.product(self.adjoint(saved, self.twin.pack(cotangent)))
 
         return vjp
 
-    def _adjoint(
+    def adjoint(
         self, saved: list[tuple[int, list[Tensor], Any]], adjoint: list[Tensor]
     ) -> list[Tensor]:
         """The product of the saved steps' transposed Jacobian in x with a vector of points."""
@@ -167,7 +163,7 @@ class Unrolling:
         moments: list[Tensor] | None = None  # after the last step nothing depends on the state
         for t, points, state in reversed(saved):
             given = points, state, adjoint, moments, total
-            adjoint, moments, total = self._unit("adjoint", Unrolling._pull_back, t, *given)
+            adjoint, moments, total = self.unit("adjoint", Unrolling._pull_back, t, *given)
         return total
 
     def _pull_back(
@@ -181,20 +177,21 @@ class Unrolling:
         """The adjoint of a step in (y, s), and in x added to those of later steps."""
         (_, after, _), rest = self._differentiable(points, state)
         if moments is None:
-            moments = [torch.zeros_like(s) for s in _moments(after)]
-        return rest(adjoint, moments, total)
+            moments = [torch.zeros_like(s) for s in moments_of(after)]
+        back: tuple[list[Tensor], list[Tensor], list[Tensor]] = rest(adjoint, moments, total)
+        return back
 
     def _differentiable(
         self, points: list[Tensor], state: Any
     ) -> tuple[tuple[list[Tensor], Any, Tensor], Callable[..., Any]]:
         """A step and its adjoint; the step's graph ends with the call of it."""
         points = [p.detach().requires_grad_() for p in points]
-        state = _map_moments(lambda s: s.detach().requires_grad_(), state)
+        state = map_moments(lambda s: s.detach().requires_grad_(), state)
         upper = list(self.upper.values())
         grads = self._gradients(self.upper, self.twin.unpack(points), 0, create_graph=True)
         after, next_state = self.twin.step(points, self._clipped(grads), state)
-        outputs = [*after, *_moments(next_state)]
-        inputs = [*upper, *points, *_moments(state)]
+        outputs = [*after, *moments_of(next_state)]
+        inputs = [*upper, *points, *moments_of(state)]
 
         def rest(adjoint: list[Tensor], moments: list[Tensor], total: list[Tensor]) -> Any:
             found = vector_jacobian_product(outputs, inputs, [*adjoint, *moments])
@@ -203,7 +200,7 @@ class Unrolling:
             return of_y, found[len(upper) + len(points) :], total
 
         residual = norm([g.detach() for g in grads.values() if g is not None])
-        early = [p.detach() for p in after], _map_moments(Tensor.detach, next_state), residual
+        early = [p.detach() for p in after], map_moments(Tensor.detach, next_state), residual
         return early, rest
 
     def _plain(self, points: list[Tensor], state: Any) -> tuple[list[Tensor], Any, Tensor]:
@@ -218,15 +215,15 @@ class Unrolling:
         """The product of all steps' transposed Jacobian in x with a cotangent."""
         total = [torch.zeros_like(x) for x in self.upper.values()]
         adjoint = self.twin.pack(cotangent)
-        moments = [torch.zeros_like(s) for s in _moments(stages[-1].early[1])]
+        moments = [torch.zeros_like(s) for s in moments_of(stages[-1].early[1])]
         for stage in reversed(stages):
             adjoint, moments, total = stage(adjoint, moments, total)
         return total
 
     # ------------------------------------------------------------------ units
 
-    def _unit(self, name: str, piece: Callable[..., Any], t: int, *arguments: Any) -> Any:
-        """`piece(self, *arguments)` at step t."""
+    def unit(self, name: str, piece: Callable[..., Any], t: int, *arguments: Any) -> Any:
+        """`piece(self, *arguments)` at step t, as the units run it."""
 
         def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:
             return piece(self._at(t, batch, upper, held), *given)
@@ -242,7 +239,7 @@ class Unrolling:
             return self._at(t, batch, upper, held)._differentiable(*given)
 
         fixed = self._batch(t), self.upper, self._held, points, state
-        like = points, _moments(state), list(self.upper.values())
+        like = points, moments_of(state), list(self.upper.values())
         return self.oracles.units.stage(("stage", *self._key()), function, fixed, like)
 
     def _key(self) -> tuple[Any, ...]:
@@ -258,162 +255,9 @@ class Unrolling:
         other.upper, other.twin, other.one_batch = leaves(upper), self.twin.holding(held), True
         return other
 
-    def _forward(
-        self, saved: list[tuple[int, list[Tensor], Any]]
-    ) -> Callable[[Tree], ResponseProduct]:
-        def vjp(cotangent: Tree) -> ResponseProduct:
-            target, last = self.twin.pack(cotangent), self.settings.num_steps
-            # flat: `zeros_like` would take over the strides of a transposed variable
-            product = {name: x.new_zeros(x.numel()) for name, x in self.upper.items()}
-            self._verify(saved[0])
-            for name, x in self.upper.items():
-                for i in range(x.numel()):
-                    direction = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
-                    direction[i] = 1
-                    tangents = self._tangents(saved[0], {name: direction.view(x.shape)}, last)
-                    product[name][i] = _inner(tangents, target)
-            return self._product([product[n].view(x.shape) for n, x in self.upper.items()])
-
-        return vjp
-
-    def _verify(self, saved: tuple[int, list[Tensor], Any]) -> None:
-        """Compare forward mode with reverse mode, <v, J d> = <J^T v, d>, once per problem.
-
-        torch has operations (and scripted and compiled modules have more) whose backward pass ignores
-        tangents without a word. A few steps show that: in the first, x moves, in the next y and the
-        optimizer's state.
-        """
-        done = _VERIFIED.setdefault(self.oracles.problem, set())
-        key = repr(self.settings), len(self.upper)
-        if key in done:
-            return
-        first, points, state = saved
-        last = min(first + _VERIFIED_STEPS, self.settings.num_steps)
-        generator = torch.Generator().manual_seed(0)
-        target = [_random(p, generator) for p in points]
-        steps = [saved]
-        for t in range(first, last):
-            points = [p.detach().requires_grad_() for p in points]
-            after, state = self._step(self.upper, points, state, t, create_graph=False)
-            points, state = [p.detach() for p in after], _map_moments(Tensor.detach, state)
-            steps.append((t + 1, points, state))
-        try:
-            product = mean_over_ranks(self._adjoint(steps[:-1], target))  # as `_product` does
-        except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
-            return
-        for (name, x), reverse in zip(self.upper.items(), product, strict=True):
-            direction = _random(x, generator)
-            tangents = mean_over_ranks(self._tangents(saved, {name: direction}, last))
-            one, other = _inner(tangents, target), _inner([reverse], [direction])
-            size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
-            size = size + _inner([reverse.abs()], [direction.abs()])
-            if bool((one - other).abs() > size * self._precision() ** 0.4):
-                raise ValueError(
-                    f"`{self.settings}`: torch's forward mode gives another derivative of this lower "
-                    f"loss in `{name}` than its reverse mode ({float(one):.3g} and {float(other):.3g} "
-                    'along one direction); use `mode="recompute"`'
-                )
-        done.add(key)
-
-    def _precision(self) -> float:
-        dtypes = [v.dtype for v in (*self.upper.values(), *self.oracles.lower.values())]
-        dtypes += [self.oracles.precision] if self.oracles.precision else []
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-    def _tangents(
-        self, saved: tuple[int, list[Tensor], Any], directions: Tree, last: int
-    ) -> list[Tensor]:
-        """d(points before step `last`) along directions of upper variables."""
-        try:
-            return self._push_forward(saved, directions, last)
-        except (NotImplementedError, RuntimeError) as error:  # e.g. `F.mse_loss`
-            raise RuntimeError(
-                "torch cannot differentiate this lower loss in forward mode "
-                f"({str(error).splitlines()[0]}); use `mode='recompute'`"
-            ) from error
-
-    def _push_forward(
-        self, saved: tuple[int, list[Tensor], Any], directions: Tree, last: int
-    ) -> list[Tensor]:
-        first, points, state = saved
-        tangents: list[Tensor | None] = [None] * (len(points) + len(_moments(state)))
-        for t in range(first, last):
-            given = points, state, tangents, directions
-            points, state, tangents = self._unit("tangent", Unrolling._pushed, t, *given)
-        final = zip(tangents, points, strict=False)
-        return [torch.zeros_like(p) if d is None else d for d, p in final]
-
-    def _pushed(
-        self, points: list[Tensor], state: Any, tangents: list[Tensor | None], directions: Tree
-    ) -> tuple[list[Tensor], Any, list[Tensor | None]]:
-        """A step that carries tangents."""
-        with forward_ad.dual_level():  # a level keeps its tangents, so one for each step
-            upper = {
-                n: _dual(x.detach().requires_grad_(), directions.get(n))
-                for n, x in self.upper.items()
-            }
-            carried = iter(tangents)
-            points = [_dual(p.detach().requires_grad_(), next(carried)) for p in points]
-            duals = [_dual(s, next(carried)) for s in _moments(state)]
-            state = _replace_moments(state, duals)
-            # with its graph: torch's backward of a determinant (or a solve, a product) uses what
-            # the forward pass saved, without tangents, unless it is to be differentiated itself
-            points, state = self._step(upper, points, state, 0, create_graph=True)
-            pairs = [forward_ad.unpack_dual(d) for d in (*points, *_moments(state))]
-            tangents = [None if d is None else d.detach() for _, d in pairs]
-            points = [p.detach() for p, _ in pairs[: len(points)]]
-            state = _replace_moments(state, [p.detach() for p, _ in pairs[len(points) :]])
-        return points, state, tangents
-
-    def _product(self, product: list[Tensor]) -> ResponseProduct:
+    def product(self, product: list[Tensor]) -> ResponseProduct:
+        """The record of a product, averaged over the ranks."""
         steps = self.settings.truncate or self.settings.num_steps
         # the cotangents that the ranks sent back differ, their average is the adjoint
         product = mean_over_ranks(product)
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)
-
-
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
-
-
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-
-
-def _dual(tensor: Tensor, tangent: Tensor | None) -> Tensor:
-    dual: Tensor = tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
-    return dual
-
-
-def _is_moment(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def _moments(state: Any) -> list[Tensor]:
-    """The floating-point tensors of an optimizer state, in a fixed order."""
-    leaves: list[Any] = optree.tree_leaves(state)
-    return [leaf for leaf in leaves if _is_moment(leaf)]
-
-
-def _map_moments(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    return optree.tree_map(lambda s: function(s) if _is_moment(s) else s, state)
-
-
-def _replace_moments(state: Any, moments: list[Tensor]) -> Any:
-    new = iter(moments)
-    return _map_moments(lambda _: next(new), state)
-
-
-def _live(held: Any) -> Any:
-    """Numbers that are not 0 as tensors: a graph reads them, so that they may move."""
-    return optree.tree_map(
-        lambda v: (
-            torch.tensor(float(v), dtype=torch.double) if isinstance(v, (int, float)) and v else v
-        ),
-        held,
-    )
-
-
-def _counted(state: Any) -> Any:
-    """Counts of steps as tensors."""
-    return optree.tree_map(lambda v: torch.tensor(int(v)) if isinstance(v, float) else v, state)
