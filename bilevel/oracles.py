@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
-from bilevel.compile import EagerUnits, Units, is_tracing
+from bilevel.compile import EagerUnits, UnitRunner, is_tracing
 from bilevel.devices import elsewhere, global_generators
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.linearization import CompiledHessian, Hessian, Linearization
@@ -98,7 +98,7 @@ class Oracles:
         self.lower_batches = lower_batches
         self.seed = whole("seed", seed, *SEEDS)
         self.precision = usable_precision(precision)
-        self.units: Units = _EAGER
+        self.units: UnitRunner = _EAGER
         with undisturbed():
             self.slots = Slots(problem) if slots is None else slots
             self.names = list(self.slots.variables("upper"))

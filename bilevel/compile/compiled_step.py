@@ -25,7 +25,7 @@ from torch.optim import optimizer as hooks
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
 from bilevel.compile.settings import Settings, begin
-from bilevel.compile.tracing import reason
+from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
 
 P = ParamSpec("P")
@@ -214,7 +214,7 @@ class CompiledStep(Generic[P, R]):
         return graph
 
     def _warn(self, error: Exception) -> None:
-        words = f"the step is not compiled and runs as without `compile`: {reason(error)}"
+        words = f"the step is not compiled and runs as without `compile`: {why_not_compiled(error)}"
         if words not in self._said:
             self._said.add(words)
             warnings.warn(words, RuntimeWarning, stacklevel=5)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Traced, compiled, is_stale, trace
-from bilevel.compile.split import Split, split
-from bilevel.compile.tracing import reason
+from bilevel.compile.split import TwoParts, split
+from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
-from bilevel.compile.units import EagerStage, Rest, Stage, Units
+from bilevel.compile.units import EagerStage, Rest, Stage, UnitRunner
 
 _MOST = 8  # sets of decisions that graphs are kept for
 _FEW = 4  # graphs of one unit in such a set
@@ -53,7 +53,7 @@ class _Unit:
     answer: list[Any]
     structure: Any
     before: Callable[..., Any]
-    parts: Split | None = None
+    parts: TwoParts | None = None
     after: Callable[..., Any] | None = None
     late_answer: list[Any] = field(default_factory=list)
     late_structure: Any = None
@@ -61,8 +61,8 @@ class _Unit:
 
 
 @final
-class CompiledUnits(Units):
-    """Units as graphs, one for each set of decisions that Python takes in them.
+class CompiledUnits(UnitRunner):
+    """UnitRunner as graphs, one for each set of decisions that Python takes in them.
 
     What cannot be compiled runs as it is, after one warning.
 
@@ -142,7 +142,7 @@ class CompiledUnits(Units):
 
     def warn(self, error: Exception) -> None:
         """Say once that a unit runs as it is."""
-        words = f"the step is not compiled and runs as without `compile`: {reason(error)}"
+        words = f"the step is not compiled and runs as without `compile`: {why_not_compiled(error)}"
         if words not in self._said:
             self._said.add(words)
             warnings.warn(words, RuntimeWarning, stacklevel=5)

@@ -146,7 +146,7 @@ def lower(
         run=traced_step.graph,
     )
     with unchanged(lowered.aliases), torch.no_grad():
-        inputs: list[Any] = [*map(alone, arguments), *lowered.aliases]
+        inputs: list[Any] = [*map(on_its_own, arguments), *lowered.aliases]
         lowered.compiled = compiled(traced_step.graph, inputs)
         lowered.compiled(*inputs)
     lowered.bind(arguments)
@@ -184,7 +184,7 @@ def trace(
 
     looks = _Looks()
     with traced(), _one_fake_mode(), looks:
-        graph = make_fx(function, _norms())(*map(alone, arguments), *live)
+        graph = make_fx(function, _norms())(*map(on_its_own, arguments), *live)
     _refuse_random(graph)
     extra, constants = _constants(graph, device)
     constants += looks.seen
@@ -204,7 +204,7 @@ def compiled(graph: "GraphModule", inputs: Sequence[Any]) -> Callable[..., Any]:
     return run
 
 
-def alone(tensor: Tensor) -> Tensor:
+def on_its_own(tensor: Tensor) -> Tensor:
     """A tensor of its own: two arguments that are one tensor now may be two the next time."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 

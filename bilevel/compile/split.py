@@ -37,7 +37,7 @@ _VIEWS = {
 
 @final
 @dataclass(frozen=True)
-class Split:
+class TwoParts:
     """A function of (fixed, moving) in two parts.
 
     Attributes:
@@ -59,7 +59,7 @@ class Split:
         return [next(new) if place is None else fixed[place] for place in self.kept]
 
 
-def split(graph: "GraphModule", moving: Sequence[bool], early: int) -> Split:
+def split(graph: "GraphModule", moving: Sequence[bool], early: int) -> TwoParts:
     """Cut a traced function.
 
     Args:
@@ -83,7 +83,7 @@ def split(graph: "GraphModule", moving: Sequence[bool], early: int) -> Split:
     kept = tuple(fixed.get(node) for node in crossing)
     computed = [node for node in crossing if node not in fixed]
     before = _before(nodes, late, [*outputs[:early], *computed])
-    return Split(GraphModule(graph, before), GraphModule(graph, after), early, kept)
+    return TwoParts(GraphModule(graph, before), GraphModule(graph, after), early, kept)
 
 
 def _reached(start: set["Node"], nodes: Sequence["Node"]) -> set["Node"]:

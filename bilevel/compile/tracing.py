@@ -39,7 +39,7 @@ def known(condition: Callable[[], Tensor]) -> bool:
     return found.device.type == "cpu" and bool(found)
 
 
-def reason(error: Exception) -> str:
+def why_not_compiled(error: Exception) -> str:
     """Why something is not compiled, in a few words."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "tracing tensor" in said:  # torch's words for it are about its own insides

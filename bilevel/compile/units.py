@@ -1,4 +1,4 @@
-"""`Units`: how a solver's pieces of work run, as they are or compiled.
+"""`UnitRunner`: how a solver's pieces of work run, as they are or compiled.
 
 A *unit* is a pure function of tensors that a solver repeats: a step of the lower level, its adjoint, a
 step of a linear solver, an evaluation of the upper loss. The solver's own loop stays in Python, so what
@@ -40,7 +40,7 @@ class Stage(ABC):
         """
 
 
-class Units(ABC):
+class UnitRunner(ABC):
     """How a solver's pieces of work run.
 
     Attributes:
@@ -98,8 +98,8 @@ class EagerStage(Stage):
 
 
 @final
-class EagerUnits(Units):
-    """Units as they are."""
+class EagerUnits(UnitRunner):
+    """UnitRunner as they are."""
 
     compiled = False
 

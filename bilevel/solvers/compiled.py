@@ -11,6 +11,7 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.solvers.base import Response, Solver, UnrolledSteps
+from bilevel.solvers.given import given_solver
 
 _MOST = 4  # problems whose graphs a record keeps
 
@@ -51,8 +52,7 @@ class Compiled(Solver):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"`solver` must be a solver such as `Implicit()`, got {self.solver!r}")
+        given_solver("None" if self.solver is None else self.solver)  # there is no usual one
         object.__setattr__(self, "drops_response", self.solver.drops_response)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from bilevel.twins import (
     as_transformation,
     clip,
 )
-from bilevel.twins.moments import counted, live, map_moments, moments_of
+from bilevel.twins.moments import count_tensors, live, map_moments, moments_of
 
 if TYPE_CHECKING:
     from bilevel.solvers.unrolled import Unrolled
@@ -87,7 +87,7 @@ class Unrolling:
         self.twin = self._make_twin(lower)
         self._held = live(self.twin.held())
         points = [p.detach() for p in self.twin.pack(lower)]
-        state = counted(self.twin.whole(points))
+        state = count_tensors(self.twin.whole(points))
         saved: list[tuple[int, list[Tensor], Any]] = []
         stages: list[Stage] = []
         for t in range(self.settings.num_steps):

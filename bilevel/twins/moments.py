@@ -39,6 +39,6 @@ def live(held: Any) -> Any:
     )
 
 
-def counted(state: Any) -> Any:
+def count_tensors(state: Any) -> Any:
     """Counts of steps as tensors."""
     return optree.tree_map(lambda v: torch.tensor(int(v)) if isinstance(v, float) else v, state)
