@@ -7,7 +7,7 @@ if not (_pathlib.Path(__file__).parent / "methods" / "__init__.py").is_file():
     __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
 
 from bilevel.batches import Batches
-from bilevel.check import HypergradientCheck, check_hypergradient
+from bilevel.check import Certificate, HypergradientCheck, certify, check_hypergradient
 from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
@@ -36,6 +36,7 @@ __all__ = [
     "GMRES",
     "Alternating",
     "Batches",
+    "Certificate",
     "CheckpointError",
     "Cholesky",
     "Compiled",
@@ -59,6 +60,7 @@ __all__ = [
     "Stats",
     "Step",
     "Unrolled",
+    "certify",
     "check_hypergradient",
     "check_second_order",
     "explain",

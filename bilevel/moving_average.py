@@ -17,7 +17,7 @@ from bilevel.problem import Problem
 
 
 @final
-class _Detaching(TorchFunctionMode):
+class Detaching(TorchFunctionMode):
     """Lets tensors with a graph be copied: what a pruned or normed layer computed at its last call."""
 
     def __torch_function__(
@@ -45,7 +45,7 @@ class MovingAverage:
         if not 0 < decay < 1:
             raise ValueError(f"`ema` must lie between 0 and 1, got {decay}")
         self.decay = decay
-        with _Detaching():
+        with Detaching():
             self.problem = copy.deepcopy(source).requires_grad_(False)
         self._averages = [p.detach() for p in self.problem.parameters()]
         self._weights = [p.detach() for p in source.parameters()]

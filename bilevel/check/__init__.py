@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments import explained
+from bilevel.check.certificate import Certificate
+from bilevel.check.certifying import certify
 from bilevel.check.differences import (
     Ladder,
     at_step,
@@ -27,7 +29,14 @@ from bilevel.solvers import Hypergradient, Solver
 from bilevel.solvers.given import given_solver
 from bilevel.tree import Tree
 
-__all__ = ["HypergradientCheck", "VariableCheck", "check_hypergradient", "solve_lower"]
+__all__ = [
+    "Certificate",
+    "HypergradientCheck",
+    "VariableCheck",
+    "certify",
+    "check_hypergradient",
+    "solve_lower",
+]
 
 
 @explained

@@ -118,6 +118,10 @@ class Ladder:
             return Derivative(math.nan, math.inf, math.nan, 0.0)
         return min(self._candidates(), key=lambda e: e.noise)
 
+    def central(self, step: float) -> float:
+        """The central difference at one step."""
+        return self._difference(step)[0] if self._look(step) else math.nan
+
     def _candidates(self) -> list[Derivative]:
         central, bend = zip(*(self._difference(step) for step in self.steps), strict=True)
         square = self._ratio**2

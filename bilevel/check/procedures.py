@@ -162,20 +162,53 @@ def _loop(
         step = stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
             for t in range(steps.num_steps):
-                step(_lower_gradients(oracles, t))
+                step(_lower_gradients(oracles, t)[0])
 
     return settle
 
 
-def _lower_gradients(oracles: Oracles, t: int) -> dict[str, Tensor | None]:
-    """The lower gradient in step t, at what the modules hold."""
+def replayed(
+    oracles: Oracles,
+    solver: Solver,
+    steps: UnrolledSteps,
+    optimizers: Optimizers | None,
+    *,
+    carried: bool = True,
+) -> Callable[[], None]:
+    """Lower steps as a training takes them: buffers advance from step to step.
+
+    Args:
+        oracles: the problem, whose modules and buffers are written into.
+        solver: losses are evaluated in its context.
+        steps: how many, by what, clipped to which norm.
+        optimizers: the running optimizers; copies of them step.
+        carried: whether buffers advance; otherwise each step begins with those of now.
+    """
+    start = {n: b.detach().clone() for n, b in oracles.slots.buffers().items()}
+
+    def settle() -> None:
+        oracles.slots.commit(start)
+        step = _stepper(oracles, steps, optimizers)
+        with solver.context(oracles), torch.enable_grad():
+            for t in range(steps.num_steps):
+                grads, buffers = _lower_gradients(oracles, t)
+                step(grads)
+                if carried:
+                    oracles.slots.commit(buffers)
+
+    return settle
+
+
+def _lower_gradients(oracles: Oracles, t: int) -> tuple[dict[str, Tensor | None], Tree]:
+    """The lower gradient in step t, at what the modules hold, and the buffers this left behind."""
     lower = oracles.problem.variables("lower")
     upper = {n: x for n, x in oracles.problem.variables("upper").items() if n not in oracles.shared}
-    index = t if len(oracles.lower_batches) > 1 else 0
-    loss = oracles.evaluate("lower", upper, lower, index).loss
-    grads = gradients(loss, list(lower.values()))
+    index = t % len(oracles.lower_batches)  # one for all steps, or one for each
+    evaluation = oracles.evaluate("lower", upper, lower, index)
+    grads = gradients(evaluation.loss, list(lower.values()))
     means = iter(mean_over_ranks([g for g in grads if g is not None]))
-    return {n: None if g is None else next(means) for n, g in zip(lower, grads, strict=True)}
+    filled = {n: None if g is None else next(means) for n, g in zip(lower, grads, strict=True)}
+    return filled, evaluation.buffers
 
 
 def stepper(
