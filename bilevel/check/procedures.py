@@ -188,7 +188,7 @@ def replayed(
 
     def settle() -> None:
         oracles.slots.commit(start)
-        step = _stepper(oracles, steps, optimizers)
+        step = stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
             for t in range(steps.num_steps):
                 grads, buffers = _lower_gradients(oracles, t)
