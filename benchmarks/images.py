@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.measuring.records import append, command
 from benchmarks.pages.images import images_table
 from bilevel import DivergenceError, Step
+from bilevel.loop.choice import HOWS
 from bilevel.methods import EBLVM, History
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.evaluate import evaluate
@@ -39,7 +40,7 @@ def trained(
     preset = PRESETS[name]
     model = preset.build(seed=options.seed).to(options.device)
     chosen = {"seed": options.seed, "max_seconds": options.seconds, "num_steps": options.steps}
-    chosen |= {"precision": options.precision, "compile": options.compile or None}
+    chosen |= {"precision": options.precision, "compile": options.compile}
     chosen |= {"evaluate_every": options.curve}
     given = {key: value for key, value in chosen.items() if value is not None}
     settings = preset.settings(**given)
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--curve", type=int, metavar="N")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", nargs="?", const=True, choices=HOWS)
     options = parser.parse_args()
     first = PRESETS[options.presets[0]]
     images = load(options.data or first.data, first)

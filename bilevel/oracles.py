@@ -62,7 +62,8 @@ class Oracles:
         problem: the problem; its modules are never modified.
         upper_batch: batch of the upper loss.
         lower_batches: batches of the lower loss, in the order in which they are used.
-        seed: seed of the random numbers drawn inside the losses.
+        seed: seed of the random numbers drawn inside the losses; `None` leaves the generators alone,
+            for losses that draw nothing.
         slots: where the problem's modules hold its tensors, if the caller has found that already.
         precision: lower-precision dtype the losses are computed in where that is safe
             (`torch.autocast`); variables, gradients and optimizers keep theirs.
@@ -86,7 +87,7 @@ class Oracles:
         upper_batch: Any,
         lower_batches: Sequence[Any],
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         slots: Slots | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
@@ -96,7 +97,7 @@ class Oracles:
         self.problem = problem
         self.upper_batch = upper_batch
         self.lower_batches = lower_batches
-        self.seed = whole("seed", seed, *SEEDS)
+        self.seed = 0 if seed is None else whole("seed", seed, *SEEDS)
         self.precision = usable_precision(precision)
         self.units: UnitRunner = _EAGER
         with undisturbed():
@@ -108,7 +109,7 @@ class Oracles:
             self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
             self._upper = {name: p for name, p in upper.items() if name not in self.shared}
             self._buffers = self.slots.buffers()
-        self._generators = global_generators(problem.device)
+        self._generators = [] if seed is None else global_generators(problem.device)
 
     def _variables(self, level: Level) -> Tree:
         variables = self.slots.variables(level)

@@ -15,6 +15,7 @@ from bilevel.batches import sources_of
 from bilevel.cards import digits, numbers_by_name
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
+from bilevel.loop.choice import Choice
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch
@@ -120,7 +121,7 @@ def train(
     resume: str | os.PathLike[str] | None = None,
     check_every: int = 20,
     throw: bool = True,
-    compile: bool = False,
+    compile: Choice = False,
     precision: torch.dtype | None = None,
     ema: float | None = None,
     move_batches: bool = True,
@@ -153,11 +154,13 @@ def train(
         check_every: steps between two looks for NaN. Each look waits for the device once; the step
             and term it names are exact.
         throw: raise when a hypergradient does not succeed; otherwise read it from the step.
-        compile: trace the lower and the upper step, optimizers included, and run them as compiled
-            graphs: several times faster where Python and not arithmetic takes the time (small
-            models). The first step takes some seconds to a minute. Needs a C++ compiler and Adam,
-            AdamW or SGD; whatever cannot be compiled runs uncompiled, with a warning. A linear solve
-            is then not watched: `ConjugateGradient` takes all its `max_steps`.
+        compile: make graphs of the lower and the upper step, optimizers included: several times
+            faster where Python and not arithmetic takes the time (small models). `True` is
+            "record" on a CUDA device and "inductor" elsewhere. "record" keeps the kernels of a step
+            as a CUDA graph, within a second or two. "inductor" traces the step and compiles it,
+            which takes some seconds to a minute and needs a C++ compiler. Both need Adam, AdamW or
+            SGD; whatever cannot be made a graph runs as it is, with a warning. A linear solve is
+            then not watched: `ConjugateGradient` takes all its `max_steps`.
         precision: compute the losses in this dtype where that is safe (`torch.bfloat16`, by
             `torch.autocast`); variables, gradients and optimizers keep theirs.
         ema: keep an exponential moving average of the weights with this decay, `step.state.average`.

@@ -132,7 +132,14 @@ def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if not hidden and setting.default not in (None, inspect.Parameter.empty):
         text += f" (default: {_shown(setting.default)})"
     more: dict[str, Any] = {"help": text.strip(), "dest": setting.name}
-    if get_origin(kind) is Literal:
+    if get_origin(kind) is Literal and True in get_args(kind):
+        words = [option for option in get_args(kind) if isinstance(option, str)]
+        wanted = _or_nothing(choice(words))
+        group.add_argument(
+            setting.flag, nargs="?", const=True, type=wanted, metavar="|".join(words), **more
+        )
+        group.add_argument(as_flag(f"no_{setting.name}"), action="store_false", dest=setting.name)
+    elif get_origin(kind) is Literal:
         options = [str(option) for option in get_args(kind)]
         group.add_argument(setting.flag, type=choice(options), metavar="|".join(options), **more)
     elif get_origin(kind) is tuple:
@@ -157,6 +164,11 @@ def choice(options: Sequence[str]) -> Callable[[str], str]:
         return text.lower()
 
     return convert
+
+
+def _or_nothing(convert: Callable[[str], str]) -> Callable[[str], str | bool]:
+    """A converter that takes `--option=` for the option without a word."""
+    return lambda text: convert(text) if text else True
 
 
 def integer(text: str) -> int:

@@ -15,6 +15,7 @@ from bilevel.cli.outcome import draw, finish, print_results
 from bilevel.cli.progress import Progress, stages
 from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
+from bilevel.loop.choice import SAID, chosen
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate
@@ -182,7 +183,9 @@ class _Opening:
     """Says where a new run is written, once its first step shows that nothing was refused."""
 
     def __init__(self, plan: Plan) -> None:
-        self._line = "" if plan.resume else f"writing to {plan.run.folder}"
+        how = chosen(plan.training.compile, plan.model.device)
+        said = "" if how is None else f"; {SAID[how]}"
+        self._line = "" if plan.resume else f"writing to {plan.run.folder}{said}"
 
     def __call__(self, step: Step) -> None:
         if self._line:

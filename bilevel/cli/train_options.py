@@ -49,8 +49,16 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: for one there is not, with what is meant.
     """
+    arguments = _apart(arguments)
     method, preset = _named(arguments)
     return _parser(method, preset).read(arguments, _elsewhere(method))
+
+
+def _apart(arguments: list[str]) -> list[str]:
+    """`--compile METHOD` as an option without a word, and a method."""
+    follows = [*(text.lower() for text in arguments[1:]), ""]
+    pairs = zip(arguments, follows, strict=True)
+    return ["--compile=" if a == "--compile" and b in IMAGE_METHODS else a for a, b in pairs]
 
 
 def _named(arguments: list[str]) -> tuple[str | None, Preset | None]:

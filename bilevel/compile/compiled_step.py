@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
+from bilevel.compile.capturable import Capturable
+from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
-from bilevel.compile.settings import Settings, begin
+from bilevel.compile.recorded import Recording, record
+from bilevel.compile.settings import Settings
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
 
@@ -60,7 +63,7 @@ class _Graph:
 
     key: _Key
     guard: Guard
-    lowered: Lowered
+    lowered: Lowered | Recording
     named: int
     held: list[int]
     memory: frozenset[int]
@@ -83,6 +86,7 @@ class CompiledStep(Generic[P, R]):
         cuda_graph: whether to capture it as a CUDA graph, on a GPU; a graph holds no exchange
             between processes.
         said: the warnings given so far; none is given twice.
+        capture: records the step as torch runs it, without a tracer and a compiler.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class CompiledStep(Generic[P, R]):
         *,
         cuda_graph: bool,
         said: set[str],
+        capture: Capture | None = None,
     ) -> None:
         self._step = step
         self._traced = traced
@@ -101,7 +106,9 @@ class CompiledStep(Generic[P, R]):
         self._device = next(module.parameters()).device
         self._optimizers = optimizers
         self._cuda_graph = cuda_graph
-        self._settings = Settings(optimizers, self._device)
+        self._capture = capture
+        form = Settings if capture is None else Capturable
+        self._settings: Settings | Capturable = form(optimizers, self._device)
         self._graphs: list[_Graph] = []
         self._said = said
         self._refused = self._full = False
@@ -160,8 +167,7 @@ class CompiledStep(Generic[P, R]):
         if graph.held == self._held() and graph.lowered.in_place(graph.named):
             return graph
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for optimizer in self._optimizers:
-            begin(optimizer)
+        self._settings.begin()
         if not graph.lowered.follow(self._live(), arguments):
             self._graphs.remove(graph)
             return self._compile(graph.key, leaves)
@@ -187,8 +193,6 @@ class CompiledStep(Generic[P, R]):
         return live + self._settings.tensors
 
     def _compile(self, key: _Key, leaves: list[Any]) -> _Graph:
-        for optimizer in self._optimizers:
-            begin(optimizer)
         found: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -201,10 +205,8 @@ class CompiledStep(Generic[P, R]):
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
-            with reading() as reads, self._settings.as_tensors():
-                lowered = lower(
-                    flat, arguments, self._live(), self._device, cuda_graph=self._cuda_graph
-                )
+            with self._settings.begun(), reading() as reads, self._settings.as_tensors():
+                lowered = self._lowered(flat, arguments)
         guard = Guard(self._module)
         guard.add(reads)
         memory = _memory(lowered)
@@ -213,8 +215,17 @@ class CompiledStep(Generic[P, R]):
         self._graphs.append(graph)
         return graph
 
+    def _lowered(
+        self, flat: Callable[..., list[Tensor]], arguments: list[Tensor]
+    ) -> Lowered | Recording:
+        live, device = self._live(), self._device
+        if self._capture is None:
+            return lower(flat, arguments, live, device, cuda_graph=self._cuda_graph)
+        return record(flat, arguments, live, device, capture=self._capture)
+
     def _warn(self, error: Exception) -> None:
-        words = f"the step is not compiled and runs as without `compile`: {why_not_compiled(error)}"
+        made = "compiled" if self._capture is None else "recorded"
+        words = f"the step is not {made} and runs as without `compile`: {why_not_compiled(error)}"
         if words not in self._said:
             self._said.add(words)
             warnings.warn(words, RuntimeWarning, stacklevel=5)
@@ -224,7 +235,7 @@ class CompiledStep(Generic[P, R]):
 _STATE = ("step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def _memory(lowered: Lowered) -> frozenset[int]:
+def _memory(lowered: Lowered | Recording) -> frozenset[int]:
     return frozenset(t.untyped_storage().data_ptr() for t in lowered.aliases)
 
 

@@ -70,6 +70,18 @@ class Settings:
                 self.tensors[i].fill_(value)
                 self._current[i] = value
 
+    def begin(self) -> None:
+        """Give every parameter the state that its optimizer would give it at its first step."""
+        for optimizer in self._optimizers:
+            begin(optimizer)
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """`begin`; where what is inside fails, the optimizers get back what they had."""
+        with as_before(self._optimizers):
+            self.begin()
+            yield
+
     @contextlib.contextmanager
     def as_tensors(self) -> Iterator[None]:
         """Let the optimizers' groups hold the tensors, except for options that are 0."""
@@ -100,6 +112,19 @@ def _numbers(group: dict[str, Any], names: Sequence[str]) -> list[Any]:
 
 def _live(number: Any, tensor: Tensor) -> Any:
     return tensor if isinstance(number, Tensor) or number else number
+
+
+@contextlib.contextmanager
+def as_before(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Where what is inside fails, the optimizers get back the state that they had."""
+    before = [{p: dict(state) for p, state in o.state.items()} for o in optimizers]
+    try:
+        yield
+    except BaseException:
+        for optimizer, states in zip(optimizers, before, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(states)
+        raise
 
 
 def begin(optimizer: Optimizer) -> None:

@@ -5,6 +5,7 @@ from typing import final
 
 import torch
 
+from bilevel.loop.choice import Choice, check_choice
 from bilevel.oracles import usable_precision
 from bilevel.refusals import flag
 
@@ -18,23 +19,24 @@ class TurnSettings:
         lower_steps: lower steps in a turn.
         upper_first: whether the upper step comes before them.
         throw: raise where a hypergradient does not succeed.
-        compile: trace each step and run it as a compiled graph.
+        compile: how the steps are made into graphs, if at all (`bilevel.loop.choice`).
         precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
         move_batches: bring each batch to the problem's device.
 
     Raises:
         ValueError: for a precision that would go wrong.
-        TypeError: if a switch is neither `True` nor `False`.
+        TypeError: if a switch is neither `True` nor `False`; `compile` has two words besides.
     """
 
     lower_steps: int
     upper_first: bool = False
     throw: bool = True
-    compile: bool = False
+    compile: Choice = False
     precision: torch.dtype | None = None
     move_batches: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("throw", "compile", "move_batches"):
+        for name in ("throw", "move_batches"):
             flag(name, getattr(self, name))
+        check_choice(self.compile)
         usable_precision(self.precision)

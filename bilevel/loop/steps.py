@@ -1,6 +1,7 @@
 """`TurnSteps`: the lower step, the upper step, and both at once, eager or compiled."""
 
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from bilevel.compile import CompiledStep
-from bilevel.distributed import world_size
+from bilevel.compile.cuda_graph import Capture, Recorder
+from bilevel.distributed import rank, world_size
+from bilevel.loop.choice import chosen
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
+from bilevel.optimizers import LevelUpdate
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
 from bilevel.solvers import Compiled, Hypergradient, Solver
@@ -44,6 +48,7 @@ class TurnSteps:
         state: the run's state.
         solver: how the hypergradient is computed.
         settings: how the turns go.
+        capture: records the steps, whatever the settings say; for a device without CUDA graphs.
 
     Attributes:
         lower: `(batch, watched) -> LowerOutcome`; `watched` asks for the norm of the gradient.
@@ -52,14 +57,25 @@ class TurnSteps:
             computation.
     """
 
-    def __init__(self, state: State, solver: Solver, settings: TurnSettings) -> None:
+    def __init__(
+        self,
+        state: State,
+        solver: Solver,
+        settings: TurnSettings,
+        *,
+        capture: Capture | None = None,
+    ) -> None:
         self._state = state
         self._settings = settings
         self._slots = Slots(state.problem)
         self._said: set[str] = set()
         self._eager = _Eager(state, self._slots)
-        graph = _Graph(state, self._slots)
-        at_once = solver.drops_response or not settings.compile
+        how = chosen(settings.compile, state.problem.device)
+        self._capture = capture or (Recorder(state.problem.device) if how == "record" else None)
+        self._compiles = how == "inductor"
+        recorded = _Recorded(state, self._slots)
+        graph = _Graph(state, self._slots) if self._capture is None else recorded
+        at_once = solver.drops_response or not self._compiles
         self._solver = solver if at_once else Compiled(solver)
         self.lower = self._ready(partial(self._lower, self._eager), partial(self._lower, graph))
         self.both = self._ready(partial(self._both, self._eager), partial(self._both, graph))
@@ -70,8 +86,12 @@ class TurnSteps:
             self.upper = self._unit_by_unit
 
     def _ready(self, step: Callable[P, R], traced: Callable[P, R]) -> Callable[P, R]:
-        """The step itself, or compiled."""
-        if not self._settings.compile:
+        """The step itself, recorded or compiled."""
+        alone = world_size() == 1  # a CUDA graph holds no exchange between ranks
+        if self._capture is not None and not alone:
+            self._warn_of_ranks()
+            return step
+        if not self._compiles and self._capture is None:
             return step
         optimizers = [o for update in self._state.updates.values() for o in update.optimizers]
         return CompiledStep(
@@ -79,9 +99,19 @@ class TurnSteps:
             traced,
             self._state.problem,
             optimizers,
-            cuda_graph=world_size() == 1,  # it holds no exchange between ranks
+            cuda_graph=alone,
             said=self._said,
+            capture=self._capture,
         )
+
+    def _warn_of_ranks(self) -> None:
+        words = (
+            "the step is not recorded and runs as without `compile`: a CUDA graph holds no exchange "
+            'between processes; `compile="inductor"` compiles it'
+        )
+        if words not in self._said and rank() == 0:
+            warnings.warn(words, RuntimeWarning, stacklevel=6)
+        self._said.add(words)
 
     def begin(self, seed: int) -> None:
         """Seed what the losses of a turn draw."""
@@ -163,7 +193,7 @@ class _Writes(ABC):
         self._slots = slots
 
     @abstractmethod
-    def seed(self) -> int:
+    def seed(self) -> int | None:
         """The seed of what the next losses draw."""
 
     @abstractmethod
@@ -189,16 +219,7 @@ class _Eager(_Writes):
         return next(self._seeds)
 
     def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
-        update, parameters = self._updates[level], self._slots.variables(level)
-        for name, parameter in parameters.items():
-            parameter.grad = _laid_out(hooked(parameter, grads[name]), parameter)
-            accumulated(parameter)
-        if update.max_norm is not None:
-            clip_grad_norm_(parameters.values(), update.max_norm)
-        for optimizer in update.optimizers:
-            optimizer.step()
-        for parameter in parameters.values():
-            parameter.grad = None
+        _step(self._updates[level], self._slots.variables(level), grads)
 
     def move_upper(self, grads: Tree, buffers: Tree) -> None:
         update = self._updates["upper"]
@@ -218,8 +239,7 @@ class _Graph(_Writes):
 
     def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
         update, parameters = self._updates[level], self._slots.variables(level)
-        if (found := first_hook(parameters)) is not None:
-            raise TypeError(f"`{found[0]}` has a hook (`{found[1]}`), which a graph cannot call")
+        _refuse_hooks(parameters)
         gradients = grads if update.max_norm is None else clip(grads, update.max_norm)
         with torch.no_grad():
             move(update.optimizers, parameters, gradients)
@@ -227,6 +247,41 @@ class _Graph(_Writes):
     def move_upper(self, grads: Tree, buffers: Tree) -> None:
         self.apply("upper", grads)
         self._slots.commit(buffers)
+
+
+@final
+class _Recorded(_Writes):
+    """By the optimizers themselves, where a CUDA graph is recorded."""
+
+    def seed(self) -> None:
+        return None
+
+    def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
+        parameters = self._slots.variables(level)
+        _refuse_hooks(parameters)
+        _step(self._updates[level], parameters, grads)
+
+    def move_upper(self, grads: Tree, buffers: Tree) -> None:
+        self.apply("upper", {name: g.clone() for name, g in grads.items()})
+        self._slots.commit(buffers)
+
+
+def _step(update: LevelUpdate, parameters: Tree, grads: Mapping[str, Tensor | None]) -> None:
+    """Let a level's optimizers step with these gradients."""
+    for name, parameter in parameters.items():
+        parameter.grad = _laid_out(hooked(parameter, grads[name]), parameter)
+        accumulated(parameter)
+    if update.max_norm is not None:
+        clip_grad_norm_(parameters.values(), update.max_norm)
+    for optimizer in update.optimizers:
+        optimizer.step()
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def _refuse_hooks(parameters: Tree) -> None:
+    if (found := first_hook(parameters)) is not None:
+        raise TypeError(f"`{found[0]}` has a hook (`{found[1]}`), which a graph cannot call")
 
 
 def _detached(leaf: Any) -> Any:

@@ -175,7 +175,7 @@ class Turn:
 
     def _watched(self, step: int) -> bool:
         """Whether a lower step computes the residual; in a graph that costs nothing."""
-        return self._settings.compile or step == self._settings.lower_steps - 1
+        return bool(self._settings.compile) or step == self._settings.lower_steps - 1
 
     def _note(self, out: LowerOutcome) -> None:
         self.lower_loss, self.lower_residual, self.logs = out

@@ -259,7 +259,7 @@ def run_cell(
     try:
         if not resume:
             trace.begin()
-        stage("compiling the first step" if training.compile else "first step", 0, 0)
+        stage("preparing the first step" if training.compile else "first step", 0, 0)
         job.learner.fit(
             job.table.train,
             solver=job.solver,

@@ -15,6 +15,7 @@ from typing import Any
 from bilevel import DivergenceError, Solver, Step
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.loggers.base import Logger, check_loggers
+from bilevel.loop.choice import chosen
 from bilevel.methods.training.feed import Augment as Augment
 from bilevel.methods.training.feed import Feed
 from bilevel.methods.training.feed import feeding as feeding
@@ -111,6 +112,7 @@ def _configuration(
     notes: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run's configuration as plain values."""
+    how = chosen(feed.training.compile, model.device)
     return {
         "method": type(model).__name__,
         "model": model.recipe,
@@ -118,6 +120,7 @@ def _configuration(
         "solver": repr(solver),
         "data": feed.about,
         "notes": notes or {},
+        **({} if how is None else {"compiled": how}),  # what `compile=True` stands for there
     }
 
 

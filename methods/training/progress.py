@@ -58,7 +58,7 @@ class Progress:
             self._beside = Lines(sys.stderr)
         if self._beside is not None:
             self.stage = Stages(self._beside)
-        self.stage("compiling the first step" if self.training.compile else "first step", 0, 0)
+        self.stage("preparing the first step" if self.training.compile else "first step", 0, 0)
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:

@@ -49,6 +49,7 @@ class Config(BaseModel, extra="allow", strict=True):
     solver: str | None = None
     data: DataShape | None = None
     notes: Notes = Field(Notes())
+    compiled: str | None = None
     began: str | None = None
     resumed: list[int] = Field([])
     commit: str | None = None

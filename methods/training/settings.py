@@ -60,8 +60,10 @@ class Training(BaseModel):
     max_seconds: float | None = Field(
         None, gt=0, allow_inf_nan=True, description="stop after this much training time"
     )
-    compile: bool = Field(
-        False, description="compile the steps: needs a C++ compiler, pays on small models"
+    compile: Literal[False, True, "record", "inductor"] = Field(
+        False,
+        description="make graphs of the steps: record them (CUDA) or compile them with inductor "
+        "(needs a C++ compiler, pays on small models)",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="arithmetic of the losses (bfloat16: mixed, for GPUs)"

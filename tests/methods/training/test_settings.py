@@ -31,7 +31,7 @@ VALUES = {
     "standardise": st.booleans(),
     "seed": st.integers(0, 2**31),
     "max_seconds": st.none() | positive,
-    "compile": st.booleans(),
+    "compile": st.sampled_from([False, True, "record", "inductor"]),
     "precision": st.sampled_from(["float32", "bfloat16"]),
     "ema": st.none() | st.floats(0.1, 0.999),
     "sync_batch_norm": st.booleans(),
