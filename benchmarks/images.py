@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.measuring.records import append, command
 from benchmarks.pages.images import images_table
 from bilevel import DivergenceError, Step
-from bilevel.loop.choice import HOWS
+from bilevel.choices import HOWS
 from bilevel.methods import EBLVM, History
 from bilevel.methods.data.images import Images, load_images
 from bilevel.methods.evaluation.evaluate import evaluate

@@ -13,9 +13,9 @@ from torch import Tensor
 from bilevel.arguments import explaining
 from bilevel.batches import sources_of
 from bilevel.cards import digits, numbers_by_name
+from bilevel.choices import Choice
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
-from bilevel.loop.choice import Choice
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch

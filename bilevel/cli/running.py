@@ -9,13 +9,13 @@ from typing import Any, TypeAlias, final
 
 from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
+from bilevel.choices import SAID, chosen
 from bilevel.cli.loggers import loggers_of
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, print_results
 from bilevel.cli.progress import Progress, stages
 from bilevel.cli.signals import Stop, named, status_of
 from bilevel.distributed import is_main
-from bilevel.loop.choice import SAID, chosen
 from bilevel.methods import EBLVM, History, Training
 from bilevel.methods.data.images import Images
 from bilevel.methods.evaluation.evaluate import evaluate

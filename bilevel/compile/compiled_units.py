@@ -11,18 +11,22 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import optree
 import torch
 from torch import Tensor, nn
 
+from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Traced, compiled, is_stale, trace
 from bilevel.compile.split import TwoParts, split
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
 from bilevel.compile.units import EagerStage, Rest, Stage, UnitRunner
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 _MOST = 8  # sets of decisions that graphs are kept for
 _FEW = 4  # graphs of one unit in such a set
@@ -70,6 +74,7 @@ class CompiledUnits(UnitRunner):
         module: whose parameters, buffers and attributes the units read.
         context: entered while a unit is traced.
         said: the warnings given so far; none is given twice.
+        capture: records the traced units as CUDA graphs, without a compiler.
     """
 
     compiled = True
@@ -79,8 +84,10 @@ class CompiledUnits(UnitRunner):
         module: nn.Module,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         said: set[str] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.module = module
+        self._capture = capture
         self._context = context
         self._said = set() if said is None else said
         self._kept: list[_Graphs] = []
@@ -189,6 +196,11 @@ class CompiledUnits(UnitRunner):
         self._graphs.constants += found.constants
         return found
 
+    def _made(self, graph: "GraphModule", inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        return (
+            compiled(graph, inputs) if self._capture is None else self._capture(graph, inputs, ())
+        )
+
     def _whole(
         self, key: Hashable, function: Callable[..., Any], leaves: list[Any], structure: Any
     ) -> _Unit:
@@ -204,7 +216,7 @@ class CompiledUnits(UnitRunner):
         with self._tracing(key):
             found = self._traced(flat, given)
         with torch.no_grad():
-            run = compiled(found.graph, [*map(Tensor.detach, given), *found.extra])
+            run = self._made(found.graph, [*map(Tensor.detach, given), *found.extra])
         return _Unit(found.extra, answer["leaves"], answer["structure"], run)
 
     def _halves(
@@ -232,9 +244,9 @@ class CompiledUnits(UnitRunner):
         parts = split(found.graph, moves, len(_tensors(answer["early"][0])))
         fixed = [*map(Tensor.detach, given), *found.extra]
         with torch.no_grad():
-            before = compiled(parts.before, fixed)
+            before = self._made(parts.before, fixed)
             residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
-            after = compiled(parts.after, [*residuals, *map(Tensor.detach, others)])
+            after = self._made(parts.after, [*residuals, *map(Tensor.detach, others)])
         early, late = answer["early"], answer["late"]
         return _Unit(found.extra, early[0], early[1], before, parts, after, late[0], late[1])
 
@@ -260,7 +272,7 @@ class CompiledUnits(UnitRunner):
         with self._tracing(key):
             found = self._traced(flat, [*residuals, *given])
         with torch.no_grad():
-            run = compiled(found.graph, [*map(Tensor.detach, [*residuals, *given]), *found.extra])
+            run = self._made(found.graph, [*map(Tensor.detach, [*residuals, *given]), *found.extra])
         return lambda *tensors: run(*tensors, *found.extra)
 
 

@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 
-from bilevel.loop.choice import Choice, check_choice
+from bilevel.choices import Choice, check_choice
 from bilevel.oracles import usable_precision
 from bilevel.refusals import flag
 
@@ -19,7 +19,7 @@ class TurnSettings:
         lower_steps: lower steps in a turn.
         upper_first: whether the upper step comes before them.
         throw: raise where a hypergradient does not succeed.
-        compile: how the steps are made into graphs, if at all (`bilevel.loop.choice`).
+        compile: how the steps are made into graphs, if at all (`bilevel.choices`).
         precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
         move_batches: bring each batch to the problem's device.
 

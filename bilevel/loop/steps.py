@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from bilevel.choices import How, chosen
 from bilevel.compile import CompiledStep
 from bilevel.compile.cuda_graph import Capture, Recorder
 from bilevel.distributed import rank, world_size
-from bilevel.loop.choice import chosen
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
@@ -70,28 +70,40 @@ class TurnSteps:
         self._slots = Slots(state.problem)
         self._said: set[str] = set()
         self._eager = _Eager(state, self._slots)
-        how = chosen(settings.compile, state.problem.device)
-        self._capture = capture or (Recorder(state.problem.device) if how == "record" else None)
-        self._compiles = how == "inductor"
-        recorded = _Recorded(state, self._slots)
-        graph = _Graph(state, self._slots) if self._capture is None else recorded
-        at_once = solver.drops_response or not self._compiles
-        self._solver = solver if at_once else Compiled(solver)
-        self.lower = self._ready(partial(self._lower, self._eager), partial(self._lower, graph))
-        self.both = self._ready(partial(self._both, self._eager), partial(self._both, graph))
+        how, self._capture = self._chosen(capture)
+        self._makes = how is not None
+        graph = _Graph(state, self._slots)
+        made = graph if self._capture is None else _Recorded(state, self._slots)
+        at_once = solver.drops_response or how is None
+        self._solver = solver if at_once else Compiled(solver, how, capture=self._capture)
+        self.lower = self._ready(partial(self._lower, self._eager), partial(self._lower, made))
+        self.both = self._ready(partial(self._both, self._eager), partial(self._both, made))
         if at_once:
-            self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, graph))
+            self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, made))
         else:
-            self._moved = self._ready(self._eager.move_upper, graph.move_upper)
+            self._moved = self._ready(self._eager.move_upper, made.move_upper)
             self.upper = self._unit_by_unit
+
+    def _chosen(self, capture: Capture | None) -> tuple[How | None, Capture | None]:
+        """How the steps are made into graphs, and what records them."""
+        device = self._state.problem.device
+        how = chosen(self._settings.compile, device)
+        if capture is None and how != "record":
+            return how, None
+        if world_size() == 1:
+            return "record", capture or Recorder(device)
+        if rank() == 0:
+            warnings.warn(
+                "the steps are not recorded and run as without `compile`: a CUDA graph holds no "
+                'exchange between processes; `compile="inductor"` compiles them',
+                RuntimeWarning,
+                stacklevel=5,  # the caller of `train`
+            )
+        return None, None
 
     def _ready(self, step: Callable[P, R], traced: Callable[P, R]) -> Callable[P, R]:
         """The step itself, recorded or compiled."""
-        alone = world_size() == 1  # a CUDA graph holds no exchange between ranks
-        if self._capture is not None and not alone:
-            self._warn_of_ranks()
-            return step
-        if not self._compiles and self._capture is None:
+        if not self._makes:
             return step
         optimizers = [o for update in self._state.updates.values() for o in update.optimizers]
         return CompiledStep(
@@ -99,19 +111,10 @@ class TurnSteps:
             traced,
             self._state.problem,
             optimizers,
-            cuda_graph=alone,
+            cuda_graph=world_size() == 1,  # it holds no exchange between ranks
             said=self._said,
             capture=self._capture,
         )
-
-    def _warn_of_ranks(self) -> None:
-        words = (
-            "the step is not recorded and runs as without `compile`: a CUDA graph holds no exchange "
-            'between processes; `compile="inductor"` compiles it'
-        )
-        if words not in self._said and rank() == 0:
-            warnings.warn(words, RuntimeWarning, stacklevel=6)
-        self._said.add(words)
 
     def begin(self, seed: int) -> None:
         """Seed what the losses of a turn draw."""

@@ -5,11 +5,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
+
 from bilevel.arguments import explained_settings
+from bilevel.choices import HOWS, How, chosen
 from bilevel.compile import CompiledUnits
+from bilevel.compile.cuda_graph import Capture, Recorder
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
+from bilevel.refusals import one_of
 from bilevel.solvers.base import Response, Solver, UnrolledSteps
 from bilevel.solvers.given import given_solver
 
@@ -36,9 +41,13 @@ class Compiled(Solver):
 
     Args:
         solver: the solver.
+        how: "record" keeps the kernels of each piece as a CUDA graph, "inductor" compiles them; by
+            default a CUDA device records and others compile.
+        capture: records the pieces, whatever `how` says; for a device without CUDA graphs.
 
     Raises:
         TypeError: if it is none.
+        ValueError: for another `how`; at the first call, if it is not possible on the device.
 
     Example:
         >>> from bilevel import ConjugateGradient, Implicit
@@ -47,16 +56,20 @@ class Compiled(Solver):
     """
 
     solver: Solver
+    how: How | None = None
+    capture: Capture | None = field(default=None, repr=False, compare=False, kw_only=True)
     _units: dict[int, CompiledUnits] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         given_solver("None" if self.solver is None else self.solver)  # there is no usual one
+        if self.how is not None:
+            one_of("how", self.how, HOWS)
         object.__setattr__(self, "drops_response", self.solver.drops_response)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.solver,)  # graphs are neither copied nor saved
+        return type(self), (self.solver, self.how)  # graphs are neither copied nor saved
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         return self.solver.respond(oracles, state, lower_optimizer)
@@ -85,8 +98,14 @@ class Compiled(Solver):
         """The graphs for a problem; those of the problem used longest ago make room."""
         units = self._units.pop(id(problem), None)
         if units is None or units.module is not problem:
-            units = CompiledUnits(problem)
+            units = CompiledUnits(problem, capture=self._recorder(problem.device))
         self._units[id(problem)] = units
         if len(self._units) > _MOST:
             del self._units[next(iter(self._units))]
         return units
+
+    def _recorder(self, device: torch.device) -> Capture | None:
+        """What records the pieces of work; `None` where they are compiled."""
+        if self.capture is not None:
+            return self.capture
+        return Recorder(device) if chosen(self.how or True, device) == "record" else None

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from bilevel import DivergenceError, Solver, Step
+from bilevel.choices import chosen
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.loggers.base import Logger, check_loggers
-from bilevel.loop.choice import chosen
 from bilevel.methods.training.feed import Augment as Augment
 from bilevel.methods.training.feed import Feed
 from bilevel.methods.training.feed import feeding as feeding
