@@ -36,7 +36,7 @@ def check_choice(compile: Any) -> None:
         )
 
 
-def chosen(compile: Choice, device: torch.device) -> How | None:
+def how_made(compile: Choice, device: torch.device) -> How | None:
     """How the steps on a device are made into graphs.
 
     A CUDA graph is recorded in a second and leaves nothing but the kernels; on a processor the kernels

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, final
 
 from bilevel import DivergenceError, Solver, Step
 from bilevel.checkpoint import glance
-from bilevel.choices import SAID, chosen
+from bilevel.choices import SAID, how_made
 from bilevel.cli.loggers import loggers_of
 from bilevel.cli.options import UsageError
 from bilevel.cli.outcome import draw, finish, print_results
@@ -183,7 +183,7 @@ class _Opening:
     """Says where a new run is written, once its first step shows that nothing was refused."""
 
     def __init__(self, plan: Plan) -> None:
-        how = chosen(plan.training.compile, plan.model.device)
+        how = how_made(plan.training.compile, plan.model.device)
         said = "" if how is None else f"; {SAID[how]}"
         self._line = "" if plan.resume else f"writing to {plan.run.folder}{said}"
 

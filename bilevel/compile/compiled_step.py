@@ -26,7 +26,7 @@ from bilevel.compile.capturable import Capturable
 from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
-from bilevel.compile.recorded import Recording, record
+from bilevel.compile.recorded import Recording, recorded
 from bilevel.compile.settings import Settings
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
@@ -221,7 +221,7 @@ class CompiledStep(Generic[P, R]):
         live, device = self._live(), self._device
         if self._capture is None:
             return lower(flat, arguments, live, device, cuda_graph=self._cuda_graph)
-        return record(flat, arguments, live, device, capture=self._capture)
+        return recorded(flat, arguments, live, device, capture=self._capture)
 
     def _warn(self, error: Exception) -> None:
         made = "compiled" if self._capture is None else "recorded"

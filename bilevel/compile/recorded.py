@@ -1,4 +1,4 @@
-"""`record`: a step as torch runs it, captured as a CUDA graph - no tracer and no compiler in between.
+"""`recorded`: a step as torch runs it, captured as a CUDA graph - no tracer and no compiler in between.
 
 What Python does happens once, while the step is captured: it decides which kernels are launched, on
 which memory. A replay launches them again. So a step is recorded only if nothing in it depends on what
@@ -71,7 +71,7 @@ class Recording:
         return len(now) == len(self.aliases) and all(map(Tensor.is_set_to, now, self.aliases))
 
 
-def record(
+def recorded(
     function: Callable[..., list[Tensor]],
     arguments: Sequence[Tensor],
     live: Sequence[Tensor],

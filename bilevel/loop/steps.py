@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bilevel.choices import How, chosen
+from bilevel.choices import How, how_made
 from bilevel.compile import CompiledStep
 from bilevel.compile.cuda_graph import Capture, Recorder
 from bilevel.distributed import rank, world_size
@@ -87,7 +87,7 @@ class TurnSteps:
     def _chosen(self, capture: Capture | None) -> tuple[How | None, Capture | None]:
         """How the steps are made into graphs, and what records them."""
         device = self._state.problem.device
-        how = chosen(self._settings.compile, device)
+        how = how_made(self._settings.compile, device)
         if capture is None and how != "record":
             return how, None
         if world_size() == 1:

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 
 from bilevel.arguments import explained_settings
-from bilevel.choices import HOWS, How, chosen
+from bilevel.choices import HOWS, How, how_made
 from bilevel.compile import CompiledUnits
 from bilevel.compile.cuda_graph import Capture, Recorder
 from bilevel.optimizers import Optimizers
@@ -108,4 +108,4 @@ class Compiled(Solver):
         """What records the pieces of work; `None` where they are compiled."""
         if self.capture is not None:
             return self.capture
-        return Recorder(device) if chosen(self.how or True, device) == "record" else None
+        return Recorder(device) if how_made(self.how or True, device) == "record" else None

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from bilevel import DivergenceError, Solver, Step
-from bilevel.choices import chosen
+from bilevel.choices import how_made
 from bilevel.distributed import any_rank, is_main, world_size
 from bilevel.loggers.base import Logger, check_loggers
 from bilevel.methods.training.feed import Augment as Augment
@@ -112,7 +112,7 @@ def _configuration(
     notes: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run's configuration as plain values."""
-    how = chosen(feed.training.compile, model.device)
+    how = how_made(feed.training.compile, model.device)
     return {
         "method": type(model).__name__,
         "model": model.recipe,
