@@ -133,6 +133,38 @@ def curves(lines: Mapping[str, Iterable[tuple[float, float]]]) -> str:
     return f"<div>{''.join(parts)}</div>" if parts else ""
 
 
+def as_plain(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: names to the left, numbers to the right."""
+    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
+    shown: list[Any] = []
+    for line in (head, *lines):
+        first, *rest = (
+            text.ljust(width) if k == 0 else text.rjust(width)
+            for k, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        shown.append("  ".join((first, *rest)).rstrip())
+    return "\n".join(shown)
+
+
+def as_html(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The same table as HTML, in the colours of the page it is put into."""
+    number = f"{_STYLE}text-align:right;white-space:nowrap"
+    top = "".join(
+        f'<th scope="col" style="{number if k else _STYLE}">{_marked(name)}</th>'
+        for k, name in enumerate(head)
+    )
+    body = "".join(
+        f'<tr><th scope="row" style="{_STYLE}">{_marked(name)}</th>'
+        + "".join(f'<td style="{number}">{_marked(text)}</td>' for text in rest)
+        + "</tr>"
+        for name, *rest in lines
+    )
+    return (
+        '<table style="border-collapse:collapse"><thead style="opacity:.65"><tr>'
+        f"{top}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
 def _marked(text: str) -> str:
     """Text as HTML, what stands between backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

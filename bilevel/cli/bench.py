@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bilevel.cards import as_plain
 from bilevel.cli.bench_solvers import run_solvers
 from bilevel.cli.options import Parser, UsageError, choice, integer
 from bilevel.cli.own import add_code_option, own_of
@@ -16,7 +17,7 @@ from bilevel.methods.data.tables import TABLES
 from bilevel.methods.suite.config import DataConfig, SuiteConfig, load_config, parse_config
 from bilevel.methods.suite.folder import SuiteFolder
 from bilevel.methods.suite.presets import SUITES
-from bilevel.methods.suite.ranking import as_plain, rankings, rankings_plain
+from bilevel.methods.suite.ranking import rankings, rankings_plain
 from bilevel.methods.suite.report import write_suite_report
 from bilevel.methods.suite.runner import run_suite
 from bilevel.methods.suite.tables import for_terminal, groups

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from bilevel import Problem, Solver
+from bilevel.cards import as_plain
 from bilevel.check.cases import CASES, Case
 from bilevel.check.comparing_solvers import SolverRecord, measure_solver
 from bilevel.cli.options import Parser, UsageError, integer
 from bilevel.files import write_text
 from bilevel.methods.catalogue import called, make_solver, of_own
-from bilevel.methods.suite.ranking import as_plain
 from bilevel.plugins import entry_points, imported, is_address, plugged
 from bilevel.problem import refuse_no_problem
 from bilevel.refusals import nearest

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bilevel.methods.data.images import scaled
 
-MISSING = "drawing needs {}; install it with `pip install 'bilevel[report]'`"
 _SMALLEST = 48  # pixels of an image's side in a picture, at least
 _GAP = 232  # light grey: images on black and on white stand out from it
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bilevel.extras import MISSING
 from bilevel.methods.data.containers import as_tensor
-from bilevel.methods.data.grids import MISSING, grid
+from bilevel.methods.data.grids import grid
 from bilevel.refusals import whole
 
 if TYPE_CHECKING:

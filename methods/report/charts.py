@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-from bilevel.methods.data.grids import MISSING
+from bilevel.extras import MISSING
 from bilevel.methods.report.page import image, titled
 
 COLOURS = ("#1f6fb4", "#d9652b", "#3c9a5f", "#8a5fb0", "#b04a63", "#5b6670")

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bilevel.extras import MISSING
 from bilevel.methods.data.containers import as_tensor
-from bilevel.methods.data.grids import MISSING
 from bilevel.methods.likelihood.plane import Box, plane_density
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel.extras import MISSING
 from bilevel.files import replacing
-from bilevel.methods.data.grids import MISSING, above, beside, framed, grid, tiles
+from bilevel.methods.data.grids import above, beside, framed, grid, tiles
 from bilevel.methods.training.curves import draw_panels, evaluation_panels, loss_panels
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from bilevel.refusals import path_of, shown, whole
 Things = Mapping[str, Any] | Sequence[str]
 
 
-def compare(
+def compare_methods(
     data: Things,
     models: Things,
     methods: Things,
@@ -65,7 +65,7 @@ def compare(
         >>> import tempfile, torch
         >>> from bilevel.methods import GaussianRBM
         >>> rows = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> records = compare(
+        >>> records = compare_methods(
         ...     {"mine": rows}, ["GaussianRBM-2"], ["ml", "dsm"], tempfile.mkdtemp(),
         ...     training={"num_steps": 3, "batch_size": 50},
         ... )
@@ -85,7 +85,7 @@ def compare(
         "training": dict(training or {}),
         "seeds": _whole_numbers(seeds),
     }
-    config = parse_config({"name": "mine", "blocks": [block]}, "compare")
+    config = parse_config({"name": "mine", "blocks": [block]}, "compare_methods")
     return run_suite(config, folder, device=device, observer=observer, own=own, jobs=jobs)
 
 

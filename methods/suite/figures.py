@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bilevel.extras import MISSING
 from bilevel.files import replacing
-from bilevel.methods.data.grids import MISSING
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.suite.job import Job
 from bilevel.methods.suite.judge import log_density

@@ -24,11 +24,12 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bilevel.cards import as_plain
 from bilevel.methods.suite.tables import CellRecord
 
 _Ranks: TypeAlias = NDArray[np.float64]
@@ -213,16 +214,3 @@ def rankings_plain(found: Iterable[Ranking]) -> str:
         f"\n{_title(ranking)}\n{as_plain(_HEAD, _lines(ranking))}\n{ranking.verdict}"
         for ranking in found
     )
-
-
-def as_plain(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: names to the left, numbers to the right."""
-    widths = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
-    shown: list[Any] = []
-    for line in (head, *lines):
-        first, *rest = (
-            text.ljust(width) if k == 0 else text.rjust(width)
-            for k, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        shown.append("  ".join((first, *rest)).rstrip())
-    return "\n".join(shown)

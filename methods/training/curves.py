@@ -1,11 +1,10 @@
 """Curves of a training: what was recorded against the step, a panel for each kind of number."""
 
-import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bilevel.methods.data.grids import MISSING
+from bilevel.extras import shown_figure
 from bilevel.methods.training.measures import direction_of
 
 if TYPE_CHECKING:
@@ -40,23 +39,6 @@ def _is_strange(name: str) -> bool:
     return not beside and name not in _NOT_DRAWN and direction_of(name) is None
 
 
-def _shown_figure() -> "type[Figure]":
-    """Figures that a notebook shows also where `pyplot`, which would see to that, is not imported."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(MISSING.format("matplotlib")) from None
-
-    @final
-    class ShownFigure(Figure):
-        def _repr_png_(self) -> bytes:
-            file = io.BytesIO()
-            self.savefig(file, format="png", dpi=72)  # saved in a notebook, too: keep it small
-            return file.getvalue()
-
-    return ShownFigure
-
-
 def draw_panels(records: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> "Figure":
     """A figure with a panel for each kind of number that the records hold, against the step.
 
@@ -64,7 +46,7 @@ def draw_panels(records: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> "
         ValueError: if there are no records.
         ImportError: if matplotlib is not installed.
     """
-    figure_class = _shown_figure()
+    figure_class = shown_figure()
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     if not records:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 from bilevel import Result, Solver, Step
 from bilevel.arguments import explained_methods
 from bilevel.cards import Card, curves, digits, numbers_by_name, plural
+from bilevel.extras import data_frame
 from bilevel.methods.training.curves import draw_panels, evaluation_panels, loss_panels
 from bilevel.methods.training.run import Run
 from bilevel.refusals import path_of, shown
@@ -16,8 +17,6 @@ from bilevel.refusals import path_of, shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-_MISSING = "a data frame needs pandas; install it with `pip install 'bilevel[tables]'`"
 
 
 @final
@@ -83,7 +82,7 @@ class History:
         Raises:
             ImportError: if pandas is not installed.
         """
-        return _frame(self._lines())
+        return data_frame(self._lines())
 
     def _lines(self) -> list[dict[str, Any]]:
         """Records and evaluations of the same step as one line."""
@@ -156,7 +155,7 @@ def load_records(*folders: str | os.PathLike[str]) -> "DataFrame":
     lines = []
     for name, run in _runs([path_of("folders", folder) for folder in folders]):
         lines += [{"run": name, **line} for line in History.load(run)._lines()]
-    return _frame(lines)
+    return data_frame(lines)
 
 
 def _runs(folders: Iterable[Path]) -> list[tuple[str, Path]]:
@@ -172,11 +171,3 @@ def _runs(folders: Iterable[Path]) -> list[tuple[str, Path]]:
         found += [(run.relative_to(folder).as_posix(), run) for run in below]
     names = [name for name, _ in found]
     return [(n if names.count(n) == 1 else run.as_posix(), run) for n, run in found]
-
-
-def _frame(lines: list[dict[str, Any]]) -> "DataFrame":
-    try:
-        import pandas
-    except ImportError:
-        raise ImportError(_MISSING) from None
-    return pandas.DataFrame(lines)

@@ -9,7 +9,7 @@ import torch
 
 from bilevel.methods.catalogue import NOTHING
 from bilevel.methods.data.tables import Table
-from bilevel.methods.suite import SuiteFolder, compare, load_suite, run_suite
+from bilevel.methods.suite import SuiteFolder, compare_methods, load_suite, run_suite
 from bilevel.methods.suite.config import ModelConfig
 from bilevel.methods.suite.job import at_hand
 from bilevel.methods.suite.report import write_suite_report
@@ -208,22 +208,22 @@ def test_objects_are_compared_from_python(tmp_path: Path) -> None:
         "methods": {"ours": own_things.Denoiser, "dsm": "dsm"},
         "training": {"num_steps": 2, "batch_size": 20},
     }
-    records = compare({"mine": rows}, folder=tmp_path, **parts)
+    records = compare_methods({"mine": rows}, folder=tmp_path, **parts)
     assert [record["cell"] for record in records] == [
         f"mine/{model}/{method}/seed0" for model in ("four", "small") for method in ("ours", "dsm")
     ]
     assert load_suite(tmp_path) == records
-    assert compare({"mine": rows.numpy()}, folder=tmp_path, **parts) == records
+    assert compare_methods({"mine": rows.numpy()}, folder=tmp_path, **parts) == records
     with pytest.raises(ValueError, match=r"`blocks.0.data.0.checksum` was"):
-        compare({"mine": rows + 1}, folder=tmp_path, **parts)
+        compare_methods({"mine": rows + 1}, folder=tmp_path, **parts)
     with pytest.raises(
         ValueError, match="are lists of names, or mappings of a name to each object"
     ):
-        compare([rows], folder=tmp_path, **parts)  # type: ignore[list-item]
+        compare_methods([rows], folder=tmp_path, **parts)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="two of these are called `four`"):
-        compare({"four": rows}, folder=tmp_path, **parts)
+        compare_methods({"four": rows}, folder=tmp_path, **parts)
     entry = {"source": "checkerboard", "options": {"size": 30}}
-    (record,) = compare(
+    (record,) = compare_methods(
         {"plane": entry}, ["GaussianRBM-2"], ["dsm"], tmp_path / "b", training=parts["training"]
     )
     assert record["cell"] == "plane/GaussianRBM-2/dsm/seed0"
@@ -246,7 +246,7 @@ def test_what_compare_cannot_take_is_refused(
 ) -> None:
     given: dict[str, Any] = {"folder": tmp_path, **changes}
     with pytest.raises(TypeError, match=message):
-        compare(["moons"], ["GaussianRBM-2"], ["dsm"], **given)
+        compare_methods(["moons"], ["GaussianRBM-2"], ["dsm"], **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -256,10 +256,14 @@ def test_rows_far_from_standard_are_told_once_with_what_a_suite_can_do(tmp_path:
         "models": ["GaussianRBM-2"],
     }
     with pytest.warns(UnitsWarning, match=r"means from .*: standardise the table: `load_") as said:
-        compare({"far": 100 + own_things.points()}, methods=["dsm", "ml"], folder=tmp_path, **given)
+        compare_methods(
+            {"far": 100 + own_things.points()}, methods=["dsm", "ml"], folder=tmp_path, **given
+        )
     assert len([each for each in said if each.category is UnitsWarning]) == 1
     given["training"]["standardise"] = True
     with pytest.raises(
         ValueError, match=r"no training setting of a suite.*`load_table\(PATH, stan"
     ):
-        compare({"far": own_things.points()}, methods=["dsm"], folder=tmp_path / "b", **given)
+        compare_methods(
+            {"far": own_things.points()}, methods=["dsm"], folder=tmp_path / "b", **given
+        )
