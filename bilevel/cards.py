@@ -146,7 +146,7 @@ def as_plain(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(shown)
 
 
-def as_html(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table_as_html(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """The same table as HTML, in the colours of the page it is put into."""
     number = f"{_STYLE}text-align:right;white-space:nowrap"
     top = "".join(
