@@ -7,7 +7,14 @@ if not (_pathlib.Path(__file__).parent / "methods" / "__init__.py").is_file():
     __path__.append(str(_pathlib.Path(__file__).resolve().parent.parent))
 
 from bilevel.batches import Batches
-from bilevel.check import Certificate, HypergradientCheck, certify, check_hypergradient
+from bilevel.check import (
+    Certificate,
+    Comparison,
+    HypergradientCheck,
+    certify,
+    check_hypergradient,
+    compare,
+)
 from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
@@ -39,6 +46,7 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "Cholesky",
+    "Comparison",
     "Compiled",
     "ConjugateGradient",
     "DivergenceError",
@@ -63,6 +71,7 @@ __all__ = [
     "certify",
     "check_hypergradient",
     "check_second_order",
+    "compare",
     "explain",
     "train",
 ]

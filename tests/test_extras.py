@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bilevel import Comparison
 from bilevel.loggers import TensorBoard, WandB
 from bilevel.methods import RBM, ContrastiveDivergence, History
 from bilevel.methods.data import load_images, load_table, show
@@ -17,6 +18,8 @@ from bilevel.methods.training.history import load_records
 PACKAGES = ("matplotlib", "PIL", "rich", "pandas", "torchvision", "tensorboard", "wandb", "IPython")
 RUN = Path(__file__).parent / "data" / "saved_by_0_1" / "run"
 HISTORY = History([{"step": 1, "seconds": 0.1, "upper_loss": 1.0}], steps=1, total=1)
+
+COMPARISON = Comparison((), "Problem", "the lower solution")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -42,6 +45,8 @@ NEEDS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "show": ("PIL", "report", lambda _: show(np.zeros((1, 4, 4)))),
     "folder": ("PIL", "report", folder_of_images),
     "to_frame": ("pandas", "tables", lambda _: HISTORY.to_frame()),
+    "comparison": ("matplotlib", "report", lambda _: COMPARISON.plot()),
+    "comparison_frame": ("pandas", "tables", lambda _: COMPARISON.to_frame()),
     "load_records": ("pandas", "tables", lambda _: load_records(RUN)),
     "load_table": ("pandas", "tables", table_of_numbers),
     "TensorBoard": ("tensorboard", "tensorboard", TensorBoard),

@@ -9,6 +9,8 @@ from torch import Tensor
 from bilevel.arguments import explained
 from bilevel.check.certificate import Certificate
 from bilevel.check.certifying import certify
+from bilevel.check.comparing import compare
+from bilevel.check.comparison import Comparison, SolverRow
 from bilevel.check.differences import (
     Ladder,
     at_step,
@@ -31,10 +33,13 @@ from bilevel.tree import Tree
 
 __all__ = [
     "Certificate",
+    "Comparison",
     "HypergradientCheck",
+    "SolverRow",
     "VariableCheck",
     "certify",
     "check_hypergradient",
+    "compare",
     "solve_lower",
 ]
 

@@ -5,14 +5,13 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from bilevel import Problem, Solver
+from bilevel import Problem, Solver, compare
 from bilevel.cards import as_plain
 from bilevel.check.cases import CASES, Case
-from bilevel.check.comparing_solvers import SolverRecord, measure_solver
 from bilevel.cli.options import Parser, UsageError, integer
 from bilevel.files import write_text
 from bilevel.methods.catalogue import called, make_solver, of_own
@@ -37,6 +36,8 @@ _SOLVERS: Mapping[str, Mapping[str, Any]] = {
 }
 _HEAD = ("solver", "relative error", "cosine", "ms per call", "products")
 _EXACT = 1e-5  # a relative error that counts as right
+_CALLS = 15  # of each solver, timed in turns
+Record: TypeAlias = dict[str, Any]
 _NOTES = (
     "The error is that of the hypergradient at the lower level's solution, against finite differences, "
     "the largest over the seeds; * marks errors below 1e-5. Milliseconds of one call, and products of "
@@ -88,18 +89,17 @@ def run_solvers(arguments: list[str]) -> int:
         print("\n".join(f"{_short(name)}/{solver}" for name in problems for solver in solvers))
         return 0
     folder = Path(getattr(args, "out", "runs/solvers"))
-    records: list[SolverRecord] = []
+    records: list[Record] = []
     for name in problems:
-        for solver, made in solvers.items():
-            for seed in seeds:
-                found = measure_solver(cases[name, seed], made, _short(name), solver, seed)
-                records.append(found)
-        print(f"{_short(name)}\n{as_plain(_HEAD, _lines(records, _short(name)))}\n", flush=True)
-        for failed in (r for r in records if r.problem == _short(name) and r.cosine is None):
-            print(f"{failed.solver} gave no answer: {failed.verdict}\n")
+        for seed in seeds:
+            records += _records(cases[name, seed], solvers, _short(name), seed)
+        mine = [record for record in records if record["problem"] == _short(name)]
+        print(f"{_short(name)}\n{as_plain(_HEAD, _lines(mine))}\n", flush=True)
+        for failed in (record for record in mine if record["cosine"] is None):
+            print(f"{failed['solver']} gave no answer: {failed['verdict']}\n")
     print(_NOTES)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record.plain()) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     write_text(folder / "records.jsonl", lines)
     write_text(folder / "tables.md", _markdown(records))
     print(f"tables: {folder / 'tables.md'}")
@@ -154,35 +154,62 @@ def _case(name: str, seed: int) -> Case:
     return case
 
 
-def _lines(records: Sequence[SolverRecord], problem: str) -> list[list[str]]:
-    """The lines of a problem's table, a solver each, over the seeds."""
-    rows: dict[str, list[SolverRecord]] = {}
-    for record in records:
-        if record.problem == problem:
-            rows.setdefault(record.solver, []).append(record)
-    return [[name, *_numbers(found)] for name, found in rows.items()]
+def _records(case: Case, solvers: Mapping[str, Solver], problem: str, seed: int) -> list[Record]:
+    """A record for each solver on a problem from a seed.
 
-
-def _numbers(found: Sequence[SolverRecord]) -> list[str]:
-    errors = [r.relative_error for r in found if r.relative_error is not None]
-    cosines = [r.cosine for r in found if r.cosine is not None]
-    times = [r.milliseconds for r in found if r.milliseconds is not None]
-    products = [r.products for r in found if r.products is not None]
-    if len(errors) < len(found):
-        return ["no answer", "", "", ""]
-    worst = max(errors)
+    An answer that its solver says is wrong is none.
+    """
+    case = case.ready()
+    found = compare(
+        case.problem,
+        solvers,
+        case.upper_batch,
+        case.lower_batches,
+        lower_optimizer=case.lower_optimizer,
+        repeats=_CALLS,
+    )
     return [
-        f"{worst:.1e}" + (" *" if worst < _EXACT else "  "),
-        f"{min(cosines):.4f}",
-        f"{statistics.median(times):.2f}",
-        f"{statistics.median(products):.0f}",
+        {
+            "problem": problem,
+            "solver": row.name,
+            "method": repr(row.solver),
+            "seed": seed,
+            "relative_error": None if row.reason else row.relative_error,
+            "cosine": None if row.reason else row.cosine,
+            "milliseconds": None if row.seconds is None else 1000 * row.seconds,
+            "peak_bytes": row.peak_bytes,
+            "products": row.products,
+            "verdict": row.reason or f"against {found.truth}",
+        }
+        for row in found.rows
     ]
 
 
-def _markdown(records: Sequence[SolverRecord]) -> str:
+def _lines(records: Sequence[Record]) -> list[list[str]]:
+    """The lines of a problem's table, a solver each, over the seeds."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record["solver"], []).append(record)
+    return [[name, *_numbers(found)] for name, found in rows.items()]
+
+
+def _numbers(found: Sequence[Record]) -> list[str]:
+    if any(record["cosine"] is None for record in found):
+        return ["no answer", "", "", ""]
+    worst = max(record["relative_error"] for record in found)
+    return [
+        f"{worst:.1e}" + (" *" if worst < _EXACT else "  "),
+        f"{min(record['cosine'] for record in found):.4f}",
+        f"{statistics.median(record['milliseconds'] for record in found):.2f}",
+        f"{statistics.median(record['products'] for record in found):.0f}",
+    ]
+
+
+def _markdown(records: Sequence[Record]) -> str:
     parts = []
-    for problem in dict.fromkeys(record.problem for record in records):
-        rows = [list(_HEAD), ["---"] + ["---:"] * (len(_HEAD) - 1), *_lines(records, problem)]
+    for problem in dict.fromkeys(record["problem"] for record in records):
+        lines = _lines([record for record in records if record["problem"] == problem])
+        rows = [list(_HEAD), ["---"] + ["---:"] * (len(_HEAD) - 1), *lines]
         drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         parts.append(f"**{problem}**\n\n{drawn}\n\n")
     return "".join(parts) + _NOTES + "\n"

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Cholesky, Implicit, Problem, Response, Solver, Unrolled
+from bilevel import (
+    Cholesky,
+    ConjugateGradient,
+    Implicit,
+    Problem,
+    Response,
+    Solver,
+    Unrolled,
+    compare,
+)
 from bilevel.check.cases import CASES
-from bilevel.check.comparing_solvers import measure_solver
 from bilevel.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -23,7 +31,16 @@ class Dropped(Solver):
         return Response(oracles.lower, None)
 
 
+class Broken(Solver):
+    """Fails when it is asked."""
+
+    def respond(self, oracles: Any, state: Any, lower_optimizer: Any) -> Response:
+        raise RuntimeError("no licence")
+
+
 exact = Implicit(Cholesky())
+short = Implicit(ConjugateGradient(1, rtol=1e-12))
+broken_at_work = Broken()
 
 
 def broken() -> Solver:
@@ -50,10 +67,10 @@ def test_the_error_is_that_of_the_closed_form() -> None:
     pull = 2 * (y - t)
     left = torch.linalg.matrix_power(torch.eye(20, dtype=H.dtype) - 0.1 * H, 10)
     whole, lost = (B.mT @ torch.linalg.solve(H, v) for v in (pull, left @ pull))
-    found = measure_solver(case, Unrolled(10), "quadratic", "ten", 0)
-    assert found.relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-6)
-    assert found.products == 10
-    right = measure_solver(case, exact, "quadratic", "exact", 0)
+    sgd = case.ready().lower_optimizer
+    ten, right = compare(case.problem, [Unrolled(10), exact], lower_optimizer=sgd, repeats=1).rows
+    assert ten.relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-6)
+    assert ten.products == 10
     assert right.relative_error is not None
     assert right.relative_error < 1e-9
 
@@ -77,12 +94,19 @@ def test_problems_and_solvers_of_ones_own_stand_beside_the_known(
     assert f"its report is `{tmp_path / 'tables.md'}`" in capsys.readouterr().err
 
 
-def test_a_solver_that_gives_no_answer_says_why(tmp_path: Path) -> None:
-    record = measure_solver(
-        CASES["quadratic"](0)._replace(problem=cubes().float()), exact, "cubes", "exact", 0
-    )
-    assert record.relative_error is None
-    assert "finite differences need float64" in record.verdict
+def test_a_solver_that_gives_no_answer_says_why(tmp_path: Path, capsys: Capture) -> None:
+    """`broken_at_work` fails when it is asked; one product is too few for conjugate gradients."""
+    names = [f"{__name__}:{name}" for name in ("broken_at_work", "short", "exact")]
+    parts = ["--problems", "quadratic", "--solvers", *names, "--out", str(tmp_path)]
+    assert main(["bench", "solvers", *parts]) == 0
+    out = capsys.readouterr().out
+    assert "broken_at_work gave no answer: no licence" in out
+    assert "short gave no answer: the linear solver ended without reaching its tolerance" in out
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    failed, short, right = map(json.loads, lines)
+    assert failed["relative_error"] is failed["milliseconds"] is short["cosine"] is None
+    assert right["relative_error"] < 1e-8
+    assert "| short | no answer |" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
