@@ -11,8 +11,17 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from bilevel import Alternating, Identity, Implicit, Problem, Solver, Unrolled, train
-from tests.problems import generator, normal, seeded
+from bilevel import (
+    Alternating,
+    ConjugateGradient,
+    Identity,
+    Implicit,
+    Problem,
+    Solver,
+    Unrolled,
+    train,
+)
+from tests.problems import ROWS, generator, normal, seeded
 
 DATA = (normal(9, 3, seed=4), normal(9, 1, seed=5))
 VALIDATION = (normal(9, 3, seed=6), normal(9, 1, seed=7))
@@ -411,3 +420,15 @@ def test_threads_compute_what_one_thread_computes() -> None:
         torch.testing.assert_close(answers, [right[seed]] * 4, rtol=0, atol=0)
     assert len(found) == 4
     assert len({float(r) for r in right}) == 4
+
+
+def test_a_recurrent_layer_is_differentiated_for_every_lower_batch() -> None:
+    """It remembers the weights of its last call; called with the same again, it took older ones."""
+    row = ROWS["lstm"]
+    answers = [
+        Implicit(ConjugateGradient(5, rtol=None, damping=1.0)).hypergradient(
+            row.make(), row.upper_batch, [row.lower_batch] * count
+        )
+        for count in (1, 2)
+    ]
+    torch.testing.assert_close(answers[1].grad, answers[0].grad)

@@ -131,7 +131,7 @@ class _Put:
         of = self._of
         self._outermost = not of._running
         if self._outermost:  # else a gradient inside the loss; maybe in a thread of the engine
-            self._flat = [list(module._flat_weights) for module in of._recurrent]
+            self._flat = [(list(m._flat_weights), m._flat_weight_refs) for m in of._recurrent]
             self._before = _swap(of._slots, of._values)
             of._running = True
         self._noticed, _current.substitution = _current.substitution, of
@@ -145,9 +145,10 @@ class _Put:
             return
         of._running = False
         _swap(of._slots, self._before)
-        # recurrent layers cache the tensors of their last call, and with them a whole graph
-        for module, weights in zip(of._recurrent, self._flat, strict=True):
-            module._flat_weights = weights
+        # recurrent layers cache the tensors of their last call, and with them a whole graph, and
+        # remember which these were: without that, the next call with the same ones misses them
+        for module, (weights, remembered) in zip(of._recurrent, self._flat, strict=True):
+            module._flat_weights, module._flat_weight_refs = weights, remembered
 
 
 @final

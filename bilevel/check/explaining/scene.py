@@ -147,7 +147,9 @@ class Scene:
         """
         rates = self.rates
         try:
-            made = copy.deepcopy((self.problem, list(rates.upper), list(rates.lower)))
+            made = copy.deepcopy(
+                (self.problem, list(rates.upper), list(rates.lower)), _computed(self.problem)
+            )
         except (
             Exception
         ) as error:  # a tensor with a graph, a lock, a file: each says it differently
@@ -291,6 +293,13 @@ class Scene:
             return None
         with self.at(self.solution):
             return self.reference()
+
+
+def _computed(module: nn.Module) -> dict[int, Any]:
+    """For `deepcopy`: what stands for tensors with a graph that modules keep (older spectral norm)."""
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    graphs = [t for t in kept if isinstance(t, Tensor) and t.grad_fn is not None]
+    return {id(t): t.detach().clone() for t in graphs}
 
 
 def _rounding(module: nn.Module) -> float:
