@@ -9,12 +9,14 @@
 # PIPFLAGS=...        passed on to pip, e.g. --no-compile (faster set-up)
 # WORKERS=2           test processes
 # TORCH=2.11.0        version of torch for `make wheel`; the newest without
+# JAX=path            where the environment of `make jax` lives
 
 PYTHON   ?= python3
 VENV     ?= .venv
 PIPFLAGS ?=
 WORKERS  ?= 2
 TORCH    ?=
+JAX      ?= .venv-jax
 
 BIN  := $(VENV)/bin
 OK   := $(VENV)/.ok
@@ -25,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 CODE := bilevel methods tests $(wildcard examples benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format lint types unit doctest examples docs faults wheel constraints clean
+.PHONY: help setup demo test format lint types unit doctest examples docs faults wheel constraints jax clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -101,6 +103,16 @@ constraints:  ## renew constraints.txt: the newest versions that install togethe
 	  "$$dir/bin/python" -m pip freeze --disable-pip-version-check --exclude-editable \
 	  | sed 's/+[a-z0-9.]*$$//' | grep -Ev '^(nvidia-|cuda-|triton=)'; } > "$$dir/constraints.txt" && \
 	cp "$$dir/constraints.txt" constraints.txt
+
+# The versions are those that `pip freeze` gave after `pip install jax jaxopt optimistix optax`.
+$(JAX)/.ok: benchmarks/jax.txt
+	@echo "Setting up $(JAX)"
+	@$(PYTHON) -m venv $(JAX)
+	@$(JAX)/bin/python $(PIP) --requirement $<
+	@touch $@
+
+jax: $(JAX)/.ok  ## JAX and its libraries, for python -m benchmarks.compiled_speed
+	@:
 
 clean:  ## remove caches and build products; keeps the environment and runs/
 	@rm -rf site dist build .coverage htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.measuring.records import RESULTS
 from benchmarks.pages.check import seeds_table
+from benchmarks.pages.compiled import compiled_table
 from benchmarks.pages.digits import digits_table
 from benchmarks.pages.dropped_tables import dropped_table
 from benchmarks.pages.images import image_speed_table, images_table
@@ -20,6 +21,7 @@ from benchmarks.pages.speed import speed_table
 PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder of the records
     "digits.jsonl": ("Digits", digits_table),
     "peers.jsonl": ("Peers", peers_table),
+    "compiled_speed.jsonl": ("Compiled hypergradients", compiled_table),
     "dropped_term.jsonl": ("What the dropped term is worth", dropped_table),
     "learner_speed.jsonl": ("Steps per second of the learners", speed_table),
     "image_speed.jsonl": ("A step on images", image_speed_table),
@@ -31,7 +33,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder
     "checkerboard": ("Checkerboard", suite_table),
     "digits_rbm": ("Digits and an RBM", suite_table),
 }
-UNMARKED = {"digits", "peers"}  # shown on no page by themselves
+UNMARKED = {"digits", "peers", "compiled_speed"}  # shown on no page by themselves
 
 
 def everything() -> str:

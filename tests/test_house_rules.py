@@ -224,6 +224,9 @@ def test_the_page_of_the_rooms_tells_the_truth() -> None:
 # ---------------------------------------------------------------- classes: abstract or final
 
 RULED = ("bilevel", "methods", "benchmarks")  # packages whose classes obey
+ELSEWHERE = Path(
+    "benchmarks", "in_jax"
+)  # runs in JAX's environment: cannot be imported in this one
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
     "Problem": {"draw", "draw_lower", "share", "shard", "best_response"},
     "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
@@ -258,7 +261,7 @@ def ruled_files() -> dict[Path, ModuleType]:
         parts = path.with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         name = ".".join(("bilevel", *parts) if parts[0] == "methods" else parts)
-        if parts[-1] != "__main__":
+        if parts[-1] != "__main__" and ELSEWHERE not in path.parents:
             found[path] = importlib.import_module(name)
     return found
 

@@ -6,7 +6,7 @@ level an MLP. Every library gets the same module; the hand-written loops get its
 
 import copy
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ class Setting:
 
     problem: Regression
     batch: tuple[Batch, Batch]
+    names: ClassVar = ("logits", "log_decay")
 
     def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
         """Upper and lower variables as fresh leaves."""

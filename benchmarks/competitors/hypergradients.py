@@ -1,21 +1,22 @@
-"""The competitors of `benchmarks.peers`: the same hypergradient by hand, by us and by our peers.
+"""The competitors in PyTorch: the same hypergradient by hand, by us and by our peers.
 
 Each competitor is a function of a `Setting` that returns another function, the one that is timed; what
 a library prepares once per training run is prepared outside it. Answers are the gradients in
-(logits, log_decay).
+the upper variables, in the setting's order.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import higher
 import torch
 import torchopt
 from torch import Tensor
 
-from benchmarks.cases.regression import Setting
+from benchmarks.cases import compiled, regression
 from bilevel import ConjugateGradient, Implicit, Solver, Unrolled
 
+Setting: TypeAlias = regression.Setting | compiled.Setting
 Answer = list[Tensor]
 Competitor = Callable[[Setting], Callable[[], Answer]]
 SGD = {"lr": 0.05, "momentum": 0.9}
@@ -32,7 +33,7 @@ def ours(solver: Solver, running: Callable[[Any], torch.optim.Optimizer] | None)
 
         def run() -> Answer:
             answer = solver.hypergradient(s.problem, s.batch, [s.batch], lower_optimizer=optimizer)
-            return [answer.grad["logits"], answer.grad["log_decay"]]
+            return [answer.grad[name] for name in s.names]
 
         return run
 
@@ -77,28 +78,31 @@ def by_hand_adam(s: Setting, higher_epsilon: bool = False) -> Callable[[], Answe
     return run
 
 
-def by_hand_cg(s: Setting) -> Callable[[], Answer]:
-    def run() -> Answer:
-        x, y = s.leaves()
-        v = torch.cat([g.flatten() for g in torch.autograd.grad(s.upper_loss(y), y)])
-        sizes, shapes = [p.numel() for p in y], [p.shape for p in y]
-        grads = torch.autograd.grad(s.lower_loss(x, y), y, create_graph=True)
+def by_hand_cg(steps: int, damping: float) -> Competitor:
+    def prepare(s: Setting) -> Callable[[], Answer]:
+        def run() -> Answer:
+            x, y = s.leaves()
+            v = torch.cat([g.flatten() for g in torch.autograd.grad(s.upper_loss(y), y)])
+            sizes, shapes = [p.numel() for p in y], [p.shape for p in y]
+            grads = torch.autograd.grad(s.lower_loss(x, y), y, create_graph=True)
 
-        def product(p: Tensor, wrt: list[Tensor]) -> tuple[Tensor, ...]:
-            parts = [a.view(shape) for a, shape in zip(p.split(sizes), shapes, strict=True)]
-            return torch.autograd.grad(grads, wrt, parts, retain_graph=True)
+            def product(p: Tensor, wrt: list[Tensor]) -> tuple[Tensor, ...]:
+                parts = [a.view(shape) for a, shape in zip(p.split(sizes), shapes, strict=True)]
+                return torch.autograd.grad(grads, wrt, parts, retain_graph=True)
 
-        w, r, p = torch.zeros_like(v), v, v
-        rr = r @ r
-        for _ in range(CG_STEPS):
-            hp = torch.cat([h.flatten() for h in product(p, y)]) + DAMPING * p
-            alpha = rr / (p @ hp)
-            w, r = w + alpha * p, r - alpha * hp
-            rr, before = r @ r, rr
-            p = r + rr / before * p
-        return [-g for g in product(w, x)]
+            w, r, p = torch.zeros_like(v), v, v
+            rr = r @ r
+            for _ in range(steps):
+                hp = torch.cat([h.flatten() for h in product(p, y)]) + damping * p
+                alpha = rr / (p @ hp)
+                w, r = w + alpha * p, r - alpha * hp
+                rr, before = r @ r, rr
+                p = r + rr / before * p
+            return [-g for g in product(w, x)]
 
-    return run
+        return run
+
+    return prepare
 
 
 def torchopt_functional(transformation: Callable[[], Any], steps: int) -> Competitor:
@@ -158,22 +162,25 @@ def by_higher(optimizer: Callable[[Any], torch.optim.Optimizer], steps: int) -> 
     return prepare
 
 
-def torchopt_implicit(s: Setting) -> Callable[[], Answer]:
+def torchopt_implicit(steps: int, damping: float) -> Competitor:
     """`custom_root` with `solve_cg`; the solver function has nothing left to solve."""
-    solve = torchopt.linear_solve.solve_cg(maxiter=CG_STEPS, rtol=0.0, atol=0.0, ridge=DAMPING)
+    solve = torchopt.linear_solve.solve_cg(maxiter=steps, rtol=0.0, atol=0.0, ridge=damping)
 
-    def optimality(y: tuple[Tensor, ...], logits: Tensor, log_decay: Tensor) -> Any:
-        return torch.func.grad(lambda p: s.lower_loss([logits, log_decay], list(p)))(y)
+    def prepare(s: Setting) -> Callable[[], Answer]:
+        def optimality(y: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> Any:
+            return torch.func.grad(lambda p: s.lower_loss(list(x), list(p)))(y)
 
-    @torchopt.diff.implicit.custom_root(optimality, argnums=(1, 2), solve=solve)  # type: ignore[untyped-decorator]
-    def answer(y: tuple[Tensor, ...], logits: Tensor, log_decay: Tensor) -> Any:
-        return tuple(p.detach().clone().requires_grad_() for p in y)
+        @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)  # type: ignore[untyped-decorator]
+        def answer(y: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> Any:
+            return tuple(p.detach().clone().requires_grad_() for p in y)
 
-    def run() -> Answer:
-        x, y = s.leaves()
-        return list(torch.autograd.grad(s.upper_loss(list(answer(tuple(y), *x))), x))
+        def run() -> Answer:
+            x, y = s.leaves()
+            return list(torch.autograd.grad(s.upper_loss(list(answer(tuple(y), tuple(x)))), x))
 
-    return run
+        return run
+
+    return prepare
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -214,9 +221,9 @@ CASES: dict[str, dict[str, Competitor]] = {
         "higher": by_higher(_adam, ADAM_STEPS),
     },
     f"implicit, {CG_STEPS} CG steps": {
-        HAND: by_hand_cg,
+        HAND: by_hand_cg(CG_STEPS, DAMPING),
         "ours": ours(Implicit(CG), None),
-        "torchopt custom_root": torchopt_implicit,
+        "torchopt custom_root": torchopt_implicit(CG_STEPS, DAMPING),
     },
 }
 
