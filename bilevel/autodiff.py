@@ -31,12 +31,12 @@ def vector_jacobian_product(
 
     Outputs without a graph are constants; inputs that no output depends on get zeros.
     """
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not pairs or not inputs:
+    if not all(o.requires_grad for o in outputs):
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        outputs, cotangents = [o for o, _ in pairs], [c for _, c in pairs]
+    if not outputs or not inputs:
         return [torch.zeros_like(i) for i in inputs]
-    grads = torch.autograd.grad(
-        [o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, retain_graph=True
-    )
+    grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=True)
     return fill(_dense(grads), inputs)
 
 

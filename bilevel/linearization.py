@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ class Hessian:
         gradient: the lower gradient, with its graph.
         leaves: the lower variables.
         layout: how they lie in a vector.
+
+    Attributes:
+        at_once: products are numbers as soon as they are returned, and have no graph.
     """
+
+    at_once: ClassVar[bool] = True
 
     def __init__(self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout) -> None:
         self._gradient = gradient

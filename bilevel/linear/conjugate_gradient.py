@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from bilevel.linear.base import (
     refuse_no_system,
     tolerance,
 )
+from bilevel.linear.scalars import Number, Scalars, scalars_for
 from bilevel.refusals import callable_or_none, flag, positive, whole
 
 
@@ -103,7 +104,8 @@ class ConjugateGradient(LinearSolver):
                 products += 1
             residual = torch.linalg.vector_norm(r)
             # the one wait for the device at the end
-            size, negative, flat = torch.stack([residual, *walk[2:]]).tolist()
+            s = walk.scalars
+            size, negative, flat = s.read(s.of(residual), walk.negative, walk.flat)
             if kept is not None and size > last:  # a restart that made it worse
                 w, residual = kept
             result = self._result(min(size, last) if size == size else size, goal, negative, flat)
@@ -127,51 +129,62 @@ class ConjugateGradient(LinearSolver):
         self, operator: Operator, w: Tensor, r: Tensor, scale: Tensor, goal: float, most: int
     ) -> "_Walk":
         """Steps from the iterate w with residual r, relative to `scale`."""
+        s = scalars_for(operator, r)
         eps = torch.finfo(r.dtype).eps  # below it, the recursion says nothing about the residual
         z = r if self.preconditioner is None else self.preconditioner(r)
-        length = torch.linalg.vector_norm(r)
-        no = torch.zeros((), dtype=torch.bool, device=r.device)
-        here = _Place(w, r, z, torch.dot(r, z), length, w, length, torch.zeros_like(length), no, no)
-        done = (length <= max(goal, eps)) | ~length.isfinite()
+        rz, unit = s.of(torch.dot(r, z)), s.of(scale)
+        length = self._length(s, r, rz)
+        no = s.false(length)
+        here = _Place(w, r, z, rz, length, w, length, s.zero(length), no, no)
+        done = (length <= s.constant(max(goal, eps))) | ~s.finite(length)
         key = type(self), self.damping, self.preconditioner, goal
-        advance = iterated(operator, key, partial(self._step, goal))
+        advance = iterated(operator, key, partial(self._step, s, goal))
         steps = 0
         while steps < most:
             if steps % self.check_every == 0 and bool(done):  # waits for the device
                 break
             steps += 1
-            *now, done = advance(scale, *here)
+            *now, done = advance(unit, *here)
             here = _Place(*now)
         # before a flat direction shows, nearly flat ones have made the iterate large
-        return _Walk(torch.where(here.flat, here.best, here.w), steps, here.negative, here.flat)
+        return _Walk(s.pick(here.flat, here.best, here.w), steps, here.negative, here.flat, s)
+
+    def _length(self, s: Scalars, r: Tensor, rz: Number) -> Number:
+        """The norm of r; without a preconditioner, rz is its square."""
+        return s.root(rz) if self.preconditioner is None else s.of(torch.linalg.vector_norm(r))
 
     def _step(
-        self, goal: float, operator: Operator, scale: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        self, s: Scalars, goal: float, operator: Operator, scale: Number, *place: Any
+    ) -> tuple[Any, ...]:
         """A step of the recursion, and whether the next one would stop."""
-        here = _Place(*tensors)
+        here = _Place(*place)
         w, r, p = here.w, here.r, here.p
-        enough = max(goal, torch.finfo(r.dtype).eps)
-        stopped = (here.length <= enough) | here.negative | here.flat
+        eps = torch.finfo(r.dtype).eps
+        enough = s.constant(max(goal, eps))
         Ap = operator(p) + self.damping * p if self.damping else operator(p)
-        curvature, pp, stretched = torch.dot(p, Ap), torch.dot(p, p), torch.dot(Ap, Ap)
-        reach = torch.maximum(here.reach, stretched / pp)
-        bent, level = _judge(curvature, pp, stretched, reach, torch.finfo(r.dtype).eps)
-        negative, flat = here.negative | (bent & ~stopped), here.flat | (level & ~stopped)
-        # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
-        # recurrence would go on until it underflows
-        frozen = stopped | negative | flat
-        alpha = torch.where(frozen, torch.zeros_like(here.rz), here.rz / curvature)
-        w = w + scale * alpha * p
-        r = r - alpha * Ap
+        curvature, pp = s.of(torch.dot(p, Ap)), s.of(torch.dot(p, p))
+        stretched = s.of(torch.dot(Ap, Ap))
+        with s.quiet():
+            stopped = (here.length <= enough) | here.negative | here.flat
+            reach = s.larger(here.reach, stretched / pp)
+            bent, level = _judge(s, curvature, pp, stretched, reach, eps)
+            negative, flat = here.negative | (bent & ~stopped), here.flat | (level & ~stopped)
+            # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
+            # recurrence would go on until it underflows
+            frozen = stopped | negative | flat
+            alpha = s.pick(frozen, s.zero(here.rz), here.rz / curvature)
+            move = scale * alpha
+        w = w + s.times(move, p)
+        r = r - s.times(alpha, Ap)
         z = r if self.preconditioner is None else self.preconditioner(r)
-        rz = torch.dot(r, z)
-        p = z + torch.where(here.rz == 0, torch.zeros_like(rz), rz / here.rz) * p
-        length = torch.linalg.vector_norm(r)
-        best = torch.where(length < here.least, w, here.best)
-        least = torch.minimum(length, here.least)
-        done = (length <= enough) | negative | flat | ~length.isfinite()
-        return w, r, p, rz, length, best, least, reach, negative, flat, done
+        rz = s.of(torch.dot(r, z))
+        with s.quiet():
+            length = self._length(s, r, rz)
+            beta = s.pick(here.rz == 0, s.zero(rz), rz / here.rz)
+            done = (length <= enough) | negative | flat | ~s.finite(length)
+            best = s.pick(length < here.least, w, here.best)
+            least = s.smaller(length, here.least)
+        return w, r, z + s.times(beta, p), rz, length, best, least, reach, negative, flat, done
 
 
 @final
@@ -181,13 +194,13 @@ class _Place(NamedTuple):
     w: Tensor
     r: Tensor
     p: Tensor
-    rz: Tensor
-    length: Tensor
+    rz: Number
+    length: Number
     best: Tensor
-    least: Tensor
-    reach: Tensor  # squared, of the largest |A p| / |p|: at most |A|
-    negative: Tensor
-    flat: Tensor
+    least: Number
+    reach: Number  # squared, of the largest |A p| / |p|: at most |A|
+    negative: Number
+    flat: Number
 
 
 @final
@@ -196,13 +209,14 @@ class _Walk(NamedTuple):
 
     value: Tensor
     steps: int
-    negative: Tensor
-    flat: Tensor
+    negative: Number
+    flat: Number
+    scalars: Scalars
 
 
 def _judge(
-    curvature: Tensor, pp: Tensor, stretched: Tensor, reach: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    s: Scalars, curvature: Number, pp: Number, stretched: Number, reach: Number, eps: float
+) -> tuple[Number, Number]:
     """Whether the curvature p^T A p is negative, and whether it is zero to rounding.
 
     The product A p carries an error of about eps |A| |p|, so a smaller |p^T A p| / |p|^2 is zero as
@@ -210,7 +224,7 @@ def _judge(
     eps |A|^2 |p|^2: where A p is far longer than that, some other direction is one of negative
     curvature.
     """
-    noise = eps * reach.sqrt() * pp
-    zero = curvature.abs() <= noise
-    short = stretched <= 100 * eps * reach * pp
+    noise = s.constant(eps) * s.root(reach) * pp
+    zero = abs(curvature) <= noise
+    short = stretched <= s.constant(100 * eps) * reach * pp
     return (curvature < -noise) | (zero & ~short), zero & short

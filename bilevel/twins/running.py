@@ -249,7 +249,8 @@ def _sgd(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[T
     if _on(group["momentum"]):
         buffer = state.get("momentum_buffer")
         mu = group["momentum"]
-        buffer = g if buffer is None else mu * buffer + (1 - group["dampening"]) * g
+        fresh = (1 - group["dampening"]) * g if _on(group["dampening"]) else g
+        buffer = g if buffer is None else mu * buffer + fresh
         state = {"momentum_buffer": buffer}
         g = g + mu * buffer if group["nesterov"] else buffer
     return y - group["lr"] * g, state

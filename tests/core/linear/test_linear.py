@@ -1,5 +1,6 @@
 """Laws of the linear solvers, on random systems and at their edges."""
 
+import math
 from typing import Any
 
 import pytest
@@ -324,3 +325,44 @@ def test_the_size_of_the_right_hand_side_does_not_matter(solver: LinearSolver, s
     wanted = torch.linalg.solve(A.double(), b.double() * size)
     assert float((other.value - wanted).norm() / wanted.norm()) < 1e-3
     assert float(other.residual) > 1e-9  # what float32 leaves, not an underflow
+
+
+class AtOnce:
+    """A matrix whose products are numbers at once, as the eager Hessian's are."""
+
+    at_once = True
+
+    def __init__(self, A: Tensor) -> None:
+        self.A = A
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        return self.A @ vector
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["spd", "indefinite", "flat", "ill", "zero", "nan", "huge"])
+def test_numbers_at_hand_give_the_same_bits_as_numbers_on_a_device(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Conjugate gradients with inner products as NumPy's numbers, against tensors of one entry."""
+    B = normal(7, 7, seed=1).to(dtype)
+    A = {
+        "spd": B @ B.T + torch.eye(7, dtype=dtype),
+        "indefinite": B + B.T,
+        "flat": B[:, :3] @ B[:, :3].T,
+        "ill": torch.diag(torch.logspace(-9, 0, 7, dtype=dtype)),
+        "zero": 0 * B,
+        "nan": B * math.nan,
+        "huge": (B @ B.T) * 1e30,
+    }[kind]
+    solvers = [
+        ConjugateGradient(60, rtol=None),
+        ConjugateGradient(60, damping=0.1, check_every=3),
+        ConjugateGradient(5, rtol=1e-12, preconditioner=lambda r: r / 2),
+    ]
+    for solver in solvers:
+        for b in (normal(7, seed=2).to(dtype), torch.zeros(7, dtype=dtype)):
+            hand, device = solver.solve(AtOnce(A), b), solve(solver, A, b)
+            for one, other in ((hand.value, device.value), (hand.residual, device.residual)):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            assert (hand.result, *hand[3:]) == (device.result, *device[3:])
