@@ -13,9 +13,11 @@ from torch import Tensor
 from bilevel.arguments import explaining
 from bilevel.batches import sources_of
 from bilevel.cards import digits, numbers_by_name
+from bilevel.check.certificate import Certificate
 from bilevel.choices import Choice
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
+from bilevel.loop.certifier import Certifier
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch
@@ -50,6 +52,7 @@ class Step:
         hypergradient: the solver's whole record.
         seconds: time spent in the loop so far, without the time the caller took between steps.
         state: the run's live state; `state.save(path)` writes a checkpoint.
+        certificate: how far the hypergradient is from the truth, in steps that `certify_every` names.
     """
 
     number: int
@@ -60,6 +63,7 @@ class Step:
     hypergradient: Hypergradient
     seconds: float
     state: State
+    certificate: Certificate | None = None
 
     def numbers(self) -> dict[str, float]:
         """Losses, what they logged, norms and the time, as plain numbers (waits for the device)."""
@@ -76,6 +80,7 @@ class Step:
             "direct_norm": float(stats.direct_norm),
             "response_norm": float(stats.response_norm),
             **{name: float(value) for name, value in optional.items() if value is not None},
+            **({} if self.certificate is None else self.certificate.numbers()),
         }
 
     def __repr__(self) -> str:
@@ -120,6 +125,8 @@ def train(
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
     check_every: int = 20,
+    certify_every: int | None = None,
+    certify_steps: int | None = None,
     throw: bool = True,
     compile: Choice = False,
     precision: torch.dtype | None = None,
@@ -153,6 +160,12 @@ def train(
         resume: checkpoint to continue from; the run then equals the uninterrupted one to the bit.
         check_every: steps between two looks for NaN. Each look waits for the device once; the step
             and term it names are exact.
+        certify_every: steps between two certificates (`bilevel.certify`): `step.certificate` then says
+            how far the hypergradient is from the truth. It changes nothing in the run and takes some
+            thirty evaluations of the truth, a stated share of the time; a warning is given when one is
+            suspect for the first time. `None` for never.
+        certify_steps: lower steps whose replay is the truth of a certificate; by default those that
+            `Unrolled` takes, and the lower solution for other solvers.
         throw: raise when a hypergradient does not succeed; otherwise read it from the step.
         compile: make graphs of the lower and the upper step, optimizers included: several times
             faster where Python and not arithmetic takes the time (small models). `True` is
@@ -226,7 +239,10 @@ def train(
     agree(problem)
     if resume is not None:
         _continue(state, resume, num_steps)
-    return _loop(Turn(state, solver, turns), num_steps, check_every, seed)
+    certifier = None
+    if certify_every is not None:
+        certifier = Certifier(state, solver, turns, certify_every, certify_steps)
+    return _loop(Turn(state, solver, turns, certifier), num_steps, check_every, seed)
 
 
 def _owned(
@@ -337,6 +353,7 @@ def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[S
             hypergradient=hypergradient,
             seconds=seconds,
             state=state,
+            certificate=turn.certifier.taken(seconds) if turn.certifier is not None else None,
         )
 
 

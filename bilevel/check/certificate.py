@@ -61,14 +61,15 @@ class Certificate:
 
     def numbers(self) -> dict[str, float]:
         """Cosine, norm ratio, relative error and what they cost, as plain numbers for a log."""
-        shared = {} if self.share is None else {"certificate_share": round(self.share, 4)}
-        return {
+        found = {
             "cosine": self.cosine,
             "norm_ratio": self.norm_ratio,
             "relative_error": self.relative_error,
-            "certificate_seconds": round(self.seconds, 4),
-            **shared,
+            "seconds": round(self.seconds, 4),
         }
+        if self.share is not None:
+            found["share"] = round(self.share, 4)
+        return {f"certificate.{name}": value for name, value in found.items()}
 
     def __str__(self) -> str:
         return self.verdict

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.arguments import explained
 from bilevel.check.certificate import Certificate
 from bilevel.check.lower_solution import UnsolvedError
-from bilevel.check.trial import Trial, unmeasured
+from bilevel.check.trial import Trial, not_measured
 from bilevel.check.witness import Truth, Witness
 from bilevel.global_random import reseeded
 from bilevel.optimizers import Optimizers, optimizers_of
@@ -142,7 +142,7 @@ def certificate_of(
             with witness.opened() as stand:
                 made = Trial(witness, stand, grad, record, seed, again).certificate()
         except UnsolvedError as error:
-            made = unmeasured(witness, f"inconclusive: {error}")
+            made = not_measured(witness, f"inconclusive: {error}")
     seconds = witness.seconds + time.perf_counter() - begun
     return replace(made, seconds=seconds, hypergradient_seconds=took)
 

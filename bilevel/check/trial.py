@@ -22,7 +22,7 @@ _SAME = 1e-3  # relative distance up to which two hypergradients are the same
 _BLIND = 4  # variables without a hypergradient that are looked at one by one
 
 
-def unmeasured(witness: Witness, verdict: str) -> Certificate:
+def not_measured(witness: Witness, verdict: str) -> Certificate:
     """The certificate where nothing could be measured."""
     return Certificate(
         cosine=math.nan,
@@ -72,7 +72,7 @@ class Trial:
     def certificate(self) -> Certificate:
         """Measure, and judge."""
         if not bool(self._answer.isfinite().all()):
-            return unmeasured(self._witness, "suspect: the hypergradient is not finite")
+            return not_measured(self._witness, "suspect: the hypergradient is not finite")
         size = float(self._answer.norm())
         self._probe.scale = size
         if size > 0:

@@ -21,7 +21,7 @@ from bilevel.solvers import Alternating, Implicit, Solver, Unrolled, UnrolledSte
 from bilevel.tree import Tree
 
 _PRODUCTS = 1000  # most of the conjugate gradients of the exact response
-_FAILS = (
+FAILS = (
     ValueError,
     TypeError,
     RuntimeError,
@@ -232,7 +232,7 @@ class Stand:
         asked = self._guesses().get(name)
         try:
             return asked() if asked is not None else None
-        except _FAILS:
+        except FAILS:
             return None
         finally:
             if asked is not None:

@@ -1,9 +1,8 @@
 """`TurnSteps`: the lower step, the upper step, and both at once, eager or compiled."""
 
-import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypeVar, final
 
@@ -120,6 +119,11 @@ class TurnSteps:
         """Seed what the losses of a turn draw."""
         self._eager.begin(seed)
 
+    @property
+    def coming_seed(self) -> int:
+        """The seed of the next evaluation; in a compiled step nothing is drawn."""
+        return self._eager.coming
+
     def _both(
         self, writes: "_Writes", batch: Any, watched: bool
     ) -> tuple[Hypergradient, LowerOutcome]:
@@ -212,14 +216,15 @@ class _Writes(ABC):
 class _Eager(_Writes):
     """By the optimizers themselves."""
 
-    _seeds: Iterator[int]
+    coming = 0  # the seed that is given next
 
     def begin(self, seed: int) -> None:
         """Seed what the losses of a turn draw."""
-        self._seeds = itertools.count(seed, 2**10)
+        self.coming = seed
 
     def seed(self) -> int:
-        return next(self._seeds)
+        given, self.coming = self.coming, self.coming + 2**10
+        return given
 
     def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
         _step(self._updates[level], self._slots.variables(level), grads)

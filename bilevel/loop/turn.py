@@ -5,8 +5,10 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from bilevel.check.witness import Witness
 from bilevel.devices import brought
 from bilevel.distributed import rank, world_size
+from bilevel.loop.certifier import Certifier
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.steps import LowerOutcome, TurnSteps
@@ -35,6 +37,7 @@ class Turn:
         state: the run's state.
         solver: how the hypergradient is computed.
         settings: how the turns go.
+        certifier: looks at hypergradients before they are used, if there is one.
 
     Attributes:
         lower_loss: the lower loss before the last lower step.
@@ -42,8 +45,15 @@ class Turn:
         logs: what it logged.
     """
 
-    def __init__(self, state: State, solver: Solver, settings: TurnSettings) -> None:
+    def __init__(
+        self,
+        state: State,
+        solver: Solver,
+        settings: TurnSettings,
+        certifier: Certifier | None = None,
+    ) -> None:
         self.state = state
+        self.certifier = certifier
         self.lower_loss: Tensor | None = None
         self.lower_residual: Tensor | None = None
         self.logs: dict[str, Tensor] = {}
@@ -182,13 +192,30 @@ class Turn:
 
     def _upper(self) -> Hypergradient:
         batches = [self._own(batch) for batch in self._solver_batches()]
-        solver_state = self.state.solver_state
-        hypergradient = self._steps.upper(self._own(self._batch), batches, solver_state)
+        batch, solver_state = self._own(self._batch), self.state.solver_state
+        witness = self._witness(batch, batches)
+        hypergradient = self._steps.upper(batch, batches, solver_state)
+        self._certify(witness, hypergradient)
         self.state.solver_state = hypergradient.state
         return hypergradient
 
     def _both(self) -> Hypergradient:
-        hypergradient, out = self._steps.both(self._own(self._batch), self._watched(0))
+        batch = self._own(self._batch)
+        witness = self._witness(batch, [])
+        hypergradient, out = self._steps.both(batch, self._watched(0))
+        self._certify(witness, hypergradient)
         self._note(out)
         self._lower(first=1)
         return hypergradient
+
+    # ------------------------------------------------------------------ certificates
+
+    def _witness(self, batch: Any, lower_batches: list[Any]) -> Witness | None:
+        """The problem as it is now, if the hypergradient that comes is looked at."""
+        if self.certifier is None:
+            return None
+        return self.certifier.witness(batch, lower_batches, self._steps.coming_seed)
+
+    def _certify(self, witness: Witness | None, hypergradient: Hypergradient) -> None:
+        if self.certifier is not None and witness is not None:
+            self.certifier.look(witness, hypergradient)

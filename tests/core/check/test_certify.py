@@ -169,7 +169,7 @@ def test_a_record_can_be_judged_and_says_what_it_is() -> None:
     assert certificate.passed
     assert "Certificate: certified: cosine 1.000" in repr(certificate)
     assert "<table" in certificate._repr_html_()
-    assert certificate.numbers()["cosine"] == certificate.cosine
+    assert certificate.numbers()["certificate.cosine"] == certificate.cosine
 
 
 def test_the_solver_is_the_usual_one() -> None:
