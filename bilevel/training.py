@@ -212,8 +212,9 @@ def train(
     num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
-    upper_first = order == "upper_first"
-    turns = TurnSettings(lower_steps, upper_first, throw, compile, precision, move_batches)
+    turns = TurnSettings(
+        lower_steps, order == "upper_first", throw, compile, precision, move_batches
+    )
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     updates: dict[Level, LevelUpdate] = {
         "upper": _update("upper", optimizers, upper_scheduler, clip_upper),
@@ -236,13 +237,20 @@ def train(
         ),
         ema,
     )
-    agree(problem)
-    if resume is not None:
-        _continue(state, resume, num_steps)
-    certifier = None
-    if certify_every is not None:
-        certifier = Certifier(state, solver, turns, certify_every, certify_steps)
+    _begin(state, resume, num_steps)
+    certifier = _certifier(state, solver, turns, certify_every, certify_steps)
     return _loop(Turn(state, solver, turns, certifier), num_steps, check_every, seed)
+
+
+def _certifier(
+    state: State, solver: Solver, turns: TurnSettings, every: int | None, steps: int | None
+) -> Certifier | None:
+    """What looks at the hypergradients, if any is to be looked at."""
+    if every is not None:
+        return Certifier(state, solver, turns, every, steps)
+    if steps is not None:
+        raise ValueError("`certify_steps` does nothing without `certify_every`; give that, too")
+    return None
 
 
 def _owned(
@@ -285,7 +293,11 @@ def _update(
     return LevelUpdate(optimizers[level], checked, max_norm)
 
 
-def _continue(state: State, resume: Any, num_steps: int) -> None:
+def _begin(state: State, resume: Any, num_steps: int) -> None:
+    """Let all processes hold the same, and take up a run that is resumed."""
+    agree(state.problem)
+    if resume is None:
+        return
     if not isinstance(resume, (str, os.PathLike)):
         raise TypeError(
             f"`resume` must be the path of a checkpoint that `state.save` wrote, got {shown(resume)}"
