@@ -93,7 +93,7 @@ def explain(
 
     Raises:
         ValueError: if the problem does not fit the solver, a loss is not a function of its variables
-            and its batch, or the problem cannot be copied.
+            and its batch, the problem cannot be copied, or an optimizer has step hooks.
         TypeError: if an argument is of the wrong kind.
 
     Example:
@@ -121,14 +121,14 @@ def explain(
         check_optimizers(problem, "upper", rates.upper)
     if rates.lower:
         check_optimizers(problem, "lower", rates.lower)
+    _refuse_hooks([*rates.upper, *rates.lower])
     seed = whole("seed", seed, *SEEDS)
     usable_precision(precision)
-    start = time.perf_counter()
     with torch.enable_grad():
         scene = Scene(problem, solver, upper_batch, lower_batches, rates, precision, seed)
-        one = time.perf_counter()
+        start = time.perf_counter()  # the first call may have compiled something
         scene.given_again()
-        one = time.perf_counter() - one
+        one = time.perf_counter() - start
         findings = [found for examine in _EXAMINERS for found in examine(scene)]
         measured = numbers(scene)
     seconds = time.perf_counter() - start
@@ -140,3 +140,13 @@ def explain(
         seconds=seconds,
         cost=seconds / max(one, 1e-9),
     )
+
+
+def _refuse_hooks(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise ValueError(
+                f"`explain` rehearses steps on copies, but `{type(optimizer).__name__}` has step hooks "
+                "(a projection?), which may write into the problem itself; call it without this "
+                "optimizer"
+            )

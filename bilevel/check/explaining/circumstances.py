@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bilevel.check.explaining.page import Diagnosis, graded
+from bilevel.check.explaining.page import Diagnosis, Severity, graded
 from bilevel.check.explaining.scene import Scene, angle, apart
 from bilevel.check.explaining.terms import LOOK, WRONG
 from bilevel.losses.references import tensors
@@ -34,7 +34,9 @@ def precision(scene: Scene) -> Iterator[Diagnosis]:
     error, cosine = apart(own, scene.answer.grad), angle(own, scene.answer.grad)
     if scene.oracles.lower and not scene.solver.drops_response and not math.isfinite(error):
         error = math.inf
-    severity = graded(error, LOOK, WRONG)
+    severity: Severity = graded(error, LOOK, WRONG)
+    if scene.negligible(own, scene.answer.grad):
+        severity = "fine"
     meaning = (
         f"in {name} the hypergradient is off by {error:.2g} of its length (cosine {cosine:.2f}) from "
         "the same computation in float64"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bilevel.check.explaining.page import Diagnosis, graded
+from bilevel.check.explaining.page import Diagnosis, Severity, graded
 from bilevel.check.explaining.scene import Scene, angle, apart
 from bilevel.check.explaining.terms import LOOK, WRONG, short
 from bilevel.errors import Result
@@ -152,10 +152,12 @@ def lower_level(scene: Scene) -> Iterator[Diagnosis]:
         return
     drops = scene.solver.drops_response
     with scene.at(scene.solution or {}):
-        solved = scene.solved_by(scene.solver).grad if drops else scene.there.grad
+        solved = scene.solved_by(scene.eager).grad if drops else scene.there.grad
     now = scene.answer.grad if drops else scene.here.grad
     error, cosine = apart(now, solved), angle(now, solved)
-    severity = graded(error, LOOK, WRONG)
+    severity: Severity = graded(error, LOOK, WRONG)
+    if scene.negligible(now, solved):
+        severity = "fine"
     if severity == "wrong" and drops:
         severity = "look"  # one step follows another, and no formula is misused
     bearable = residual * LOOK / error if error > 0 else residual

@@ -195,11 +195,11 @@ def _left_behind(scene: Scene, seen: Rehearsal, said: str) -> Diagnosis | None:
     with scene.at({n: y.double() if scene.double else y for n, y in lower.items()}):
         variables = scene.copy.variables("upper")
         write({n: x for n, x in variables.items() if n not in scene.oracles.shared}, upper)
-        now: Hypergradient = scene.solved_by(scene.solver)
+        now: Hypergradient = scene.solved_by(scene.eager)
         before, after = scene.follow(3)
         if not after < 0.5 * before and after > 1e-6:
             return None
-        solved = scene.solved_by(scene.solver)
+        solved = scene.solved_by(scene.eager)
     cosine = angle(now.grad, solved.grad)
     left = float(long_vector(solved.grad).norm())
     if cosine > 0.3 or left < _ARRIVED * float(seen.slopes.norm(dim=1).max()):

@@ -54,7 +54,7 @@ def rehearse(scene: Scene, turns: int) -> Rehearsal:
     for turn in range(turns):
         for step in range(scene.rates.lower_steps):
             residual = _lower_step(scene, copied, lowers, step)
-        answer = scene.solver.hypergradient(
+        answer = scene.eager.hypergradient(
             copied,
             scene.upper_batch,
             scene.lower_batches,

@@ -13,16 +13,18 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, final
 
-import optree
 import torch
 from torch import Tensor, nn
 
+from bilevel.check.differences import sizes
+from bilevel.check.doubling import InDouble, doubled
 from bilevel.check.explaining.lanczos import Spectrum, lanczos
 from bilevel.check.lower_solution import UnsolvedError, solve_closely
 from bilevel.check.procedures import restored, shift, write
 from bilevel.errors import Result
 from bilevel.linear import GMRES, ConjugateGradient
 from bilevel.linear.base import Operator, in_own_units
+from bilevel.moving_average import Detaching
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.second_order import second_order_context
@@ -30,6 +32,7 @@ from bilevel.solvers import Alternating, Hypergradient, Implicit, Solver
 from bilevel.tree import Layout, Tree, norm
 
 _WHO = "explain"
+_NOTHING = 1e-4  # of the upper loss, for moving the upper variables by their own size
 _STEPS = 200  # of the linear solves that others are compared with
 _ROUNDS = 4  # of Newton steps
 _LBFGS = 2000  # lower variables up to which L-BFGS is tried where Newton steps do not help
@@ -68,6 +71,7 @@ class Scene:
 
     Attributes:
         given: the solver's answer on the problem itself.
+        eager: the solver, or the one that it compiles: it computes the same, and copies need no graphs.
         double: whether the copy is in float64.
         copy: the copy, at the problem's variables.
         lower_optimizers: copies of the lower optimizers that move the copy.
@@ -90,6 +94,7 @@ class Scene:
         self.precision = precision
         self.given = self.given_again()
         self.options = options_within(solver)
+        self.eager: Solver = self.options.get("solver", solver)
         self.cut: set[str] = set()
         self.double = self._in_double()
 
@@ -112,30 +117,36 @@ class Scene:
 
     def _in_double(self) -> bool:
         """Make the copy, in float64 if the losses can be computed in it."""
-        dtypes = {p.dtype for p in self.problem.parameters() if p.is_floating_point()}
-        for double in (True, False):
+        batches = self.upper_batch, self.lower_batches
+        made = doubled(self.problem, *batches, self.rates.lower)
+        self.copy, self.lower_optimizers = made.problem, made.optimizers
+        self.oracles = Oracles(self.copy, made.upper_batch, made.lower_batches, seed=self.seed)
+        self._drawn = made.drawn if made.mixed else None
+        try:
+            self._evaluated()
+        except (RuntimeError, ValueError, TypeError):
+            if not made.mixed:
+                raise
             self.copy, _, self.lower_optimizers = self.copied()
-            batches: Any = [self.upper_batch, list(self.lower_batches)]
-            if double:
-                to_double(self.copy, self.lower_optimizers)
-                batches = optree.tree_map(_double, batches)
             self.oracles = Oracles(self.copy, *batches, seed=self.seed)
-            try:
-                self._evaluated()
-            except (RuntimeError, ValueError, TypeError):
-                if not double or dtypes == {torch.float64}:
-                    raise
-                continue
-            return double
-        raise AssertionError
+            self._drawn = None
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def precise(self) -> Iterator[None]:
+        """The context in which the copy is evaluated: what it meets in less precision is widened."""
+        with contextlib.nullcontext() if self._drawn is None else InDouble(self._drawn):
+            yield
 
     def _evaluated(self) -> None:
         """One evaluation of what will be evaluated."""
         upper, lower = self.oracles.upper, self.oracles.lower
-        evaluation = self.oracles.evaluate("upper", upper, lower)
-        self.oracles.gradient(evaluation.loss, {**upper})
-        if lower:
-            self.oracles.lower_gradient(upper, lower)
+        with self.precise():
+            evaluation = self.oracles.evaluate("upper", upper, lower)
+            self.oracles.gradient(evaluation.loss, upper)
+            if lower:
+                self.oracles.lower_gradient(upper, lower)
 
     def copied(
         self,
@@ -147,9 +158,8 @@ class Scene:
         """
         rates = self.rates
         try:
-            made = copy.deepcopy(
-                (self.problem, list(rates.upper), list(rates.lower)), _computed(self.problem)
-            )
+            with Detaching():
+                made = copy.deepcopy((self.problem, list(rates.upper), list(rates.lower)))
         except (
             Exception
         ) as error:  # a tensor with a graph, a lock, a file: each says it differently
@@ -186,7 +196,7 @@ class Scene:
     def second_order(self) -> str | None:
         """Why the lower loss cannot be differentiated twice; `None` if it can."""
         try:
-            with self.oracles.differentiated_twice(_WHO):
+            with self.precise(), self.oracles.differentiated_twice(_WHO):
                 self.oracles.linearize_lower(self.oracles.upper, self.oracles.lower)
         except (ValueError, RuntimeError) as error:
             return str(error).splitlines()[0].removeprefix(f"`{_WHO}` ")
@@ -195,7 +205,7 @@ class Scene:
     @contextlib.contextmanager
     def twice(self) -> Iterator[None]:
         """The context in which losses are evaluated, the same one for all measurements."""
-        with second_order_context(self.copy), torch.enable_grad():
+        with second_order_context(self.copy), self.precise(), torch.enable_grad():
             yield
 
     # ------------------------------------------------------------------ what is measured once
@@ -219,18 +229,27 @@ class Scene:
     @cached_property
     def answer(self) -> Hypergradient:
         """The solver's answer on the copy."""
-        return self.solved_by(self.solver)
+        return self.solved_by(self.eager)
 
     def solved_by(self, solver: Solver) -> Hypergradient:
         """A solver's answer on the copy, where it stands."""
-        return solver.solve(
-            self.oracles, lower_optimizer=self.lower_optimizers or None, throw=False
-        )
+        optimizers = self.lower_optimizers or None
+        with self.precise():
+            return solver.solve(self.oracles, lower_optimizer=optimizers, throw=False)
 
     @cached_property
     def direct(self) -> Tree:
         """The direct term alone."""
         return self.solved_by(Alternating()).grad
+
+    def negligible(self, one: Tree, other: Tree) -> bool:
+        """Whether the difference of two hypergradients is nothing beside the upper loss.
+
+        Near an optimum what is left of a hypergradient is rounding, and relative errors mean nothing.
+        """
+        sized = {n: sizes(x.detach().double().reshape(-1)) for n, x in self.oracles.upper.items()}
+        gap = (long_vector(one) - long_vector(other)).norm()
+        return float(gap * long_vector(sized).norm()) <= _NOTHING * abs(float(self.given.value))
 
     def reference(self) -> Hypergradient:
         """The implicit hypergradient where the copy stands, its system solved as well as can be."""
@@ -253,7 +272,7 @@ class Scene:
         if last <= max(1e-3 * first, 1e3 * self.rounding) and self.convex:
             return found
         if sum(y.numel() for y in variables.values()) <= _LBFGS:
-            with contextlib.suppress(UnsolvedError, RuntimeError):
+            with contextlib.suppress(UnsolvedError, RuntimeError), self.precise():
                 return solve_closely(self.oracles, 200)[0]
         return None
 
@@ -295,13 +314,6 @@ class Scene:
             return self.reference()
 
 
-def _computed(module: nn.Module) -> dict[int, Any]:
-    """For `deepcopy`: what stands for tensors with a graph that modules keep (older spectral norm)."""
-    kept = [value for part in module.modules() for value in vars(part).values()]
-    graphs = [t for t in kept if isinstance(t, Tensor) and t.grad_fn is not None]
-    return {id(t): t.detach().clone() for t in graphs}
-
-
 def _rounding(module: nn.Module) -> float:
     kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return max(torch.finfo(kind).eps for kind in kinds)
@@ -341,27 +353,6 @@ def changed(record: Any, name: str, value: Any) -> Any:
         return dataclasses.replace(record, **{name: value})
     inner = {n: getattr(record, n) for n in own if name in options_within(getattr(record, n))}
     return dataclasses.replace(record, **{n: changed(r, name, value) for n, r in inner.items()})
-
-
-def to_double(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Turn a module, its plain tensors and the state of its optimizers into float64."""
-    module.double()
-    for part in module.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(part, name, value.double())
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            moments = {
-                k: v.double()
-                for k, v in state.items()
-                if isinstance(v, Tensor) and v.is_floating_point() and k != "step"
-            }
-            state.update(moments)
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def long_vector(tree: Tree) -> Tensor:

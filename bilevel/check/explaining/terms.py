@@ -91,6 +91,8 @@ def _solved(scene: Scene) -> Iterator[Diagnosis]:
     error, cosine = apart(answer.grad, reference.grad), angle(answer.grad, reference.grad)
     failed = answer.result is not Result.SUCCESS
     severity: Severity = graded(error, LOOK, WRONG)
+    if scene.negligible(answer.grad, reference.grad):
+        severity = "fine"
     residual = answer.stats.linear_residual
     numbers = "" if residual is None else f" (relative residual {float(residual):.1e})"
     if severity == "fine" and not failed:
@@ -130,7 +132,7 @@ def _solved(scene: Scene) -> Iterator[Diagnosis]:
 def _damping_is_it(scene: Scene, error: float) -> bool:
     """Whether the answer without damping is much better."""
     assert scene.here is not None
-    other = scene.solved_by(changed(scene.solver, "damping", 0.0))
+    other = scene.solved_by(changed(scene.eager, "damping", 0.0))
     rest = apart(other.grad, scene.here.grad)
     return math.isfinite(rest) and rest < 0.5 * error
 
@@ -198,7 +200,7 @@ def _unrolled(scene: Scene) -> Iterator[Diagnosis]:
     steps = scene.solver.unrolled_steps()
     assert steps is not None
     if truncate is not None and truncate < steps.num_steps:
-        whole = scene.solved_by(changed(scene.solver, "truncate", None))
+        whole = scene.solved_by(changed(scene.eager, "truncate", None))
         error, cosine = (f(scene.answer.grad, whole.grad) for f in (apart, angle))
         meaning = (
             f"the last {truncate} of {steps.num_steps} steps give a hypergradient that is off by "
@@ -207,9 +209,9 @@ def _unrolled(scene: Scene) -> Iterator[Diagnosis]:
         change = 'raise `truncate`, or leave it out with `mode="recompute"`, which keeps few graphs'
         severity = graded(error, LOOK, WRONG)
         yield Diagnosis(TRUNCATED, severity, error, meaning, change if severity != "fine" else "")
-        yield _enough_steps(scene, changed(scene.solver, "truncate", None), steps.num_steps)
+        yield _enough_steps(scene, changed(scene.eager, "truncate", None), steps.num_steps)
     else:
-        yield _enough_steps(scene, scene.solver, steps.num_steps)
+        yield _enough_steps(scene, scene.eager, steps.num_steps)
 
 
 def _enough_steps(scene: Scene, solver: Solver, num_steps: int) -> Diagnosis:

@@ -476,7 +476,7 @@ def well_rated() -> Program:
     program.settings = {
         "upper_optimizer": torch.optim.Adam(levels[0], 0.02),
         "lower_optimizer": torch.optim.SGD(levels[1], 0.1),
-        "lower_steps": 10,
+        "lower_steps": 4,
         "num_steps": 500,
     }
     return program
