@@ -163,7 +163,7 @@ def _too_slow(scene: Scene, seen: Rehearsal, needed: float, said: str) -> Diagno
     severity = graded(needed, scene.rates.num_steps / 3, scene.rates.num_steps)
     factor = needed / (scene.rates.num_steps / 10)
     up, down = rate(scene.rates.upper), rate(scene.rates.lower)
-    same = " Both levels have the same rate." if up is not None and up == down else ""
+    same = "; both levels have the same rate" if up is not None and up == down else ""
     often = (
         f"about {_round(factor)} times the upper rate"
         if math.isfinite(factor)
@@ -178,7 +178,7 @@ def _too_slow(scene: Scene, seen: Rehearsal, needed: float, said: str) -> Diagno
         severity,
         needed,
         f"the upper level hardly moves: {moved:.1g} of its size in {seen.turns} rehearsed turns "
-        f"({said}); {way}, and the run has {scene.rates.num_steps:,}.{same}",
+        f"({said}); {way}, and the run has {scene.rates.num_steps:,}{same}",
         f"take two time scales: {often}, the lower one as it is",
     )
 

@@ -171,7 +171,8 @@ def _better_solve(scene: Scene) -> str:
             )
         terms = math.ceil(3 / (step * found.smallest)) if positive else 0
         more = f"the series needs about {terms} terms at this `step_size`, " if positive else ""
-        fastest = f"or `step_size={1 / found.largest:.2g}` with more terms; " if positive else ""
+        best = 1 / found.largest
+        fastest = f"fewer at `step_size={best:.2g}`; " if positive and step < 0.8 * best else ""
         return f"{more}{fastest}{instead}"
     if "scale" in options:
         return (

@@ -295,7 +295,7 @@ def damping_far_too_large() -> Program:
 class Cleaning(Problem):
     """Two sources with softmax weights, one of them corrupted: half of the rows have random labels."""
 
-    def __init__(self, features: int = 10) -> None:
+    def __init__(self, features: int = 4) -> None:
         super().__init__()
         self.upper = nn.ParameterDict({"source": torch.zeros(2, **DOUBLE)})
         self.lower = nn.ParameterDict({"w": torch.zeros(features, **DOUBLE)})
@@ -311,10 +311,10 @@ class Cleaning(Problem):
 
 
 def labelled(seed: int, count: int, *, corrupted: bool = False) -> Rows:
-    inputs = normal(count, 10, seed=seed)
-    labels = (inputs @ torch.linspace(1, -1, 10, **DOUBLE) > 0).double()
+    inputs = normal(count, 4, seed=seed)
+    labels = (inputs @ torch.linspace(1, -1, 4, **DOUBLE) > 0).double()
     # the corrupted source says the same whatever the row is, as empty answers do
-    return Rows(inputs, torch.ones_like(labels) * (inputs[:, 5] > 0) if corrupted else labels)
+    return Rows(inputs, torch.ones_like(labels) * (inputs[:, 2] > 0) if corrupted else labels)
 
 
 def cleaning(upper_rate: float, lower_rate: float = 1e-5) -> Program:

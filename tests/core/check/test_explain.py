@@ -85,7 +85,7 @@ def test_equal_step_sizes_are_told_from_two_time_scales() -> None:
     assert found is not None
     assert found.severity == "wrong"
     assert "50 rehearsed turns" in found.meaning
-    assert "Both levels have the same rate" in found.meaning
+    assert "both levels have the same rate" in found.meaning
     assert "two time scales" in found.change
     assert not page("data cleaning, two time scales").wrong
     # and so it is: an upper step moves each logit by its rate, whatever the gradient
