@@ -1,4 +1,4 @@
-"""The pictures of the examples' page, from full runs of the examples.
+"""The pictures of the examples' page and of what compares solvers, from full runs.
 
     python -m benchmarks.gallery [--only NAME ...] [--into FOLDER]
 
@@ -8,8 +8,10 @@ draws `NAME.png` into `docs/images/examples/`. All of them take about five minut
 import argparse
 import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -86,10 +88,20 @@ def from_notebook(name: str, which: int, path: Path) -> None:
     path.write_bytes(base64.b64decode("".join(found[which])))
 
 
+def from_page(name: str, found: str, path: Path) -> None:
+    """The figure of what a page's Python blocks, run one after the other, leave under a name."""
+    text = (IMAGES.parents[1] / f"{name}.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(compile(block, f"{name}.md", "exec"), names)
+    names[found].plot().savefig(path)
+
+
 WHOLE: dict[str, Callable[[Path], None]] = {  # they draw their own, larger than a page
     "bidvl_rings": lambda path: bidvl_rings.main(800, 0, path),
     "two_moons": lambda path: two_moons.main(2000, 50, path),
     "train_an_eblvm": lambda path: from_notebook("train_an_eblvm", 2, path),
+    "trust": lambda path: from_page("trust", "found", path),
     "tune_a_regulariser": lambda path: from_notebook("tune_a_regulariser", 0, path),
 }
 

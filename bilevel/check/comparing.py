@@ -201,8 +201,8 @@ def _where(truth: CommonTruth | None, witness: Witness, reason: str, *, solved: 
         return f"a truth that is not known: {reason or 'no solver gave a hypergradient'}"
     count = len(truth.along) + len(truth.across)
     seen = f"all {count}" if truth.complete else f"{count} of their {truth.basis.shape[1]:,}"
-    taken = "there" if solved else "where the lower variables are"
-    return f"{witness.against}, by differences along {seen} directions; solvers are asked {taken}"
+    place = "where solvers are asked" if solved else "asked at the current lower variables"
+    return f"{witness.against}, {place}; {seen} directions measured"
 
 
 def _asked(

@@ -146,7 +146,7 @@ class Comparison:
         return Card(self._title(), [*rows, ("verdict", self.verdict)], picture).html()
 
     def _title(self) -> str:
-        title = f"{self.problem}: against {self.truth}"
+        title = f"{self.problem} against {self.truth}"
         return "\n".join(textwrap.wrap(title, _WIDTH, subsequent_indent="  "))
 
     def _notes(self) -> list[str]:
@@ -186,8 +186,9 @@ def _within(value: float | None, interval: Interval | None, how: str) -> str:
     if value is None or interval is None:
         return ""
     off = max(interval[1] - value, value - interval[0])
-    told = off >= (5e-4 if how == ".4f" else 0.05 * abs(value))
-    return f"{value:{how[:-1] if not told else '.2'}{how[-1]}}" + (f" ± {off:.1g}" if told else "")
+    if off < (5e-4 if how == ".4f" else 0.05 * abs(value)):
+        return f"{value:{how}}"
+    return f"{value:.2f} ± {off:.1g}" if how == ".4f" else f"{value:.1e} ± {off:.0e}"
 
 
 def _time(seconds: float | None) -> str:
