@@ -1,7 +1,10 @@
 """The benchmarks hold together: tables are those of the records, and rivals compute what we compute."""
 
+import contextlib
 import importlib.util
 import re
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 
 from benchmarks.cases.learners import ENTRIES, Entry
 from benchmarks.learner_speed import loop, same
+from benchmarks.measuring.bounded import first_call
 from benchmarks.measuring.records import RESULTS, append, newest, read
 from benchmarks.measuring.turns import in_turns
+from benchmarks.pages.images import image_speed_table
 from benchmarks.table import everything
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +72,43 @@ def test_competitors_take_turns() -> None:
     taken = in_turns(runs, 2, warm_up=1, repeats={"a": 1, "b": 2}, clock=lambda: float(next(ticks)))
     assert calls == ["a", "b", "b"] * 3
     assert taken == {"a": [1.0, 1.0], "b": [0.5, 0.5]}
+
+
+def test_a_first_call_is_bounded_and_says_what_kept_it_from_being_done() -> None:
+    def falls_back() -> None:
+        words = "the step is not recorded and runs as without `compile`: x"
+        warnings.warn(words, RuntimeWarning, stacklevel=1)
+
+    def swallows() -> None:  # as a step does with the failures of its compiler
+        with contextlib.suppress(Exception):
+            time.sleep(5)
+
+    assert first_call(lambda: None, 5).why_not is None
+    assert "not recorded" in str(first_call(falls_back, 5).why_not)
+    late = first_call(swallows, 0.05)
+    assert late.why_not == "not done within 0 s"
+    assert late.seconds < 2
+
+
+def test_the_pages_of_steps_say_what_was_not_timed_and_whether_the_goal_is_met(
+    tmp_path: Path,
+) -> None:
+    names = ("straightforward", "recorded bfloat16")
+    record = {
+        "device_kind": "cuda",
+        "batch": 100,
+        "rounds": 3,
+        "operations": 1e12,
+        "peak_tflops": None,
+        "difference": 1e-14,
+        "numbers": [
+            {"name": name, "ms": ms, "speedup": 30 / ms, "first": 1.0}
+            for name, ms in zip(names, (30.0, 4.5), strict=True)
+        ],
+        "not_done": {"compiled float32": "not done within 120 s"},
+        "goal": {"ms": 5.0, "speedup": 5.0},
+    }
+    append(tmp_path / "steps.jsonl", record)
+    page = image_speed_table(tmp_path / "steps.jsonl")
+    assert "met by recorded bfloat16" in page
+    assert "- compiled float32: not done within 120 s" in page

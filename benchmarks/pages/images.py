@@ -22,6 +22,8 @@ def _speed(record: Record) -> str:
         ("speed-up", "{speedup:.2f}"),
         ("TFLOP/s", "{rate:.3g}"),
     ]
+    if all("first" in n for n in numbers):
+        columns.append(("first step, s", "{first:.1f}"))
     if peak:
         columns.append(("of peak", "{share:.0%}"))
         numbers = [{**n, "share": n["rate"] / peak} for n in numbers]
@@ -32,6 +34,17 @@ def _speed(record: Record) -> str:
         "",
         *formatted(columns, numbers),
     ]
+    missing = [f"- {name}: {why}" for name, why in record.get("not_done", {}).items()]
+    if missing:
+        lines += ["", "Not timed:", "", *missing]
+    if goal := record.get("goal"):
+        best = min(numbers, key=lambda n: n["ms"])
+        met = best["ms"] <= goal["ms"] and best["speedup"] >= goal["speedup"]
+        lines += [
+            "",
+            f"Goal: at most {goal['ms']:g} ms and {goal['speedup']:g} x as fast as the first; "
+            f"{'met by' if met else 'not met, nearest is'} {best['name']}.",
+        ]
     return "\n".join(lines)
 
 
