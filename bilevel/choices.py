@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from bilevel.distributed import world_size
 from bilevel.refusals import one_of, shown
 
 Choice: TypeAlias = bool | Literal["record", "inductor"]
@@ -54,7 +55,8 @@ def how_made(compile: Choice, device: torch.device) -> How | None:
     """
     check_choice(compile)
     if not isinstance(compile, str):
-        usual: How = "record" if device.type == "cuda" else "inductor"
+        alone = world_size() == 1  # a CUDA graph holds no exchange between processes
+        usual: How = "record" if device.type == "cuda" and alone else "inductor"
         return usual if compile else None
     if compile == "record" and device.type != "cuda":
         raise ValueError(

@@ -169,7 +169,7 @@ def train(
         throw: raise when a hypergradient does not succeed; otherwise read it from the step.
         compile: make graphs of the lower and the upper step, optimizers included: several times
             faster where Python and not arithmetic takes the time (small models). `True` is
-            "record" on a CUDA device and "inductor" elsewhere. "record" keeps the kernels of a step
+            "record" on one CUDA device and "inductor" elsewhere. "record" keeps the kernels of a step
             as a CUDA graph, within a second or two. "inductor" traces the step and compiles it,
             which takes some seconds to a minute and needs a C++ compiler. Both need Adam, AdamW or
             SGD; whatever cannot be made a graph runs as it is, with a warning. A linear solve is

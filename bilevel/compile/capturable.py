@@ -9,6 +9,7 @@ device. torch's optimizers have forms for that, which are not the usual ones:
   want it in float32;
 - that is not exact enough for variables in float64: there Adam takes the form of several kernels
   (`foreach`), and SGD the one kernel by kernel, in which a rate that requires grad stays a tensor.
+  Optimizers that are fused already stay so.
 
 The user's optimizers are put into that form while a step is recorded, and only then. Betas, momenta and
 weight decays are numbers in these kernels: where one of them moves, a step must be recorded anew.
@@ -130,8 +131,11 @@ class Capturable:
 
 
 def _exact(group: dict[str, Any]) -> bool:
-    """Whether a group's variables are in float64."""
-    return any(p.dtype == torch.double for p in group["params"])
+    """Whether a group's variables are in float64, and its own form is not the fused one.
+
+    A fused optimizer counts its steps in float32, between recorded steps, too.
+    """
+    return not group.get("fused") and any(p.dtype == torch.double for p in group["params"])
 
 
 def _number(optimizer: Optimizer, name: str, value: Any) -> Any:

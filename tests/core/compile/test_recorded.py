@@ -131,12 +131,22 @@ def both(**options: Any) -> tuple[Steps, Steps]:
         ({}, 2),
         ({"make": sgd}, 2),
         ({"make": sgd, "dtype": torch.float64, "nesterov": True}, 2),
+        ({"dtype": torch.float64}, 2),
         ({"clip": 0.1, "weight_decay": 0.1, "amsgrad": True}, 2),
         ({"precision": torch.bfloat16}, 2),
         ({"solver": Unrolled(num_steps=2), "make": sgd, "dtype": torch.float64}, 5),
         ({"solver": Implicit(ConjugateGradient(3, damping=1.0, rtol=None)), "make": sgd}, 6),
     ],
-    ids=["adam", "sgd", "float64", "clipped", "autocast", "unrolled", "implicit"],
+    ids=[
+        "adam",
+        "sgd",
+        "sgd in float64",
+        "adam in float64",
+        "clipped",
+        "autocast",
+        "unrolled",
+        "implicit",
+    ],
 )
 def test_a_recorded_run_equals_the_eager_one(options: dict[str, Any], graphs: int) -> None:
     """Fresh batches, both optimizers' states, batch norm's buffers and a rate that falls."""
@@ -149,7 +159,8 @@ def test_a_recorded_run_equals_the_eager_one(options: dict[str, Any], graphs: in
             optimizer.param_groups[0]["lr"] *= 0.1
         losses.append(found + steps.take(3, 4))
     assert Replayed.made == before + graphs
-    exact = options.get("dtype") is torch.float64
+    # a rate in float32 is what fused kernels read
+    exact = options.get("dtype") is torch.float64 and options.get("make") is sgd
     assert losses[1] == pytest.approx(losses[0], rel=1e-12 if exact else 1e-4)
     same(eager, recorded, 1e-12 if exact else 1e-5)
 
