@@ -172,8 +172,7 @@ def train(
             "record" on one CUDA device and "inductor" elsewhere. "record" keeps the kernels of a step
             as a CUDA graph, within a second or two. "inductor" traces the step and compiles it,
             which takes some seconds to a minute and needs a C++ compiler. Both need Adam, AdamW or
-            SGD; whatever cannot be made a graph runs as it is, with a warning. A linear solve is
-            then not watched: `ConjugateGradient` takes all its `max_steps`.
+            SGD; whatever cannot be made a graph runs as it is, with a warning.
         precision: compute the losses in this dtype where that is safe (`torch.bfloat16`, by
             `torch.autocast`); variables, gradients and optimizers keep theirs.
         ema: keep an exponential moving average of the weights with this decay, `step.state.average`.

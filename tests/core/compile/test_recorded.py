@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Alternating, ConjugateGradient, Implicit, Problem, Solver, Unrolled
+from bilevel import Alternating, Compiled, ConjugateGradient, Implicit, Problem, Solver, Unrolled
 from bilevel.compile.cuda_graph import Packed
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.steps import TurnSteps
@@ -273,6 +273,30 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(spoil: Any, words: st
         assert recorded.take(0, 1, 2) == pytest.approx(taken, rel=1e-6)
     assert len({str(warning.message) for warning in given}) == len(given)
     same(eager, recorded)
+
+
+def test_a_solver_outside_the_loop_is_recorded_once() -> None:
+    """The same hypergradient on other batches and variables; a word that is none is refused."""
+    solver = Implicit(ConjugateGradient(3, damping=1.0, rtol=None))
+    fast = Compiled(solver, capture=Replayed)
+    problem = Net().eval()
+    problem.double().scale = problem.scale.double()
+    before, counts = Replayed.made, []
+    for batch in BATCHES[:3].double():
+        exact = solver.hypergradient(problem, batch, [batch], throw=False).grad
+        found = fast.hypergradient(problem, batch, [batch], throw=False).grad
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
+        counts.append(Replayed.made - before)
+        with torch.no_grad():
+            problem.lower[0].weight.mul_(0.5)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+    with pytest.raises(ValueError, match="`how` cannot be 'recrod'; did you mean `record`"):
+        Compiled(solver, "recrod")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="makes CUDA graphs, but the problem is on the device `cpu`"
+    ):
+        Compiled(solver, "record").hypergradient(problem, batch, [batch])
 
 
 def test_a_capture_that_fails_leaves_everything_as_it_was() -> None:
