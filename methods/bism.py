@@ -184,9 +184,10 @@ class BiSM(EBLVM):
 
         The minimum of the "exact" lower loss; `None` for a sampled one, whose relaxed draws move it.
         """
+        if self.posterior_fit.expectation != "exact":  # other posteriors have no `networks`
+            return None
         logits = self.encoder.get_submodule("networks.0")
-        exact = self.posterior_fit.expectation == "exact"
-        if not exact or not isinstance(logits, nn.Linear) or logits.bias is None:
+        if not isinstance(logits, nn.Linear) or logits.bias is None:
             return None
         machine, at = self.model, "posterior.networks.0."
         return {f"{at}weight": machine.first_weight.mT, f"{at}bias": machine.first_bias}

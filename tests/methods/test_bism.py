@@ -24,6 +24,7 @@ from bilevel.methods.variational import BernoulliPosterior, GaussianPosterior
 from bilevel.oracles import Oracles
 from bilevel.tree import Layout, Tree
 from tests.devices import DEVICES, generator
+from tests.method_rows import ROWS
 
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 TEMPERATURE = 0.1
@@ -562,3 +563,7 @@ def test_refusals() -> None:
     bad = BiSM(energy, GaussianPosterior(Moments(LinearEnergy()).float(), 2))
     with pytest.raises(ValueError, match="one number per pair, shape \\(n,\\); got \\(2, 1\\)"):
         bad.fit(torch.randn(20, 3), num_steps=1, batch_size=5)
+
+
+def test_a_posterior_of_reals_has_no_best_response_in_closed_form() -> None:
+    assert ROWS["bism of images"].make().best_response(None) is None

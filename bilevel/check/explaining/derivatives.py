@@ -174,7 +174,7 @@ def _stopped(scene: Scene, slopes: Slopes) -> Iterator[Diagnosis]:
                 continue  # its derivative does not count, that of the lower gradient does
             if names := _guilty(scene, where, partial(slopes.of_loss, level, where), most):
                 scene.cut.update(names if where == "upper" else ())
-                yield _in_loss(level, where, names)
+                yield _in_loss(level, where, names, meant=declared)
     for where in levels if twice else ():
         if names := _guilty(scene, where, partial(slopes.of_lower_gradient, where), most):
             scene.cut.update(names if where == "upper" else ())
@@ -200,15 +200,16 @@ def _guilty(
     ]
 
 
-def _in_loss(level: Level, where: Level, names: list[str]) -> Diagnosis:
+def _in_loss(level: Level, where: Level, names: list[str], *, meant: bool) -> Diagnosis:
+    """`meant`: the problem says that it stops gradients; its losses may be surrogates."""
     said = _listed(names)
     return Diagnosis(
         TOPIC,
-        "wrong",
+        "look" if meant else "wrong",
         float(len(names)),
         f"the {level} loss changes with the {where} {said} otherwise than autograd says, so part of "
         "its gradient is cut off",
-        f"in `{level}_loss`, {_CAUSES}",
+        f"in `{level}_loss`, {_CAUSES}" + ", unless only its gradient is meant" * meant,
     )
 
 

@@ -59,8 +59,8 @@ def _dropped(scene: Scene) -> Diagnosis:
         share = min(share, 1e3)
     hidden = bool(alone) and len(alone) < len(whole)
     severity: Severity = graded(share, LOOK, WRONG)
-    if severity == "wrong" and cosine > 0.9 and not alone:
-        severity = "look"
+    if severity == "wrong" and ((cosine > 0.9 and not alone) or not scene.convex):
+        severity = "look"  # at no minimum the response is an estimate
     if severity == "fine" and hidden:
         severity = "look"
     if severity == "fine":
@@ -77,7 +77,8 @@ def _dropped(scene: Scene) -> Diagnosis:
         severity,
         share,
         f"`{scene.solver}` drops the response term, which is {share:.2g} of the whole hypergradient; "
-        f"what is kept has cosine {cosine:.2f} with it{only}",
+        f"what is kept has cosine {cosine:.2f} with it{only}"
+        + ("" if scene.convex else "; an estimate, for the lower variables are at no minimum"),
         "use `Implicit()` where the lower level is nearly solved, `Unrolled(...)` where it is not",
     )
 
