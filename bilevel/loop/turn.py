@@ -15,6 +15,7 @@ from bilevel.loop.steps import LowerOutcome, TurnSteps
 from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.purity import examine, refuse_shared_upper
 from bilevel.losses.references import refuse_graphs
+from bilevel.losses.substitution import attentive
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
 from bilevel.solvers import Hypergradient, Solver
@@ -113,14 +114,15 @@ class Turn:
 
     def run(self) -> Hypergradient:
         """Take the turn."""
-        if self._sharing:
-            hypergradient = self._both()
-        elif self._settings.upper_first:
-            hypergradient = self._upper()
-            self._lower()
-        else:
-            self._lower()
-            hypergradient = self._upper()
+        with attentive:  # once for all evaluations of the turn
+            if self._sharing:
+                hypergradient = self._both()
+            elif self._settings.upper_first:
+                hypergradient = self._upper()
+                self._lower()
+            else:
+                self._lower()
+                hypergradient = self._upper()
         if not self._remarked:
             levels = 2 if self.state.problem.variables("lower") else 1
             remark(hypergradient, self._solver, levels=levels, stacklevel=4)  # the caller of `next`

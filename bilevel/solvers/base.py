@@ -332,7 +332,7 @@ class Solver(ABC):
                 linear_residual=product.linear_residual,
                 negative_curvature=product.negative_curvature,
                 num_products=product.num_products,
-                unreached=_unreached(oracles, found[: len(upper)], response.vjp is not None),
+                unreached=_unreached(oracles, upper, found[: len(upper)], response.vjp is not None),
             ),
             state=product.state,
             logs=evaluation.logs,
@@ -341,10 +341,10 @@ class Solver(ABC):
 
 
 def _unreached(
-    oracles: Oracles, direct: Sequence[Tensor | None], through_lower: bool
+    oracles: Oracles, upper: Tree, direct: Sequence[Tensor | None], through_lower: bool
 ) -> tuple[str, ...]:
     """The upper variables that the upper loss does not use, nor the lower loss if that counts."""
-    names = [name for name, g in zip(oracles.upper, direct, strict=True) if g is None]
+    names = [name for name, g in zip(upper, direct, strict=True) if g is None]
     return tuple(n for n in names if not through_lower or n in unused(oracles.problem, "lower"))
 
 

@@ -119,11 +119,10 @@ class Unrolling:
         # each step at a leaf of its own: earlier steps' gradients depend on theirs
         lower = {n: y if y.requires_grad else y.detach().requires_grad_() for n, y in lower.items()}
         _, grads = self.oracles.lower_gradient(upper, lower, index, create_graph=create_graph)
-        found = {name for name, g in grads.items() if g is not None}
-        self.used = self.used or found
-        if late := sorted(found - self.used):
+        self.used = self.used or {name for name, g in grads.items() if g is not None}
+        if late := [name for name, g in grads.items() if g is not None and name not in self.used]:
             raise ValueError(
-                f"`Unrolled`: the lower loss uses `{late[0]}` in a later unrolled step but not in the "
+                f"`Unrolled`: the lower loss uses `{min(late)}` in a later unrolled step but not in the "
                 "first; make the loss use the same variables in every step"
             )
         return grads
