@@ -28,6 +28,7 @@ from tests.core.check.mistaken_programs import (
     cleaning,
     normalised,
 )
+from tests.devices import DEVICES
 from tests.problems import Quadratic, normal, spd
 
 
@@ -94,6 +95,18 @@ def test_equal_step_sizes_are_told_from_two_time_scales() -> None:
 
 
 # ------------------------------------------------------------------ what it leaves and what it refuses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_device_and_float32(device: str) -> None:
+    program = MISTAKES["too few Neumann terms"][1]()
+    problem = program.problem.float().to(device)
+    rates = {
+        f"{level}_optimizer": torch.optim.SGD(problem.variables(level).values(), 0.01)
+        for level in ("upper", "lower")
+    }
+    found = explain(problem, program.solver, **rates, num_steps=3)
+    assert found.about("linear solve") in found.wrong
 
 
 def test_nothing_is_moved() -> None:
