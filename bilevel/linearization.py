@@ -25,12 +25,14 @@ class Linearization:
             where the operator is not symmetric. `hessian.matrix()` is the whole of it.
         cross: w -> w^T d2G/(dy dx), a tree over the upper variables.
         layout: how the lower variables lie in the vectors.
+        residual: the norm of the gradient.
     """
 
     gradient: Tensor
     hessian: "Hessian | CompiledHessian"
     cross: Callable[[Tensor], Tree]
     layout: Layout
+    residual: Tensor
 
 
 @final

@@ -18,6 +18,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -38,7 +39,7 @@ from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, shown, whole
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.tree import Layout, Tree
+from bilevel.tree import Layout, Tree, norm
 
 _EAGER = EagerUnits()
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
@@ -287,13 +288,15 @@ class Oracles:
 
         def piece(batches: list[Any], upper: Tree, lower: Tree) -> tuple[Tensor, Any]:
             found = self.on(None, batches)._linearization(leaves(upper), leaves(lower))
-            return found.gradient, lambda vector: (found.hessian(vector), found.cross(vector))
+            early = found.gradient, found.residual
+            return early, lambda vector: (found.hessian(vector), found.cross(vector))
 
         like = layout.ravel([y.detach() for y in lower.values()])
         fixed = list(self.lower_batches), upper, lower
         stage = self.units.stage(("lower", self.precision), piece, fixed, [like])
-        hessian = CompiledHessian(stage, stage.early)
-        return Linearization(stage.early, hessian, hessian.cross, layout)
+        gradient, residual = stage.early
+        hessian = CompiledHessian(stage, gradient)
+        return Linearization(gradient, hessian, hessian.cross, layout, residual)
 
     def _linearization(self, upper: Tree, lower: Tree) -> Linearization:
         points, sources = list(lower.values()), list(upper.values())
@@ -306,21 +309,26 @@ class Oracles:
         if count > 1:
             gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
         hessian = Hessian(gradient, points, layout)
+        whole = mean_over_ranks([layout.ravel(gradient).detach()])[0]
         return Linearization(
-            gradient=mean_over_ranks([layout.ravel(gradient).detach()])[0],
+            gradient=whole,
             hessian=hessian,
             cross=lambda v: dict(zip(upper, hessian.product(v, sources), strict=True)),
             layout=layout,
+            residual=norm([whole]),
         )
 
-    @contextlib.contextmanager
-    def differentiated_twice(self, solver: str) -> Iterator[None]:
+    def differentiated_twice(self, solver: str) -> contextlib.AbstractContextManager[None]:
         """The context in which a solver takes second derivatives of the lower loss.
 
         Raises:
             ValueError: if the problem has no lower level or stops its gradient, has hooks on lower
                 variables, or holds a layer whose second derivative is wrong in this torch.
         """
+        return self.units.prepared(partial(self._twice, solver))
+
+    @contextlib.contextmanager
+    def _twice(self, solver: str) -> Iterator[None]:
         name = type(self.problem).__name__
         if not self._lower:
             raise ValueError(

@@ -7,7 +7,7 @@ hooks, and torch's global settings are compared before every hypergradient (`gua
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
-from bilevel.compile.lowering import Traced, compiled, is_stale, trace
+from bilevel.compile.lowering import Traced, compiled, direct, is_stale, trace
 from bilevel.compile.split import TwoParts, split
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
@@ -43,6 +43,8 @@ class _Graphs:
     counts: dict[Any, int] = field(default_factory=dict)
     facts: dict[Hashable, Any] = field(default_factory=dict)
     constants: list[tuple[Tensor, int]] = field(default_factory=list)
+    full: bool = False  # no more graphs are made
+    settled: bool = False  # a whole hypergradient has run, and nothing as it is
 
     def holds(self) -> bool:
         return not is_stale(self.constants) and self.guard.holds()
@@ -66,30 +68,22 @@ class _Unit:
 
 @final
 class CompiledUnits(UnitRunner):
-    """UnitRunner as graphs, one for each set of decisions that Python takes in them.
+    """Units as graphs, one for each set of decisions that Python takes in them.
 
     What cannot be compiled runs as it is, after one warning.
 
     Args:
         module: whose parameters, buffers and attributes the units read.
-        context: entered while a unit is traced.
-        said: the warnings given so far; none is given twice.
         capture: records the traced units as CUDA graphs, without a compiler.
     """
 
     compiled = True
 
-    def __init__(
-        self,
-        module: nn.Module,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        said: set[str] | None = None,
-        capture: Capture | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, capture: Capture | None = None) -> None:
         self.module = module
         self._capture = capture
-        self._context = context
-        self._said = set() if said is None else said
+        self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._said: set[str] = set()
         self._kept: list[_Graphs] = []
         self._device = next(module.parameters()).device
         self._graphs = _Graphs(None, Guard(module))
@@ -109,9 +103,21 @@ class CompiledUnits(UnitRunner):
                     "every step a buffer (`register_buffer`) or part of the batch"
                 )
             )
-            self._kept.pop(0)
+            self._graphs = _Graphs(now, self._kept[-1].guard, full=True)
+            return
         self._graphs = _Graphs(now, Guard(self.module))
         self._kept.append(self._graphs)
+
+    def end(self) -> None:
+        """A hypergradient has been computed; to be called after it."""
+        self._graphs.settled = not self._graphs.full and None not in self._graphs.units.values()
+        self._context = nullcontext  # it holds the batches
+
+    def prepared(
+        self, context: Callable[[], AbstractContextManager[Any]]
+    ) -> AbstractContextManager[Any]:
+        self._context = context
+        return nullcontext() if self._graphs.settled else context()
 
     def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
         facts = self._graphs.facts
@@ -120,13 +126,18 @@ class CompiledUnits(UnitRunner):
         return facts[key]
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-        leaves, structure = flatten(arguments)
-        unit = self._unit(key, leaves, structure, partial(self._whole, key, function))
+        given = [*map(_prepared, arguments)]
+        unit = self._unit(key, given, partial(self._whole, key, function))
         if unit is None:
-            return function(*arguments)
+            with self._context():
+                return function(*(part.tree for part in given))
+        tensors = [t for part in given for t in part.tensors]
         with torch.no_grad():
-            new = unit.before(*_tensors(leaves), *unit.extra)
+            new = unit.before(*tensors, *unit.extra)
         return _filled(unit.answer, unit.structure, new)
+
+    def ready(self, tree: Any) -> Any:
+        return _prepared(tree)
 
     def stage(
         self,
@@ -135,17 +146,19 @@ class CompiledUnits(UnitRunner):
         fixed: Sequence[Any],
         like: Sequence[Any],
     ) -> Stage:
-        leaves, structure = flatten(tuple(fixed))
-        unit = self._unit(key, leaves, structure, partial(self._halves, key, function, tuple(like)))
+        given = [*map(_prepared, fixed)]
+        unit = self._unit(key, given, partial(self._halves, key, function, tuple(like)))
         if unit is None:
-            return EagerStage(*function(*fixed))
+            self._graphs.settled = False
+            with self._context():
+                return EagerStage(*function(*(part.tree for part in given)), self._context)
         assert unit.parts is not None
-        given = [*_tensors(leaves), *unit.extra]
+        tensors = [t for part in given for t in part.tensors] + unit.extra
         with torch.no_grad():
-            computed = unit.before(*given)
+            computed = unit.before(*tensors)
         count = unit.parts.count
         early = _filled(unit.answer, unit.structure, computed[:count])
-        return _CompiledStage(self, unit, early, unit.parts.residuals(given, computed[count:]))
+        return _CompiledStage(self, unit, early, unit.parts.residuals(tensors, computed[count:]))
 
     def warn(self, error: Exception) -> None:
         """Say once that a unit runs as it is."""
@@ -155,14 +168,14 @@ class CompiledUnits(UnitRunner):
             warnings.warn(words, RuntimeWarning, stacklevel=5)
 
     def _unit(
-        self, key: Hashable, leaves: list[Any], structure: Any, make: Callable[..., _Unit]
+        self, key: Hashable, given: "list[_Prepared]", make: "Callable[[list[_Prepared]], _Unit]"
     ) -> _Unit | None:
         """The unit for these arguments, compiled if it is new; `None` if it cannot be."""
+        if self._graphs.full:
+            return None
+        units = self._graphs.units
         try:
-            kinds = tuple(
-                signature(leaf) if isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves
-            )
-            units, full = self._graphs.units, (key, structure, kinds)
+            full = key, *[part.kinds() for part in given]
             if full not in units:
                 count = self._graphs.counts.get(key, 0)
                 if count >= _FEW:
@@ -172,7 +185,7 @@ class CompiledUnits(UnitRunner):
                     )
                 self._graphs.counts[key] = count + 1
                 units[full] = None
-                units[full] = make(leaves, structure)
+                units[full] = make(given)
             return units[full]
         except Exception as error:  # any failure of the tracer or the compiler
             self.warn(error)
@@ -181,11 +194,7 @@ class CompiledUnits(UnitRunner):
     @contextlib.contextmanager
     def _tracing(self, key: Hashable) -> Iterator[None]:
         """Inside, a unit is traced; what it reads, and the functions in its key, is guarded."""
-        with (
-            self._context(),
-            warnings.catch_warnings(),
-            reading() as reads,
-        ):
+        with reading() as reads, self._context(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
             reads.watch(key)
             yield
@@ -196,27 +205,27 @@ class CompiledUnits(UnitRunner):
         self._graphs.constants += found.constants
         return found
 
+    @torch.no_grad()
     def _made(self, graph: "GraphModule", inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        return (
-            compiled(graph, inputs) if self._capture is None else self._capture(graph, inputs, ())
-        )
+        inputs = [tensor.detach() for tensor in inputs]
+        if self._capture is not None:
+            return self._capture(graph, inputs, ())
+        return direct(compiled(graph, inputs), inputs)
 
     def _whole(
-        self, key: Hashable, function: Callable[..., Any], leaves: list[Any], structure: Any
+        self, key: Hashable, function: Callable[..., Any], given: "list[_Prepared]"
     ) -> _Unit:
         """Compile a unit without a second part."""
         answer: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            arguments = _filled(leaves, structure, tensors)
-            answer["leaves"], answer["structure"] = flatten(function(*arguments))
+            answer["leaves"], answer["structure"] = flatten(function(*_trees(given, tensors)))
             return _tensors(answer["leaves"])
 
-        given = _tensors(leaves)
+        inputs = [t for part in given for t in part.tensors]
         with self._tracing(key):
-            found = self._traced(flat, given)
-        with torch.no_grad():
-            run = self._made(found.graph, [*map(Tensor.detach, given), *found.extra])
+            found = self._traced(flat, inputs)
+        run = self._made(found.graph, [*inputs, *found.extra])
         return _Unit(found.extra, answer["leaves"], answer["structure"], run)
 
     def _halves(
@@ -224,29 +233,27 @@ class CompiledUnits(UnitRunner):
         key: Hashable,
         function: Callable[..., tuple[Any, Rest]],
         like: tuple[Any, ...],
-        leaves: list[Any],
-        structure: Any,
+        given: "list[_Prepared]",
     ) -> _Unit:
         """Compile a stage."""
         more, moving = flatten(like)
-        given, others = _tensors(leaves), _tensors(more)
+        inputs, others = [t for part in given for t in part.tensors], _tensors(more)
         answer: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            early, rest = function(*_filled(leaves, structure, tensors[: len(given)]))
-            late = rest(*_filled(more, moving, tensors[len(given) :]))
+            early, rest = function(*_trees(given, tensors))
+            late = rest(*_filled(more, moving, tensors[len(inputs) :]))
             answer["early"], answer["late"] = flatten(early), flatten(late)
             return [*_tensors(answer["early"][0]), *_tensors(answer["late"][0])]
 
         with self._tracing(key):
-            found = self._traced(flat, [*given, *others])
-        moves = [False] * len(given) + [True] * len(others) + [False] * len(found.extra)
+            found = self._traced(flat, [*inputs, *others])
+        moves = [False] * len(inputs) + [True] * len(others) + [False] * len(found.extra)
         parts = split(found.graph, moves, len(_tensors(answer["early"][0])))
-        fixed = [*map(Tensor.detach, given), *found.extra]
-        with torch.no_grad():
-            before = self._made(parts.before, fixed)
-            residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
-            after = self._made(parts.after, [*residuals, *map(Tensor.detach, others)])
+        fixed = [t.detach() for t in (*inputs, *found.extra)]
+        before = self._made(parts.before, fixed)
+        residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
+        after = self._made(parts.after, [*residuals, *others])
         early, late = answer["early"], answer["late"]
         return _Unit(found.extra, early[0], early[1], before, parts, after, late[0], late[1])
 
@@ -271,9 +278,8 @@ class CompiledUnits(UnitRunner):
 
         with self._tracing(key):
             found = self._traced(flat, [*residuals, *given])
-        with torch.no_grad():
-            run = self._made(found.graph, [*map(Tensor.detach, [*residuals, *given]), *found.extra])
-        return lambda *tensors: run(*tensors, *found.extra)
+        run = self._made(found.graph, [*residuals, *given, *found.extra])
+        return (lambda *tensors: run(*tensors, *found.extra)) if found.extra else run
 
 
 @final
@@ -324,11 +330,41 @@ class _CompiledStage(Stage):
             return None
 
 
+@final
+class _Prepared:
+    """An argument taken apart; what a graph depends on of it is looked up once."""
+
+    __slots__ = ("_kinds", "leaves", "structure", "tensors", "tree")
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        self.leaves, self.structure = flatten(tree)
+        self.tensors = _tensors(self.leaves)
+        self._kinds: Any = None
+
+    def kinds(self) -> Any:
+        """Structure, constants, and the kinds of the tensors."""
+        if self._kinds is None:
+            kinds = [signature(x) if isinstance(x, Tensor) else constant(x) for x in self.leaves]
+            self._kinds = self.structure, *kinds
+        return self._kinds
+
+
+def _prepared(tree: Any) -> _Prepared:
+    return tree if type(tree) is _Prepared else _Prepared(tree)
+
+
+def _trees(parts: Sequence[_Prepared], tensors: Sequence[Tensor]) -> list[Any]:
+    """The arguments with these tensors in the places of their own."""
+    new = iter(tensors)
+    return [_filled(part.leaves, part.structure, new) for part in parts]
+
+
 def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _filled(leaves: Sequence[Any], structure: Any, tensors: Sequence[Tensor]) -> Any:
+def _filled(leaves: Sequence[Any], structure: Any, tensors: Iterable[Tensor]) -> Any:
     """The tree with these tensors in the places of its own."""
     new = iter(tensors)
     filled = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

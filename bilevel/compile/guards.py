@@ -307,7 +307,10 @@ class Guard:
         return "a module, parameter or buffer"
 
     def _flags(self) -> list[Any]:
-        return [(p.requires_grad, *(p._backward_hooks or ())) for p in self._parameters]
+        return [
+            (p.requires_grad, *(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ()))
+            for p in self._parameters
+        ]
 
     def _training(self) -> list[bool]:
         return [module.training for module in self._modules]

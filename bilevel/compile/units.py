@@ -10,6 +10,7 @@ called later, maybe often: what does not depend on the moving arguments is compu
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, final
 
@@ -78,6 +79,20 @@ class UnitRunner(ABC):
         """
 
     @abstractmethod
+    def ready(self, tree: Any) -> Any:
+        """A tree that is an argument more than once, to be given in its place."""
+
+    @abstractmethod
+    def prepared(
+        self, context: Callable[[], AbstractContextManager[Any]]
+    ) -> AbstractContextManager[Any]:
+        """What to enter around a hypergradient.
+
+        Args:
+            context: what pieces of work that run as they are need around them.
+        """
+
+    @abstractmethod
     def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
         """What a function found, kept as long as the graphs are good."""
 
@@ -86,15 +101,22 @@ class UnitRunner(ABC):
 class EagerStage(Stage):
     """A stage as it is."""
 
-    def __init__(self, early: Any, rest: Rest) -> None:
+    def __init__(
+        self,
+        early: Any,
+        rest: Rest,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.early = early
         self._rest = rest
+        self._context = context
 
     def __call__(self, *moving: Any) -> Any:
-        return self._rest(*moving)
+        with self._context():
+            return self._rest(*moving)
 
     def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(step, self._rest)
+        return partial(step, self)
 
 
 @final
@@ -114,6 +136,14 @@ class EagerUnits(UnitRunner):
         like: Sequence[Any],
     ) -> Stage:
         return EagerStage(*function(*fixed))
+
+    def ready(self, tree: Any) -> Any:
+        return tree
+
+    def prepared(
+        self, context: Callable[[], AbstractContextManager[Any]]
+    ) -> AbstractContextManager[Any]:
+        return context()
 
     def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
         return function()

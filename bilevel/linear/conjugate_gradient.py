@@ -87,32 +87,36 @@ class ConjugateGradient(LinearSolver):
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
         refuse_no_system(operator, rhs)
-        rhs, unit = in_own_units(rhs)
-        whole = damped(operator, self.damping)
-        w, r, products = initial(whole, rhs, guess if self.warm_start else None, unit)
-        scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
-        r = r / scale
+        s = scalars_for(operator, rhs)
         goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)
+        key = type(self), self.damping, self.preconditioner, goal
+        warm = self.warm_start and guess is not None and guess.shape == rhs.shape
+        given = (rhs, guess) if warm else (rhs,)
+        begin = iterated(operator, ("begin", key), partial(self._begin, s, goal))
+        finish = iterated(operator, ("finish", key), partial(self._finish, s))
+        unit, rhs, scale, *state, done = begin(*given)
+        here = _Place(*state)
+        w, r, products = here.w, here.r, len(given) - 1
         steps, last, kept = 0, math.inf, None
+        advance = iterated(operator, ("step", key), partial(self._step, s, goal))
         while True:
-            walk = self._walk(operator, w, r, scale, goal, self.max_steps - steps)
-            steps += walk.steps
-            products += walk.steps
-            w = walk.value
-            if walk.steps:  # else the residual at the start is the true one already
-                r = (rhs - whole(w)) / scale
+            here, walked = self._walk(advance, here, s.of(scale), done, self.max_steps - steps)
+            steps += walked
+            products += walked
+            if walked:  # else the residual at the start is the true one already
+                w, r = finish(rhs, scale, here.w, here.best, here.flat)
                 products += 1
             residual = torch.linalg.vector_norm(r)
             # the one wait for the device at the end
-            s = walk.scalars
-            size, negative, flat = s.read(s.of(residual), walk.negative, walk.flat)
+            size, negative, flat = s.read(s.of(residual), here.negative, here.flat)
             if kept is not None and size > last:  # a restart that made it worse
                 w, residual = kept
             result = self._result(min(size, last) if size == size else size, goal, negative, flat)
-            helps = math.isfinite(size) and size < last / 2 and walk.steps > 0
+            helps = math.isfinite(size) and size < last / 2 and walked > 0
             if result is not Result.NOT_CONVERGED or steps >= self.max_steps or not helps:
                 return LinearSolution(unit * w, result, residual, products, bool(negative))
             last, kept = size, (w, residual)
+            here, done = self._place(s, goal, w, r)
 
     def _result(self, size: float, goal: float, negative: float, flat: float) -> Result:
         if not math.isfinite(size):
@@ -126,28 +130,49 @@ class ConjugateGradient(LinearSolver):
         return Result.SUCCESS if self.rtol is None else Result.NOT_CONVERGED
 
     def _walk(
-        self, operator: Operator, w: Tensor, r: Tensor, scale: Tensor, goal: float, most: int
-    ) -> "_Walk":
-        """Steps from the iterate w with residual r, relative to `scale`."""
-        s = scalars_for(operator, r)
-        eps = torch.finfo(r.dtype).eps  # below it, the recursion says nothing about the residual
-        z = r if self.preconditioner is None else self.preconditioner(r)
-        rz, unit = s.of(torch.dot(r, z)), s.of(scale)
-        length = self._length(s, r, rz)
-        no = s.false(length)
-        here = _Place(w, r, z, rz, length, w, length, s.zero(length), no, no)
-        done = (length <= s.constant(max(goal, eps))) | ~s.finite(length)
-        key = type(self), self.damping, self.preconditioner, goal
-        advance = iterated(operator, key, partial(self._step, s, goal))
+        self, advance: Callable[..., Any], here: "_Place", scale: Number, done: Number, most: int
+    ) -> "tuple[_Place, int]":
+        """Steps of the recursion until it is done."""
         steps = 0
         while steps < most:
             if steps % self.check_every == 0 and bool(done):  # waits for the device
                 break
             steps += 1
-            *now, done = advance(unit, *here)
+            *now, done = advance(scale, *here)
             here = _Place(*now)
+        return here, steps
+
+    def _begin(
+        self, s: Scalars, goal: float, operator: Operator, rhs: Tensor, guess: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """The right-hand side in its own units, and the recursion at its start."""
+        rhs, unit = in_own_units(rhs)
+        w, r, _ = initial(damped(operator, self.damping), rhs, guess, unit)
+        scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
+        here, done = self._place(s, goal, w, r / scale)
+        return unit, rhs, scale, *here, done
+
+    def _place(self, s: Scalars, goal: float, w: Tensor, r: Tensor) -> "tuple[_Place, Number]":
+        """The recursion at the iterate w with residual r, and whether there is nothing to do."""
+        z = r if self.preconditioner is None else self.preconditioner(r)
+        rz = s.of(torch.dot(r, z))
+        length = self._length(s, r, rz)
+        no = s.false(length)
+        here = _Place(w, r, z, rz, length, w, length, s.zero(length), no, no)
+        return here, (length <= self._enough(s, goal, r)) | ~s.finite(length)
+
+    def _finish(
+        self, s: Scalars, operator: Operator, rhs: Tensor, scale: Tensor, *found: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The iterate that counts, of the last and the best one, and its true residual."""
+        w, best, flat = found
         # before a flat direction shows, nearly flat ones have made the iterate large
-        return _Walk(s.pick(here.flat, here.best, here.w), steps, here.negative, here.flat, s)
+        w = s.pick(flat, best, w)
+        return w, (rhs - damped(operator, self.damping)(w)) / scale
+
+    def _enough(self, s: Scalars, goal: float, r: Tensor) -> Any:
+        """The residual at which to stop: below rounding the recursion says nothing about it."""
+        return s.constant(max(goal, torch.finfo(r.dtype).eps))
 
     def _length(self, s: Scalars, r: Tensor, rz: Number) -> Number:
         """The norm of r; without a preconditioner, rz is its square."""
@@ -160,7 +185,7 @@ class ConjugateGradient(LinearSolver):
         here = _Place(*place)
         w, r, p = here.w, here.r, here.p
         eps = torch.finfo(r.dtype).eps
-        enough = s.constant(max(goal, eps))
+        enough = self._enough(s, goal, r)
         Ap = operator(p) + self.damping * p if self.damping else operator(p)
         curvature, pp = s.of(torch.dot(p, Ap)), s.of(torch.dot(p, p))
         stretched = s.of(torch.dot(Ap, Ap))
@@ -201,17 +226,6 @@ class _Place(NamedTuple):
     reach: Number  # squared, of the largest |A p| / |p|: at most |A|
     negative: Number
     flat: Number
-
-
-@final
-class _Walk(NamedTuple):
-    """Where steps of the recursion led, and what kind of direction ended it."""
-
-    value: Tensor
-    steps: int
-    negative: Number
-    flat: Number
-    scalars: Scalars
 
 
 def _judge(

@@ -206,6 +206,12 @@ class Solver(ABC):
         """The context `hypergradient` runs in; solvers of second order check the problem here."""
         return nullcontext()
 
+    def bound(
+        self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], seed: int
+    ) -> Oracles:
+        """The problem bound to the batches of one hypergradient."""
+        return Oracles(problem, upper_batch, lower_batches, seed=seed)
+
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         """Refuse, before the first step, what this solver cannot do.
 
@@ -272,7 +278,7 @@ class Solver(ABC):
             TypeError: if an argument is of the wrong kind (`lower_batches` must be a list).
         """
         flag("throw", throw)
-        oracles = Oracles(problem, upper_batch, lower_batches, seed=whole("seed", seed, *SEEDS))
+        oracles = self.bound(problem, upper_batch, lower_batches, whole("seed", seed, *SEEDS))
         refuse_no_list(lower_batches, upper_batch)
         if not len(lower_batches) and self.num_lower_batches():
             raise ValueError(
@@ -317,17 +323,15 @@ class Solver(ABC):
             name: by_lower[shared[name]] if name in shared else by_upper[name]
             for name in oracles.names
         }
-        product, grad = ResponseProduct({}), direct
-        if response.vjp is not None:
-            product = response.vjp(by_lower)
-            grad = {name: g + product.product.get(name, 0) for name, g in direct.items()}
+        product = ResponseProduct({}) if response.vjp is None else response.vjp(by_lower)
+        grad, direct_norm, response_norm = oracles.units.call("sum", _sum, direct, product.product)
         return Hypergradient(
             value=evaluation.loss,
             grad=grad,
             result=product.result,
             stats=Stats(
-                direct_norm=norm(direct),
-                response_norm=norm(product.product),
+                direct_norm=direct_norm,
+                response_norm=response_norm,
                 lower_residual=response.lower_residual,
                 linear_residual=product.linear_residual,
                 negative_curvature=product.negative_curvature,
@@ -338,6 +342,12 @@ class Solver(ABC):
             logs=evaluation.logs,
             buffers=evaluation.buffers,
         )
+
+
+def _sum(direct: Tree, response: Tree) -> tuple[Tree, Tensor, Tensor]:
+    """The sum of the two terms, and their norms."""
+    total = {name: g + response[name] if name in response else g for name, g in direct.items()}
+    return total, norm(direct), norm(response)
 
 
 def _unreached(

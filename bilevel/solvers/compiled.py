@@ -1,8 +1,9 @@
 """`Compiled`: a solver whose pieces of work run as compiled graphs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -11,9 +12,10 @@ from bilevel.arguments import explained_settings
 from bilevel.choices import HOWS, How, how_made
 from bilevel.compile import CompiledUnits
 from bilevel.compile.cuda_graph import Capture, Recorder
+from bilevel.losses.slots import Slots
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
-from bilevel.problem import Problem
+from bilevel.problem import Problem, refuse_no_problem
 from bilevel.refusals import one_of
 from bilevel.solvers.base import Response, Solver, UnrolledSteps
 from bilevel.solvers.given import given_solver
@@ -74,13 +76,26 @@ class Compiled(Solver):
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         return self.solver.respond(oracles, state, lower_optimizer)
 
+    def bound(
+        self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], seed: int
+    ) -> Oracles:
+        refuse_no_problem(problem)
+        units = self._of(problem)
+        units.begin()
+        slots = units.once("slots", partial(Slots, problem))
+        oracles = Oracles(problem, upper_batch, lower_batches, seed=seed, slots=slots)
+        oracles.units = units
+        return oracles
+
     @contextlib.contextmanager
     def context(self, oracles: Oracles) -> Iterator[None]:
-        with self.solver.context(oracles):
-            units = self._of(oracles.problem)
+        units = self._of(oracles.problem)
+        if oracles.units is not units:
             units.begin()
             oracles.units = units
+        with self.solver.context(oracles):
             yield
+        units.end()
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         self.solver.check(oracles, lower_optimizer)

@@ -24,7 +24,7 @@ from bilevel.linear.base import Operator, in_own_units, outcome, relative
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, ResponseProduct, Solver
-from bilevel.tree import Tree, norm
+from bilevel.tree import Tree
 
 LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -120,7 +120,7 @@ class Implicit(Solver):
                 state=solution.value if solver.warm_start else None,
             )
 
-        return Response(lower, vjp, lower_residual=norm([linear.gradient]))
+        return Response(lower, vjp, lower_residual=linear.residual)
 
     def _solver(self) -> LinearSolver:
         given = self.linear_solver

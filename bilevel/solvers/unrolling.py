@@ -40,6 +40,7 @@ class Unrolling:
         self.running = running
         self.upper = oracles.upper
         self.one_batch = len(oracles.lower_batches) == 1
+        self._ready: tuple[Any, Any] | None = None
         self.used: set[str] = (
             set()
         )  # variables that the lower loss uses; the optimizer skips others
@@ -228,8 +229,7 @@ class Unrolling:
             return piece(self._at(t, batch, upper, held), *given)
 
         key = name, *self._key()
-        fixed = self._batch(t), self.upper, self._held
-        return self.oracles.units.call(key, function, *fixed, *arguments)
+        return self.oracles.units.call(key, function, *self._fixed(t), *arguments)
 
     def _stage(self, t: int, points: list[Tensor], state: Any) -> Stage:
         """A step of which the adjoint is the rest."""
@@ -237,21 +237,27 @@ class Unrolling:
         def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:
             return self._at(t, batch, upper, held)._differentiable(*given)
 
-        fixed = self._batch(t), self.upper, self._held, points, state
+        fixed = *self._fixed(t), points, state
         like = points, moments_of(state), list(self.upper.values())
         return self.oracles.units.stage(("stage", *self._key()), function, fixed, like)
 
     def _key(self) -> tuple[Any, ...]:
         return self.settings, self.twin.key(), self.oracles.precision
 
-    def _batch(self, t: int) -> Any:
-        return self.oracles.lower_batches[0 if self.one_batch else t]
+    def _fixed(self, t: int) -> tuple[Any, Any, Any]:
+        """What a step reads besides points and state: its batch, x, and what the twin holds."""
+        if self._ready is None:
+            ready = self.oracles.units.ready
+            self._ready = ready(self.upper), ready(self._held)
+            self._batches = [ready(batch) for batch in self.oracles.lower_batches]
+        return self._batches[0 if self.one_batch else t], *self._ready
 
     def _at(self, t: int, batch: Any, upper: Tree, held: Any) -> "Unrolling":
         """The same at step t, with these tensors in the places of its own."""
         other = copy.copy(self)
         other.oracles = self.oracles.on(None, [batch], 0 if self.one_batch else t)
         other.upper, other.twin, other.one_batch = leaves(upper), self.twin.holding(held), True
+        other._ready = None
         return other
 
     def product(self, product: list[Tensor]) -> ResponseProduct:
