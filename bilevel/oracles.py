@@ -274,7 +274,8 @@ class Oracles:
             return evaluation.loss.detach(), evaluation.logs, evaluation.buffers, grads
 
         key = "upper", tuple(wanted), self.precision
-        loss, logs, buffers, grads = self.units.call(key, piece, self.upper_batch, upper, lower)
+        given = map(self.units.ready, (self.upper_batch, upper, lower))
+        loss, logs, buffers, grads = self.units.call(key, piece, *given)
         return Evaluation(loss, logs, buffers), grads
 
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
@@ -286,13 +287,13 @@ class Oracles:
             return self._linearization(upper, lower)
         layout = Layout(list(lower.values()))
 
-        def piece(batches: list[Any], upper: Tree, lower: Tree) -> tuple[Tensor, Any]:
+        def piece(batches: list[Any], upper: Tree, lower: Tree) -> tuple[Any, Any]:
             found = self.on(None, batches)._linearization(leaves(upper), leaves(lower))
             early = found.gradient, found.residual
             return early, lambda vector: (found.hessian(vector), found.cross(vector))
 
         like = layout.ravel([y.detach() for y in lower.values()])
-        fixed = list(self.lower_batches), upper, lower
+        fixed = [*map(self.units.ready, (list(self.lower_batches), upper, lower))]
         stage = self.units.stage(("lower", self.precision), piece, fixed, [like])
         gradient, residual = stage.early
         hessian = CompiledHessian(stage, gradient)

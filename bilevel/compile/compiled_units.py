@@ -126,7 +126,7 @@ class CompiledUnits(UnitRunner):
         return facts[key]
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-        given = [*map(_prepared, arguments)]
+        given: list[_Prepared] = [*arguments]
         unit = self._unit(key, given, partial(self._whole, key, function))
         if unit is None:
             with self._context():
@@ -137,7 +137,7 @@ class CompiledUnits(UnitRunner):
         return _filled(unit.answer, unit.structure, new)
 
     def ready(self, tree: Any) -> Any:
-        return _prepared(tree)
+        return _Prepared(tree)
 
     def stage(
         self,
@@ -146,7 +146,7 @@ class CompiledUnits(UnitRunner):
         fixed: Sequence[Any],
         like: Sequence[Any],
     ) -> Stage:
-        given = [*map(_prepared, fixed)]
+        given: list[_Prepared] = [*fixed]
         unit = self._unit(key, given, partial(self._halves, key, function, tuple(like)))
         if unit is None:
             self._graphs.settled = False
@@ -348,10 +348,6 @@ class _Prepared:
             kinds = [signature(x) if isinstance(x, Tensor) else constant(x) for x in self.leaves]
             self._kinds = self.structure, *kinds
         return self._kinds
-
-
-def _prepared(tree: Any) -> _Prepared:
-    return tree if type(tree) is _Prepared else _Prepared(tree)
 
 
 def _trees(parts: Sequence[_Prepared], tensors: Sequence[Tensor]) -> list[Any]:

@@ -212,14 +212,19 @@ def direct(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., A
     and it takes longer than a small graph. It is left out where the graph's own answers are the same.
     """
     inner: Any = inspect.unwrap(run)
-    if inner is run:
+    if not hasattr(run, "__wrapped__"):
         return run
     try:
         ours, theirs = inner(list(inputs)), run(*inputs)
     except Exception:  # another kind of wrapper
         return run
-    same = len(ours) == len(theirs) and all(map(_alike, ours, theirs))
-    return (lambda *tensors: inner([*tensors])) if same else run
+    if len(ours) != len(theirs) or not all(map(_alike, ours, theirs)):
+        return run
+
+    def call(*tensors: Tensor) -> Any:
+        return inner([*tensors])
+
+    return call
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

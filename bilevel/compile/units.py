@@ -58,7 +58,7 @@ class UnitRunner(ABC):
             key: what tells this function from others; it holds all that the function depends on
                 besides the arguments and the problem.
             function: a function of trees of tensors.
-            arguments: trees.
+            arguments: trees, as `ready` returns them.
         """
 
     @abstractmethod
@@ -74,13 +74,13 @@ class UnitRunner(ABC):
         Args:
             key: as in `call`.
             function: a function of trees of tensors.
-            fixed: its arguments.
+            fixed: its arguments, as `ready` returns them.
             like: tensors of the kinds that the rest will be called with.
         """
 
     @abstractmethod
     def ready(self, tree: Any) -> Any:
-        """A tree that is an argument more than once, to be given in its place."""
+        """A tree as `call` and `stage` take it: what it is made of is found once."""
 
     @abstractmethod
     def prepared(

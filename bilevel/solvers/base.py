@@ -324,7 +324,9 @@ class Solver(ABC):
             for name in oracles.names
         }
         product = ResponseProduct({}) if response.vjp is None else response.vjp(by_lower)
-        grad, direct_norm, response_norm = oracles.units.call("sum", _sum, direct, product.product)
+        grad, direct_norm, response_norm = oracles.units.call(
+            "sum", _sum, *map(oracles.units.ready, (direct, product.product))
+        )
         return Hypergradient(
             value=evaluation.loss,
             grad=grad,

@@ -229,7 +229,8 @@ class Unrolling:
             return piece(self._at(t, batch, upper, held), *given)
 
         key = name, *self._key()
-        return self.oracles.units.call(key, function, *self._fixed(t), *arguments)
+        more = map(self.oracles.units.ready, arguments)
+        return self.oracles.units.call(key, function, *self._fixed(t), *more)
 
     def _stage(self, t: int, points: list[Tensor], state: Any) -> Stage:
         """A step of which the adjoint is the rest."""
@@ -237,7 +238,8 @@ class Unrolling:
         def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:
             return self._at(t, batch, upper, held)._differentiable(*given)
 
-        fixed = *self._fixed(t), points, state
+        ready = self.oracles.units.ready
+        fixed = *self._fixed(t), ready(points), ready(state)
         like = points, moments_of(state), list(self.upper.values())
         return self.oracles.units.stage(("stage", *self._key()), function, fixed, like)
 
