@@ -62,7 +62,8 @@ def compare(
         lower_batches: batches of the lower loss.
         against: "solution" - the lower solution, by `problem.best_response` where it has one, by
             L-BFGS and Newton steps otherwise (default); "procedure" - the end of `lower_steps` steps
-            of `lower_optimizer` from the current lower variables (default with `lower_steps`).
+            of `lower_optimizer` from the current lower variables (default with `lower_steps`). Solving
+            the lower level of a network takes minutes, replaying some steps takes seconds.
         lower_steps: how many steps to replay.
         solve_first: with "solution", put the lower variables at the solution before asking the
             solvers, so that no answer is blamed for a lower level that was not solved.
