@@ -15,7 +15,7 @@ import argparse
 from typing import Any
 
 from benchmarks.images import draw, load
-from benchmarks.measuring.bounded import first_call
+from benchmarks.measuring.bounded import NotDoneError, bounded
 from benchmarks.measuring.records import append, command
 from benchmarks.measuring.turns import waiting_for
 from bilevel.choices import HOWS, how_made
@@ -25,24 +25,29 @@ from bilevel.methods.presets import PRESETS
 EAGER = "eager"
 
 
-def probed(images: Images, options: argparse.Namespace) -> dict[str, float | str]:
+def probed(options: argparse.Namespace) -> dict[str, float | str]:
     """Milliseconds of a step for each way to make graphs, or why there are none."""
-    return {how: _probed(images, options, how) for how in (EAGER, *HOWS)}
+    found: dict[str, float | str] = {}
+    for how in (EAGER, *HOWS):
+        try:
+            found[how] = bounded(pace_of, options, how, seconds=options.compile_seconds)
+        except NotDoneError as error:
+            found[how] = str(error)
+    return found
 
 
-def _probed(images: Images, options: argparse.Namespace, how: str) -> float | str:
+def pace_of(options: argparse.Namespace, how: str) -> float:
+    """Milliseconds of a step."""
     marks: list[float] = []
     clock = waiting_for(options.device)
-    model = PRESETS[options.preset].build(seed=0).to(options.device)
-    settings = settings_of(options, num_steps=options.probe + 2, compile=how != EAGER and how)
-    first = first_call(
-        lambda: model.fit(
-            images.train, callbacks=[lambda _: marks.append(clock())], progress=False, **settings
-        ),
-        options.compile_seconds,
+    preset = PRESETS[options.preset]
+    preset.build(seed=0).to(options.device).fit(
+        load(options.data or preset.data, preset).train,
+        callbacks=[lambda _: marks.append(clock())],
+        progress=False,
+        **settings_of(options, num_steps=options.probe + 2, compile=how != EAGER and how),
     )
-    # without the first step and the time before it
-    return first.why_not or 1e3 * (marks[-1] - marks[1]) / options.probe
+    return 1e3 * (marks[-1] - marks[1]) / options.probe  # without the first step and before
 
 
 def settings_of(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def settings_of(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 def measured(images: Images, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a while; the record's content."""
-    probe = probed(images, options) if options.probe else {}
+    probe = probed(options) if options.probe else {}
     times = {how: ms for how, ms in probe.items() if isinstance(ms, float)}
     if times:
         best = min(times, key=times.__getitem__)

@@ -1,7 +1,7 @@
 """The benchmarks hold together: tables are those of the records, and rivals compute what we compute."""
 
-import contextlib
 import importlib.util
+import math
 import re
 import time
 import warnings
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.cases.learners import ENTRIES, Entry
 from benchmarks.learner_speed import loop, same
-from benchmarks.measuring.bounded import first_call
+from benchmarks.measuring.bounded import NotDoneError, bounded
 from benchmarks.measuring.records import RESULTS, append, newest, read
 from benchmarks.measuring.turns import in_turns
 from benchmarks.pages.images import image_speed_table
@@ -74,20 +74,15 @@ def test_competitors_take_turns() -> None:
     assert taken == {"a": [1.0, 1.0], "b": [0.5, 0.5]}
 
 
-def test_a_first_call_is_bounded_and_says_what_kept_it_from_being_done() -> None:
-    def falls_back() -> None:
-        words = "the step is not recorded and runs as without `compile`: x"
-        warnings.warn(words, RuntimeWarning, stacklevel=1)
-
-    def swallows() -> None:  # as a step does with the failures of its compiler
-        with contextlib.suppress(Exception):
-            time.sleep(5)
-
-    assert first_call(lambda: None, 5).why_not is None
-    assert "not recorded" in str(first_call(falls_back, 5).why_not)
-    late = first_call(swallows, 0.05)
-    assert late.why_not == "not done within 0 s"
-    assert late.seconds < 2
+def test_work_is_bounded_and_says_what_kept_it_from_being_done() -> None:
+    assert bounded(math.sqrt, 4.0, seconds=60) == 2.0
+    with pytest.raises(NotDoneError, match="not done within 1 s"):
+        bounded(time.sleep, 60, seconds=1)
+    with pytest.raises(NotDoneError, match="ValueError: "):
+        bounded(math.sqrt, -1.0, seconds=60)
+    words = "the step is not recorded and runs as without `compile`: x"
+    with pytest.raises(NotDoneError, match="RuntimeWarning: the step is not recorded"):
+        bounded(warnings.warn, words, RuntimeWarning, seconds=60)
 
 
 def test_the_pages_of_steps_say_what_was_not_timed_and_whether_the_goal_is_met(

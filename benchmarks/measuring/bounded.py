@@ -1,59 +1,52 @@
-"""The first call of something that may take for ever, or may not do what it is named after."""
+"""Work that may take for ever, in a process of its own that can be ended."""
 
-import contextlib
-import signal
-import time
+import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, final
 
 
 @final
-class LateError(BaseException):
-    """The time is over; not an `Exception`, which the code that is called may take for its own."""
+class NotDoneError(RuntimeError):
+    """What was asked for was not done; the message says why."""
 
 
-@final
-@dataclass(frozen=True)
-class First:
-    """How a first call went.
+def bounded(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+    """What the function returns, computed in a new process.
 
-    Attributes:
-        seconds: what it took.
-        why_not: what kept it from being done, `None` if it is done.
+    Args:
+        function: a function of a module.
+        arguments: plain values.
+        seconds: most time it may take; then it is ended.
+
+    Raises:
+        NotDoneError: if it takes longer, fails, or warns that steps run as without `compile`.
     """
-
-    seconds: float
-    why_not: str | None = None
-
-
-@contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise `LateError` in what runs inside when the time is over; where Python can, so maybe later."""
-
-    def late(*_: Any) -> None:
-        raise LateError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sending, function, arguments))
+    process.start()
+    sending.close()
     try:
-        yield
+        if not receiving.poll(seconds):
+            raise NotDoneError(f"not done within {seconds:.0f} s")
+        done, answer = receiving.recv()
+    except EOFError:
+        raise NotDoneError("the process ended") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        process.terminate()
+        process.join()
+    if not done:
+        raise NotDoneError(answer)
+    return answer
 
 
-def first_call(run: Callable[[], Any], seconds: float) -> First:
-    """Call once; a warning that steps run as without `compile` means that it is not done."""
-    start = time.perf_counter()
+def _send(sending: Connection, function: Callable[..., Any], arguments: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", r".*as without `compile`", RuntimeWarning)
         try:
-            with at_most(seconds):
-                run()
-        except LateError:
-            return First(time.perf_counter() - start, f"not done within {seconds:.0f} s")
-        except RuntimeWarning as warning:
-            return First(time.perf_counter() - start, str(warning))
-    return First(time.perf_counter() - start)
+            answer = True, function(*arguments)
+        except Exception as error:
+            answer = False, f"{type(error).__name__}: {error}"
+    sending.send(answer)

@@ -22,8 +22,9 @@ def _speed(record: Record) -> str:
         ("speed-up", "{speedup:.2f}"),
         ("TFLOP/s", "{rate:.3g}"),
     ]
-    if all("first" in n for n in numbers):
-        columns.append(("first step, s", "{first:.1f}"))
+    if any(n.get("first") for n in numbers):
+        columns.append(("first step, s", "{start}"))
+        numbers = [{**n, "start": f"{n['first']:.0f}" if n.get("first") else ""} for n in numbers]
     if peak:
         columns.append(("of peak", "{share:.0%}"))
         numbers = [{**n, "share": n["rate"] / peak} for n in numbers]
