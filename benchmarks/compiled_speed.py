@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
         with jax_worker(options.jax, dtype) as worker:
             for name in options.only:
                 s = setting(name, getattr(torch, dtype))
-                rounds = 5 if options.quick else 9 if name == "middle" else 25
+                rounds = 5 if options.quick or name == "middle" else 15
                 for kind in KINDS:
                     keep(compare(s, kind, dtype, worker, rounds))
     if "small" in options.only:
