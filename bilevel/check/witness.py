@@ -27,6 +27,8 @@ FAILS = (
     RuntimeError,
     NotImplementedError,
     ArithmeticError,
+    AttributeError,
+    LookupError,
     HypergradientError,
 )
 

@@ -73,16 +73,17 @@ class Certifier:
         self.certificate: Certificate | None = None
         self.seconds = 0.0
 
-    def witness(self, upper_batch: Any, lower_batches: Sequence[Any], seed: int) -> Witness | None:
-        """A copy of the problem as it is before the upper step, if this step is due."""
+    def due(self) -> bool:
+        """Whether the hypergradient that comes is looked at."""
         self.certificate = None
-        if (self._state.step + 1) % self._every:
-            return None
+        return (self._state.step + 1) % self._every == 0
+
+    def witness(self, upper_batch: Any, lower_batches: Sequence[Any], seed: int) -> Witness:
+        """A copy of the problem as it is before the upper step."""
         begun = time.perf_counter()
         precision = self._settings.precision
-        batches = list(lower_batches) or [upper_batch]
         problem = self._state.problem
-        oracles = Oracles(problem, upper_batch, batches, seed=seed, precision=precision)
+        oracles = Oracles(problem, upper_batch, lower_batches, seed=seed, precision=precision)
         witness = Witness(oracles, self._solver, self._optimizers, self._truth)
         self.seconds += time.perf_counter() - begun
         return witness

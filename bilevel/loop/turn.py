@@ -63,6 +63,7 @@ class Turn:
         self._steps = TurnSteps(state, solver, settings)
         self._one_source = "upper_data" not in state.sources
         self._remarked = False
+        self._moved_on: Any = None  # the newest lower batch
         self._device = state.problem.device
 
     @property
@@ -163,7 +164,8 @@ class Turn:
 
     def _lower_batch(self, step: int) -> Any:
         batch = self._batch if self._one_source else self._next_lower()
-        return self.state.problem.draw_lower(batch, self.state.generator, step)
+        self._moved_on = self.state.problem.draw_lower(batch, self.state.generator, step)
+        return self._moved_on
 
     def _next_lower(self) -> Any:
         return self._ahead.pop() if self._ahead else self._draw("data")
@@ -214,9 +216,18 @@ class Turn:
 
     def _witness(self, batch: Any, lower_batches: list[Any]) -> Witness | None:
         """The problem as it is now, if the hypergradient that comes is looked at."""
-        if self.certifier is None:
+        if self.certifier is None or not self.certifier.due():
             return None
+        if not self._solver.num_lower_batches():
+            lower_batches = [self._own(self._aside())]
         return self.certifier.witness(batch, lower_batches, self._steps.coming_seed)
+
+    def _aside(self) -> Any:
+        """A lower batch of this turn that nothing notices: for a certificate of a solver without."""
+        if not self._one_source:
+            return self._moved_on
+        problem, generator = self.state.problem, self.state.generator.clone_state()
+        return problem.draw_lower(self._batch, generator, 0)
 
     def _certify(self, witness: Witness | None, hypergradient: Hypergradient) -> None:
         if self.certifier is not None and witness is not None:

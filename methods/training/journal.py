@@ -71,7 +71,8 @@ class Journal:
         looked = self.logged.due(step.number, ended=ended)
         side = _copy(self.model, step) if asked or looked else None
         measured = None if side is None or asked is None else _measured(side, step, asked)
-        due = ended or step.number % self.training.log_every == 0
+        certified = step.certificate is not None
+        due = ended or certified or step.number % self.training.log_every == 0
         line = record(step) if due else None
         if self.folder is not None:
             self._to_disk(self.folder, step, line, measured, ended)

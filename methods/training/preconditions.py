@@ -21,6 +21,7 @@ _FREE = (
     "max_seconds",
     "evaluate_every",
     "best",
+    "certify_every",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

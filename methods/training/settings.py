@@ -83,6 +83,12 @@ class Training(BaseModel):
         description="number of the evaluations that the best model is kept by: a name, or one after "
         "'highest ' or 'lowest ' (default: frechet, else rmse, else the first that is known)",
     )
+    certify_every: int | None = Field(
+        None,
+        gt=0,
+        description="steps between two certificates of the hypergradient, which take time and change "
+        "nothing",
+    )
     log_every: int = Field(50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int = Field(500, gt=0, description="steps between two checkpoints")
     keep_checkpoints: int = Field(1, gt=0, description="newest checkpoints kept on disk")

@@ -65,11 +65,19 @@ def training_steps(
         seed=training.seed,
         resume=resume,
         check_every=check_every,
+        certify_every=training.certify_every,
+        certify_steps=_replayed(training, solver) if two_levels else None,
         throw=False,
         compile=training.compile,
         precision=_PRECISIONS[training.precision],
         ema=training.ema,
     )
+
+
+def _replayed(training: Training, solver: Solver) -> int | None:
+    """Lower steps that a certificate replays: a turn's, where the solver itself says nothing of them."""
+    looked = training.certify_every is not None and solver.drops_response
+    return max(training.lower_steps, 1) if looked else None
 
 
 def _schedulers(
