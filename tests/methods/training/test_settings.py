@@ -37,6 +37,7 @@ VALUES = {
     "sync_batch_norm": st.booleans(),
     "evaluate_every": st.none() | st.integers(1, 1000),
     "best": st.none() | st.sampled_from(["frechet", "highest x"]),
+    "certify_every": st.none() | st.integers(1, 1000),
     "log_every": st.integers(1, 1000),
     "checkpoint_every": st.integers(1, 1000),
     "keep_checkpoints": st.integers(1, 100),
