@@ -80,6 +80,18 @@ class Problem(nn.Module, ABC):
         """
         return data
 
+    def begin_draw(self, data: Any, generator: torch.Generator) -> Any:
+        """What `draw` takes from the generator, for `finish_draw`; `None` if `draw` is one piece.
+
+        A `draw` that computes a lot can be cut in two. It is then `finish_draw(begin_draw(...))`, and a
+        compiled run of a problem with a single level has the second part in the graph of its step.
+        """
+        return None
+
+    def finish_draw(self, begun: Any) -> Any:
+        """The batch; deterministic, without gradients. It may write to buffers in place."""
+        return begun
+
     def share(self, batch: Any) -> Any:
         """The batch together with what both losses compute alike; the default adds nothing.
 
@@ -126,6 +138,12 @@ class Problem(nn.Module, ABC):
     def draws_every_lower_step(self) -> bool:
         """Whether the lower steps of a turn see different batches."""
         return type(self).draw_lower is not Problem.draw_lower
+
+    @final
+    @property
+    def draws_in_parts(self) -> bool:
+        """Whether `draw` is cut in two, and not replaced on this object."""
+        return type(self).begin_draw is not Problem.begin_draw and "draw" not in vars(self)
 
     @final
     @property

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
-from bilevel.methods.machines.base import check_dim, coin_flips
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.machines.chance import coin_flips
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
-from bilevel.methods.machines.base import check_dim, coin_flips
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.machines.chance import coin_flips
 from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.networks.units import Change

@@ -17,22 +17,23 @@ base rate; a Gaussian visible keeps its bias and scale. At $\beta = 0$ all units
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.cards import plural, whereabouts
 from bilevel.methods.data.visibles import Visibles
+from bilevel.methods.machines.chance import Chance, Drawn, coin_flips
 from bilevel.methods.machines.enumeration import MAX_UNITS, log_sum_over_states
 from bilevel.methods.machines.neighbours import Neighbours
 from bilevel.methods.networks.units import Change
-from bilevel.refusals import a_generator, a_tensor
+from bilevel.refusals import a_tensor
 
 MEAN_FIELD_SWEEPS = 10
 """Updates of each hidden layer by `mean_field`."""
 
-VisibleDraw = Callable[[Tensor], Tensor]
+VisibleDraw = Callable[[Tensor, Chance], Tensor]
 
 
 class BoltzmannMachine(nn.Module, ABC):
@@ -98,30 +99,19 @@ class BoltzmannMachine(nn.Module, ABC):
         """
 
     @abstractmethod
-    def gibbs(
+    def chain(
         self,
         h1: Tensor,
-        generator: torch.Generator,
+        chance: Chance,
         steps: int = 1,
         beta: float = 1.0,
         base: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Block Gibbs sampling, without gradients: (v, h2) given h1, then h1 given (v, h2).
+        """`gibbs`, with random numbers from anywhere."""
 
-        Args:
-            h1: first hidden layer to start at, in {0, 1}, shape (n, latent_dims[0]).
-            generator: on the model's device.
-            steps: how often both blocks are drawn.
-            beta: inverse temperature.
-            base: base-rate logits of binary visibles, shape (visible_dim,); zeros by default.
-
-        Returns:
-            v and h (all layers) as the last step left them.
-
-        Raises:
-            ValueError: for less than one step, the wrong width of h1, or Gaussian visibles with a
-                base rate.
-        """
+    @abstractmethod
+    def chances(self, n: int, generator: torch.Generator, steps: int = 1) -> list[Tensor]:
+        """The random numbers of `steps` Gibbs steps of n chains, in the order of `chain`."""
 
     @abstractmethod
     def neighbours(self, base: Tensor | None = None) -> Neighbours:
@@ -150,15 +140,12 @@ class BoltzmannMachine(nn.Module, ABC):
         """
 
     @abstractmethod
-    def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
-        """A first hidden layer to start a chain at visibles, shape (n, latent_dims[0]).
+    def first_probabilities(self, v: Tensor) -> Tensor:
+        """Those of `first_layer`, without gradients; the tensor is the caller's."""
 
-        With one hidden layer a draw from p(h|v); with two a bottom-up pass with every unit of the
-        second at 1/2, which is only a start.
-
-        Raises:
-            ValueError: if v has the wrong width.
-        """
+    @abstractmethod
+    def _visible_chances(self, n: int, generator: torch.Generator) -> Tensor:
+        """The random numbers of the visibles in one Gibbs step of n chains."""
 
     @abstractmethod
     def posterior_logits(self, v: Tensor) -> Tensor:
@@ -218,9 +205,7 @@ class BoltzmannMachine(nn.Module, ABC):
         """Log of the sum of exp(-E) over v, the terms of E with v only, shape (n,)."""
 
     @abstractmethod
-    def _visible_draw(
-        self, generator: torch.Generator, beta: float, base: Tensor | None
-    ) -> VisibleDraw:
+    def _visible_draw(self, beta: float, base: Tensor | None) -> VisibleDraw:
         """The function that draws v given h1, with all that the steps of a chain share computed."""
 
     @abstractmethod
@@ -241,6 +226,45 @@ class BoltzmannMachine(nn.Module, ABC):
             f"{type(self).__name__}({self.visible_dim} {kind} visible, {hidden} hidden; "
             f"{size} on {whereabouts(self)})"
         )
+
+    @final
+    def gibbs(
+        self,
+        h1: Tensor,
+        generator: torch.Generator,
+        steps: int = 1,
+        beta: float = 1.0,
+        base: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Block Gibbs sampling, without gradients: (v, h2) given h1, then h1 given (v, h2).
+
+        Args:
+            h1: first hidden layer to start at, in {0, 1}, shape (n, latent_dims[0]).
+            generator: on the model's device.
+            steps: how often both blocks are drawn.
+            beta: inverse temperature.
+            base: base-rate logits of binary visibles, shape (visible_dim,); zeros by default.
+
+        Returns:
+            v and h (all layers) as the last step left them.
+
+        Raises:
+            ValueError: for less than one step, the wrong width of h1, or Gaussian visibles with a
+                base rate.
+        """
+        return self.chain(h1, Drawn(generator), steps, beta, base)
+
+    @final
+    def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
+        """A first hidden layer to start a chain at visibles, shape (n, latent_dims[0]).
+
+        With one hidden layer a draw from p(h|v); with two a bottom-up pass with every unit of the
+        second at 1/2, which is only a start.
+
+        Raises:
+            ValueError: if v has the wrong width.
+        """
+        return coin_flips(self.first_probabilities(v), generator)
 
     @property
     def visibles(self) -> Visibles:
@@ -330,15 +354,6 @@ def as_machine(module: nn.Module) -> BoltzmannMachine | None:
     return module if isinstance(module, BoltzmannMachine) else None
 
 
-def coin_flips(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Zeros and ones, one with the given probability, in the same dtype."""
-    if probabilities.is_cuda:
-        return torch.bernoulli(probabilities, generator=generator)
-    # on the CPU torch.bernoulli takes two to four times as long: most of the time of a Gibbs step
-    p = probabilities
-    return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device).lt_(p)
-
-
 def check_steps(steps: int) -> None:
     """Refuse a number of Gibbs steps below one.
 
@@ -375,18 +390,6 @@ def check_layers(latent_dims: tuple[int, int]) -> tuple[int, int]:
             f"`latent_dims` must be the sizes of two hidden layers, (n1, n2), got {latent_dims!r}"
         )
     return check_dim("latent_dims[0]", latent_dims[0]), check_dim("latent_dims[1]", latent_dims[1])
-
-
-def uniform(bound: float, *shape: int, generator: torch.Generator) -> nn.Parameter:
-    """A parameter drawn from U(-bound, bound)."""
-    unit = torch.rand(shape, generator=generator, device=generator.device)
-    return nn.Parameter(bound * (2 * unit - 1))
-
-
-def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or a fresh one: a model without one is the same every time."""
-    a_generator("generator", generator)
-    return generator if generator is not None else torch.Generator().manual_seed(0)
 
 
 def _is_transformed(v: Tensor) -> bool:

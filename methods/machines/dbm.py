@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from bilevel.arguments import explained
-from bilevel.methods.machines.base import check_dim, check_layers, seeded, uniform
+from bilevel.methods.machines.base import check_dim, check_layers
 from bilevel.methods.machines.hidden import TwoHidden
 from bilevel.methods.machines.visible import BinaryVisible, GaussianVisible
+from bilevel.methods.machines.weights import seeded, uniform
 from bilevel.refusals import flag
 
 

@@ -17,8 +17,8 @@ from bilevel.methods.machines.base import (
     BoltzmannMachine,
     check_dim,
     check_steps,
-    coin_flips,
 )
+from bilevel.methods.machines.chance import Chance, coin_flips, uniforms
 from bilevel.methods.machines.enumeration import MAX_UNITS, log_one_plus_exp, log_sum_over_states
 from bilevel.methods.machines.neighbours import Neighbours
 
@@ -54,8 +54,8 @@ class OneHidden(BoltzmannMachine):
         return self.posterior_logits(v).sigmoid_()
 
     @torch.no_grad()
-    def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
-        return coin_flips(self.posterior_logits(v).sigmoid_(), generator)
+    def first_probabilities(self, v: Tensor) -> Tensor:
+        return self.posterior_logits(v).sigmoid_()
 
     def latent_gibbs(self, v: Tensor, generator: torch.Generator, steps: int = 1) -> Tensor:
         check_steps(steps)
@@ -76,23 +76,30 @@ class OneHidden(BoltzmannMachine):
     def _log_unnormalized_rest(self, rest: Tensor) -> Tensor:
         return -self.free_energy(rest)
 
+    def chances(self, n: int, generator: torch.Generator, steps: int = 1) -> list[Tensor]:
+        found: list[Tensor] = []
+        for _ in range(steps):
+            found.append(self._visible_chances(n, generator))
+            found.append(uniforms(self.latent_bias, generator, n, self.latent_dims[0]))
+        return found
+
     @torch.no_grad()
-    def gibbs(
+    def chain(
         self,
         h1: Tensor,
-        generator: torch.Generator,
+        chance: Chance,
         steps: int = 1,
         beta: float = 1.0,
         base: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         check_steps(steps)
         self._check_first(h1)
-        visible = self._visible_draw(generator, beta, base)
+        visible = self._visible_draw(beta, base)
         c, weight = self.latent_bias, self.weight
         for _ in range(steps):
-            v = visible(h1)
+            v = visible(h1, chance)
             logits = torch.addmm(c, v, weight, beta=beta, alpha=beta)
-            h1 = coin_flips(logits.sigmoid_(), generator)
+            h1 = chance.coins(logits.sigmoid_())
         return v, h1
 
 
@@ -154,10 +161,10 @@ class TwoHidden(BoltzmannMachine):
         return torch.cat([first, second], dim=1)
 
     @torch.no_grad()
-    def first_layer(self, v: Tensor, generator: torch.Generator) -> Tensor:
+    def first_probabilities(self, v: Tensor) -> Tensor:
         self._check_visible(v)
         half = v.new_full((len(v), self.latent_dims[1]), 0.5)
-        return coin_flips(self._first_logits(v, half).sigmoid_(), generator)
+        return self._first_logits(v, half).sigmoid_()
 
     @torch.no_grad()
     def latent_gibbs(self, v: Tensor, generator: torch.Generator, steps: int = 1) -> Tensor:
@@ -192,22 +199,30 @@ class TwoHidden(BoltzmannMachine):
         gain = log_one_plus_exp(self._first_logits(v, h2)).sum(1)
         return -self._visible_energy(v, torch.addmv(gain, h2, self.latent_bias2))
 
+    def chances(self, n: int, generator: torch.Generator, steps: int = 1) -> list[Tensor]:
+        n1, n2 = self.latent_dims
+        found: list[Tensor] = []
+        for _ in range(steps):
+            found.append(self._visible_chances(n, generator))
+            found += [uniforms(self.latent_bias1, generator, n, size) for size in (n2, n1)]
+        return found
+
     @torch.no_grad()
-    def gibbs(
+    def chain(
         self,
         h1: Tensor,
-        generator: torch.Generator,
+        chance: Chance,
         steps: int = 1,
         beta: float = 1.0,
         base: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         check_steps(steps)
         self._check_first(h1)
-        visible = self._visible_draw(generator, beta, base)
+        visible = self._visible_draw(beta, base)
         for _ in range(steps):
-            v = visible(h1)
-            h2 = coin_flips(self._second_logits(h1, beta).sigmoid_(), generator)
-            h1 = coin_flips(self._first_logits(v, h2, beta).sigmoid_(), generator)
+            v = visible(h1, chance)
+            h2 = chance.coins(self._second_logits(h1, beta).sigmoid_())
+            h1 = chance.coins(self._first_logits(v, h2, beta).sigmoid_())
         return v, torch.cat([h1, h2], dim=1)
 
     def _first_logits(self, v: Tensor, h2: Tensor, beta: float = 1.0) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from bilevel.arguments import explained
-from bilevel.methods.machines.base import check_dim, seeded, uniform
+from bilevel.methods.machines.base import check_dim
 from bilevel.methods.machines.hidden import OneHidden
 from bilevel.methods.machines.visible import BinaryVisible, GaussianVisible
+from bilevel.methods.machines.weights import seeded, uniform
 from bilevel.refusals import flag
 
 

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bilevel.methods.machines.base import LOG_2, BoltzmannMachine, VisibleDraw, coin_flips
+from bilevel.methods.machines.base import LOG_2, BoltzmannMachine, VisibleDraw
+from bilevel.methods.machines.chance import Chance, normals, uniforms
 from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.machines.neighbours import Neighbours
 from bilevel.methods.networks.units import Change
@@ -47,18 +48,18 @@ class BinaryVisible(BoltzmannMachine):
     def _log_sum_visible(self, h1: Tensor, beta: float, base: Tensor | None) -> Tensor:
         return log_one_plus_exp(self._visible_logits(h1, beta, base)).sum(1)
 
-    def _visible_draw(
-        self, generator: torch.Generator, beta: float, base: Tensor | None
-    ) -> VisibleDraw:
+    def _visible_draw(self, beta: float, base: Tensor | None) -> VisibleDraw:
         b = self.visible_bias
         bias = torch.lerp(torch.zeros_like(b) if base is None else base, b, beta)
         weight = self.first_weight.mT
 
-        def draw(h1: Tensor) -> Tensor:
-            logits = torch.addmm(bias, h1, weight, alpha=beta)
-            return coin_flips(logits.sigmoid_(), generator)
+        def draw(h1: Tensor, chance: Chance) -> Tensor:
+            return chance.coins(torch.addmm(bias, h1, weight, alpha=beta).sigmoid_())
 
         return draw
+
+    def _visible_chances(self, n: int, generator: torch.Generator) -> Tensor:
+        return uniforms(self.visible_bias, generator, n, self.visible_dim)
 
     def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
         b, weight = self.visible_bias.detach(), self.first_weight.detach()
@@ -110,21 +111,19 @@ class GaussianVisible(BoltzmannMachine):
         exponent = torch.addmv(exponent, field.square(), variance, alpha=0.5 * beta**2)
         return exponent + self._log_normalizer()
 
-    def _visible_draw(
-        self, generator: torch.Generator, beta: float, base: Tensor | None
-    ) -> VisibleDraw:
+    def _visible_draw(self, beta: float, base: Tensor | None) -> VisibleDraw:
         self._check_no_base(base)
         b, scale = self.visible_bias, self.log_scale.exp()
         weight = (scale.square()[:, None] * self.first_weight).mT
 
-        def draw(h1: Tensor) -> Tensor:
+        def draw(h1: Tensor, chance: Chance) -> Tensor:
             mean = torch.addmm(b, h1, weight, alpha=beta)
-            noise = torch.randn(
-                mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
-            )
-            return mean.addcmul_(noise, scale)
+            return mean.addcmul_(chance.normal(mean), scale)
 
         return draw
+
+    def _visible_chances(self, n: int, generator: torch.Generator) -> Tensor:
+        return normals(self.visible_bias, generator, n, self.visible_dim)
 
     def _visible_neighbours(self, base: Tensor | None) -> Neighbours:
         self._check_no_base(base)

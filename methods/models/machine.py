@@ -10,7 +10,8 @@ from torch.distributions import Bernoulli, Distribution, Independent
 from bilevel.devices import global_generators
 from bilevel.methods.likelihood.ais import exact_samples
 from bilevel.methods.machines import MAX_UNITS, BoltzmannMachine, as_machine
-from bilevel.methods.machines.base import check_dim, coin_flips
+from bilevel.methods.machines.base import check_dim
+from bilevel.methods.machines.chance import coin_flips
 from bilevel.methods.models.chunks import chunked
 from bilevel.methods.models.model import Chains, LatentModel, all_known, check_pairs, probed_draws
 from bilevel.methods.networks.units import Change
