@@ -13,6 +13,7 @@ Records go to `benchmarks/results/learner_speed.jsonl`, one line per learner;
 """
 
 import argparse
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -84,13 +85,23 @@ def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> f
         return call
 
     learner.draw_lower = recorded(learner.draw_lower, lower)
-    learner.draw = recorded(learner.draw, upper)  # the lower draws may call it: the turn's is first
+
+    def begin_draw(data: Tensor, generator: torch.Generator) -> Any:
+        begun = type(learner).begin_draw(learner, data, generator)
+        upper.append((generator, copy.deepcopy(learner).finish_draw(begun)))
+        return begun
+
+    if learner.draws_in_parts:  # the graph finishes the draw
+        learner.begin_draw = begin_draw
+    else:
+        learner.draw = recorded(learner.draw, upper)  # lower draws may call it: the turn's is first
     for _ in range(3):
         upper.clear()
         lower.clear()
         next(running)
         plain.step(upper[0][1], *of_turn(lower, plain.lower_steps, plain.unrolled))
-    del learner.draw, learner.draw_lower
+    for name in ("draw", "begin_draw", "draw_lower"):
+        vars(learner).pop(name, None)
     apart = [
         (p - learner.get_submodule(name).state_dict()[key]).abs().max()
         for name, module in plain.modules().items()

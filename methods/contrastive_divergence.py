@@ -31,11 +31,13 @@ from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim
-from bilevel.methods.machines.chance import coin_flips
+from bilevel.methods.machines.chance import Begun, Chance, Drawn, Given, uniforms
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.training.settings import MACHINE_DEFAULTS
 from bilevel.problem import Loss
 from bilevel.refusals import flag
+
+_MOST_IN_A_GRAPH = 10  # Gibbs steps; compiling takes longer with each
 
 
 @final
@@ -123,23 +125,46 @@ class ContrastiveDivergence(EBLVM):
 
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         """The batch with k Gibbs steps' samples; moves the persistent chains."""
+        chance = Drawn(generator)
+        self._begin_chains(data, chance)
+        return self._drawn(data, chance)
+
+    def begin_draw(self, data: Tensor, generator: torch.Generator) -> Begun | None:
+        """The coins of the chains, for few steps: a graph holds one step after the other."""
+        if data.is_cuda or self.steps > _MOST_IN_A_GRAPH:
+            return None
+        self._begin_chains(data, Drawn(generator))
+        count, machine = len(self.chains if self.persistent else data), self.model
+        size = machine.latent_dims[0]
+        start = [] if self.persistent else [uniforms(machine.visible_bias, generator, count, size)]
+        return Begun(data, start + machine.chances(count, generator, self.steps))
+
+    def finish_draw(self, begun: Begun) -> Batch:
+        return self._drawn(begun.data, Given(begun.numbers))
+
+    def _drawn(self, data: Tensor, chance: Chance) -> Batch:
         model, deep = self.model, len(self.model.latent_dims) > 1
         mean = model.mean_field(data) if deep else None
-        going_on = self.persistent and len(self.chains) > 0
-        first = self.chains if going_on else self._start(data, mean, generator)
-        v, h = model.gibbs(first, generator, steps=self.steps)
+        first = self.chains if self.persistent else self._start(data, mean, chance)
+        v, h = model.chain(first, chance, steps=self.steps)
         if self.persistent:
-            self.chains = h[:, : model.latent_dims[0]].clone()
+            self.chains.copy_(h[:, : model.latent_dims[0]])
         return Batch(data, mean, v, h if deep else None)
 
-    def _start(self, data: Tensor, mean: Tensor | None, generator: torch.Generator) -> Tensor:
+    def _begin_chains(self, data: Tensor, chance: Chance) -> None:
+        """Start the persistent chains, if they have not begun."""
+        if self.persistent and not len(self.chains):
+            deep = len(self.model.latent_dims) > 1
+            self.chains = self._start(data, self.model.mean_field(data) if deep else None, chance)
+
+    def _start(self, data: Tensor, mean: Tensor | None, chance: Chance) -> Tensor:
         """First hidden layers at data: one per row, or for `num_chains` the rows in turn."""
         if self.num_chains is not None:
             rows = torch.arange(self.num_chains, device=data.device) % len(data)
             data, mean = data[rows], None if mean is None else mean[rows]
         if mean is None:
-            return self.model.first_layer(data, generator)
-        return coin_flips(mean[:, : self.model.latent_dims[0]], generator)
+            return chance.coins(self.model.first_probabilities(data))
+        return chance.coins(mean[:, : self.model.latent_dims[0]])
 
     def upper_loss(self, batch: Batch) -> Loss:
         """The mean (free) energy of the data minus that of the samples."""

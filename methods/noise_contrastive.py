@@ -21,12 +21,19 @@ from bilevel.arguments import explained
 from bilevel.methods.eblvm import EBLVM
 from bilevel.methods.machines import BoltzmannMachine
 from bilevel.methods.machines.base import check_dim
-from bilevel.methods.machines.chance import coin_flips
+from bilevel.methods.machines.chance import (
+    Begun,
+    Chance,
+    Drawn,
+    Given,
+    normals,
+    uniforms,
+)
 from bilevel.methods.machines.enumeration import log_one_plus_exp
 from bilevel.methods.models.machine import MachineModel, require_machine
 from bilevel.methods.networks.units import Change
 from bilevel.methods.training.settings import MACHINE_DEFAULTS
-from bilevel.methods.variational.base import normal_log_prob, normal_noise
+from bilevel.methods.variational.base import normal_log_prob
 from bilevel.methods.variational.bernoulli import bernoulli_log_prob
 from bilevel.problem import Loss
 
@@ -115,15 +122,31 @@ class NoiseContrastive(EBLVM):
     @torch.no_grad()
     def draw(self, data: Tensor, generator: torch.Generator) -> Batch:
         """The batch with its noise; updates the rates of binary visibles."""
+        return self._drawn(data, Drawn(generator))
+
+    def begin_draw(self, data: Tensor, generator: torch.Generator) -> Begun | None:
+        """The noise, or the coins for it."""
+        if data.is_cuda:
+            return None
+        count, width = self.ratio * len(data), self.model.visible_dim
+        if self.model.visible_range is None:
+            return Begun(data, [normals(data, generator, count, width)])
+        grey = [] if self.model.binary else [len(data)]
+        return Begun(data, [uniforms(data, generator, n, width) for n in (count, *grey)])
+
+    def finish_draw(self, begun: Begun) -> Batch:
+        return self._drawn(begun.data, Given(begun.numbers))
+
+    def _drawn(self, data: Tensor, chance: Chance) -> Batch:
         count = self.ratio * len(data)
         if self.model.visible_range is None:
-            noise = normal_noise(count, self.model.visible_dim, generator, data)
+            noise = chance.normal(data, count, self.model.visible_dim)
         else:
             self.seen += len(data)
             self.rates += (data.mean(0) - self.rates) * len(data) / self.seen
-            noise = coin_flips(self._noise_logits().sigmoid().expand(count, -1), generator)
+            noise = chance.coins(self._noise_logits().sigmoid().expand(count, -1))
             if not self.model.binary:
-                data = coin_flips(data, generator)
+                data = chance.coins(data)
         return Batch(data, noise, self._offset(data), self._offset(noise))
 
     def _offset(self, v: Tensor) -> Tensor:

@@ -228,7 +228,15 @@ ELSEWHERE = Path(
     "benchmarks", "in_jax"
 )  # runs in JAX's environment: cannot be imported in this one
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
-    "Problem": {"draw", "draw_lower", "share", "shard", "best_response"},
+    "Problem": {
+        "draw",
+        "begin_draw",
+        "finish_draw",
+        "draw_lower",
+        "share",
+        "shard",
+        "best_response",
+    },
     "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
     "LatentModel": {"abilities"},
     "VariationalPosterior": {"mean", "exact", "known_score", "rewriting"},
@@ -381,6 +389,8 @@ PAPERS = tuple(
 )
 PAPER_HELPERS = {
     "draw",
+    "begin_draw",
+    "finish_draw",
     "draw_lower",
     "share",
     "shard",

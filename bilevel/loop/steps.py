@@ -52,6 +52,7 @@ class TurnSteps:
     Attributes:
         lower: `(batch, watched) -> LowerOutcome`; `watched` asks for the norm of the gradient.
         upper: `(batch, lower_batches, solver_state) -> Hypergradient`.
+        drawn: `(begun, solver_state)`: the end of a draw and the upper step, where there is one level.
         both: `(batch, watched)`: the upper step and the first lower step, where the losses share a
             computation.
     """
@@ -79,6 +80,7 @@ class TurnSteps:
         self.both = self._ready(partial(self._both, self._eager), partial(self._both, made))
         if at_once:
             self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, made))
+            self.drawn = self._ready(partial(self._drawn, self._eager), partial(self._drawn, made))
         else:
             self._moved = self._ready(self._eager.move_upper, made.move_upper)
             self.upper = self._unit_by_unit
@@ -157,6 +159,19 @@ class TurnSteps:
         hypergradient = self._solved(writes, batch, lower_batches, solver_state)
         writes.move_upper(hypergradient.grad, hypergradient.buffers)
         return hypergradient
+
+    def _drawn(self, writes: "_Writes", begun: Any, solver_state: Any) -> Hypergradient:
+        with torch.no_grad():
+            batch = self._state.problem.finish_draw(begun)
+        return self._upper(writes, batch, [None], solver_state)
+
+    def rehearsed(self, begun: Any) -> Any:
+        """The batch of a draw, finished without a trace."""
+        before = {name: buffer.clone() for name, buffer in self._slots.buffers().items()}
+        with torch.no_grad():
+            batch = self._state.problem.finish_draw(begun)
+        self._slots.commit(before)
+        return batch
 
     def _unit_by_unit(
         self, batch: Any, lower_batches: list[Any], solver_state: Any

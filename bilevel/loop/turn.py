@@ -73,6 +73,14 @@ class Turn:
         possible = self.state.problem.shares and self._one_source and at_once
         return possible and self._settings.lower_steps > 0 and self._first_is_the_turns
 
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the end of a draw belongs to the upper step, in one graph with it."""
+        alone = self._one_source and not self._settings.lower_steps and world_size() == 1
+        at_once = self._solver.drops_response and not self._solver.num_lower_batches()
+        in_graph = bool(self._settings.compile) and self.state.problem.draws_in_parts
+        return in_graph and alone and at_once
+
     @cached_property
     def _first_is_the_turns(self) -> bool:
         """Whether the first lower step sees the batch of the turn itself; asked once."""
@@ -84,11 +92,14 @@ class Turn:
     def begin(self, seed: int) -> None:
         """Draw this turn's upper batch and seeds."""
         self._steps.begin(seed)
+        self._begun: Any = None
         self._batch = self._draw("data" if self._one_source else "upper_data")
         self._ahead: list[Any] = []
 
     def rehearse(self) -> None:
         """Evaluate the losses before anything has moved, so that a bad one is refused."""
+        if self._begun is not None:
+            self._batch = self._steps.rehearsed(self._begun)
         uses_lower = self._solver.num_lower_batches() > 0
         lower_steps = self._settings.lower_steps
         if not self._one_source and (lower_steps or uses_lower):
@@ -157,6 +168,10 @@ class Turn:
         if self._settings.move_batches:
             batch = brought(batch, self._device)
         try:
+            if self._in_parts:
+                self._begun = self.state.problem.begin_draw(batch, self.state.generator)
+                if self._begun is not None:
+                    return None
             return self.state.problem.draw(batch, self.state.generator)
         except RAW as error:
             note_on_call(error, self.state.problem, "draw(data, generator)", batch)
@@ -195,12 +210,19 @@ class Turn:
         self.lower_loss, self.lower_residual, self.logs = out
 
     def _upper(self) -> Hypergradient:
+        if self._begun is not None:
+            hypergradient = self._steps.drawn(self._begun, self.state.solver_state)
+        else:
+            hypergradient = self._upper_of_batches()
+        self.state.solver_state = hypergradient.state
+        return hypergradient
+
+    def _upper_of_batches(self) -> Hypergradient:
         batches = [self._own(batch) for batch in self._solver_batches()]
         batch, solver_state = self._own(self._batch), self.state.solver_state
         witness = self._witness(batch, batches)
         hypergradient = self._steps.upper(batch, batches, solver_state)
         self._certify(witness, hypergradient)
-        self.state.solver_state = hypergradient.state
         return hypergradient
 
     def _both(self) -> Hypergradient:

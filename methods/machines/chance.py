@@ -6,10 +6,18 @@ whose numbers were drawn before, in the same order, is the same chain.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+
+
+@final
+class Begun(NamedTuple):
+    """A minibatch and the random numbers for what is to be made of it, in order."""
+
+    data: Tensor
+    numbers: list[Tensor]
 
 
 class Chance(ABC):
@@ -20,8 +28,8 @@ class Chance(ABC):
         """Zeros and ones, one with the given probability, in the same dtype."""
 
     @abstractmethod
-    def normal(self, like: Tensor) -> Tensor:
-        """Standard normal noise of a tensor's shape and dtype."""
+    def normal(self, like: Tensor, *shape: int) -> Tensor:
+        """Standard normal noise of this shape and a tensor's dtype."""
 
 
 @final
@@ -38,8 +46,8 @@ class Drawn(Chance):
     def coins(self, probabilities: Tensor) -> Tensor:
         return coin_flips(probabilities, self._generator)
 
-    def normal(self, like: Tensor) -> Tensor:
-        return normals(like, self._generator, *like.shape)
+    def normal(self, like: Tensor, *shape: int) -> Tensor:
+        return normals(like, self._generator, *shape)
 
 
 @final
@@ -56,7 +64,7 @@ class Given(Chance):
     def coins(self, probabilities: Tensor) -> Tensor:
         return next(self._numbers).lt(probabilities).to(probabilities.dtype)
 
-    def normal(self, like: Tensor) -> Tensor:
+    def normal(self, like: Tensor, *shape: int) -> Tensor:
         return next(self._numbers)
 
 

@@ -118,7 +118,7 @@ class GaussianVisible(BoltzmannMachine):
 
         def draw(h1: Tensor, chance: Chance) -> Tensor:
             mean = torch.addmm(b, h1, weight, alpha=beta)
-            return mean.addcmul_(chance.normal(mean), scale)
+            return mean.addcmul_(chance.normal(mean, *mean.shape), scale)
 
         return draw
 
