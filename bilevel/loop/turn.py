@@ -79,7 +79,7 @@ class Turn:
         alone = self._one_source and not self._settings.lower_steps and world_size() == 1
         at_once = self._solver.drops_response and not self._solver.num_lower_batches()
         in_graph = bool(self._settings.compile) and self.state.problem.draws_in_parts
-        return in_graph and alone and at_once
+        return in_graph and alone and at_once and self.certifier is None
 
     @cached_property
     def _first_is_the_turns(self) -> bool:
