@@ -71,12 +71,13 @@ def lanczos(operator: Operator, like: Tensor, *, seed: int = 0, rounding: float)
     steps = max(2, min(n, _MOST, _MEMORY // n)) if n > 1 else 1
     generator = torch.Generator().manual_seed(seed)
     draw = _Draws(like, generator)
-    basis = [draw.unit([])]
+    basis = like.new_zeros(steps, n)
+    basis[0] = draw.unit(basis[:0])
     matrix = torch.zeros(steps, steps, dtype=torch.float64)
     asymmetry = scale = 0.0
     for k in range(steps):
         product = operator(basis[k])
-        span = torch.stack(basis)
+        span = basis[: k + 1]
         overlap = (span @ product).double().cpu()
         # for a symmetric operator this column repeats the numbers of the row before
         asymmetry = max(asymmetry, float((overlap[:k] - matrix[k, :k]).abs().max()) if k else 0.0)
@@ -90,7 +91,7 @@ def lanczos(operator: Operator, like: Tensor, *, seed: int = 0, rounding: float)
         length = float(rest.norm())
         fresh = length <= 1e-3 * rounding * max(scale, 1e-300) or length != length
         matrix[k + 1, k] = 0.0 if fresh else length
-        basis.append(draw.unit(basis) if fresh else rest / length)
+        basis[k + 1] = draw.unit(span) if fresh else rest / length
     return _spectrum(matrix, basis, asymmetry, scale, rounding, n)
 
 
@@ -102,19 +103,18 @@ class _Draws:
         self._like = like
         self._generator = generator
 
-    def unit(self, others: list[Tensor]) -> Tensor:
-        """One that is orthogonal to the others."""
+    def unit(self, span: Tensor) -> Tensor:
+        """One that is orthogonal to these, shape (k, n)."""
         drawn = torch.randn(self._like.numel(), generator=self._generator, dtype=torch.float64)
         vector = drawn.to(self._like)
-        for _ in range(2 if others else 0):
-            span = torch.stack(others)
+        for _ in range(2 if len(span) else 0):
             vector = vector - (span @ vector) @ span
         unit: Tensor = vector / vector.norm()
         return unit
 
 
 def _spectrum(
-    matrix: Tensor, basis: list[Tensor], asymmetry: float, scale: float, rounding: float, n: int
+    matrix: Tensor, basis: Tensor, asymmetry: float, scale: float, rounding: float, n: int
 ) -> Spectrum:
     steps = len(basis)
     if not bool(matrix.isfinite().all()):
@@ -122,7 +122,7 @@ def _spectrum(
         return Spectrum(n, nan, nan, False, nan, 0, basis[0], steps)
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     zero = values.abs() <= rounding * values.abs().max()
-    lowest = vectors[:, 0].to(basis[0]) @ torch.stack(basis)
+    lowest = vectors[:, 0].to(basis) @ basis
     return Spectrum(
         size=n,
         smallest=float(values[0]),

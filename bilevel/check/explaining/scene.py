@@ -34,6 +34,7 @@ from bilevel.tree import Layout, Tree, norm
 _WHO = "explain"
 _NOTHING = 1e-4  # of the upper loss, for moving the upper variables by their own size
 _STEPS = 200  # of the linear solves that others are compared with
+_MEMORY = 2**23  # numbers that GMRES may keep of a large system
 _ROUNDS = 4  # of Newton steps
 _LBFGS = 2000  # lower variables up to which L-BFGS is tried where Newton steps do not help
 
@@ -266,12 +267,15 @@ class Scene:
         if self.second_order is not None:
             return None
         variables = self.copy.variables("lower")
+        few = sum(y.numel() for y in variables.values()) <= _LBFGS
+        if not self.convex and not few:  # a Newton step leads to no minimum, and takes long
+            return None
         with restored(list(self.copy.parameters())):
             first, last = self.follow(_ROUNDS)
             found = {n: y.detach().clone() for n, y in variables.items()}
         if last <= max(1e-3 * first, 1e3 * self.rounding) and self.convex:
             return found
-        if sum(y.numel() for y in variables.values()) <= _LBFGS:
+        if few:
             with contextlib.suppress(UnsolvedError, RuntimeError), self.precise():
                 return solve_closely(self.oracles, 200)[0]
         return None
@@ -329,7 +333,8 @@ def _solved(operator: Operator, rhs: Tensor) -> Tensor:
     plain = rhs.dtype in (torch.float64, torch.float32)  # others have no factorisations for GMRES
     if first.result is Result.SUCCESS or not plain:
         return unit * first.value
-    second = GMRES(max_steps=min(most, 100), restart=100, rtol=goal).solve(operator, own)
+    most = min(most, 100, max(10, _MEMORY // rhs.numel()))
+    second = GMRES(max_steps=most, restart=100, rtol=goal).solve(operator, own)
     residuals = [x.residual for x in (first, second)]
     better = residuals[0] is not None and residuals[1] is not None and residuals[0] < residuals[1]
     return unit * (first if better else second).value

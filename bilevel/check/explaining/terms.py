@@ -104,12 +104,13 @@ def _solved(scene: Scene) -> Iterator[Diagnosis]:
             f"the hypergradient is within {short(error)} of that of the exact solve{numbers}",
         )
         return
-    if answer.result in (Result.SINGULAR, Result.NEGATIVE_CURVATURE) and not scene.convex:
+    if not scene.convex:
         yield Diagnosis(
             LINEAR,
             "look",
             error,
-            f"ended with `{answer.result.name}`: the system has no solution to find",
+            f"ended with `{answer.result.name}`, but no solution is a best response: the lower Hessian "
+            "is not positive definite",
             "see what is said of the curvature",
         )
         return
