@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measuring.records import RESULTS
+from benchmarks.pages.certificate import certificate_table
 from benchmarks.pages.check import seeds_table
 from benchmarks.pages.compiled import compiled_table
 from benchmarks.pages.digits import digits_table
@@ -29,6 +30,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder
     "ais.jsonl": ("Annealed importance sampling", ais_table),
     "reverse_kl.jsonl": ("The reverse KL of a machine", reverse_table),
     "check_seeds.jsonl": ("The check of hypergradients over many seeds", seeds_table),
+    "certificate.jsonl": ("Certificates over many seeds, and of a transformer", certificate_table),
     "small_tables.jsonl": ("Default settings on small tables", small_tables_table),
     "checkerboard": ("Checkerboard", suite_table),
     "digits_rbm": ("Digits and an RBM", suite_table),
