@@ -292,7 +292,7 @@ class Oracles:
             early = found.gradient, found.residual
             return early, lambda vector: (found.hessian(vector), found.cross(vector))
 
-        like = layout.ravel([y.detach() for y in lower.values()])
+        like = layout.ravel([y.detach() for y in lower.values()]).contiguous()
         fixed = [*map(self.units.ready, (list(self.lower_batches), upper, lower))]
         stage = self.units.stage(("lower", self.precision), piece, fixed, [like])
         gradient, residual = stage.early

@@ -45,9 +45,12 @@ class _Graphs:
     constants: list[tuple[Tensor, int]] = field(default_factory=list)
     full: bool = False  # no more graphs are made
     settled: bool = False  # a whole hypergradient has run, and nothing as it is
+    extra: list[tuple[Tensor, Any]] = field(default_factory=list)
+    whole: bool = True  # whether all units could be compiled
 
     def holds(self) -> bool:
-        return not is_stale(self.constants) and self.guard.holds()
+        laid_out = all(signature(tensor) == was for tensor, was in self.extra)
+        return laid_out and not is_stale(self.constants) and self.guard.holds()
 
 
 @final
@@ -63,6 +66,7 @@ class _Unit:
     after: Callable[..., Any] | None = None
     late_answer: list[Any] = field(default_factory=list)
     late_structure: Any = None
+    strides: tuple[Any, ...] = ()
     steps: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
 
 
@@ -79,17 +83,24 @@ class CompiledUnits(UnitRunner):
 
     compiled = True
 
-    def __init__(self, module: nn.Module, capture: Capture | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, capture: Capture | None = None, said: set[str] | None = None
+    ) -> None:
         self.module = module
         self._capture = capture
         self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._said: set[str] = set()
+        self._said = set() if said is None else said
         self._kept: list[_Graphs] = []
+        self._works: bool | None = None  # the compiler; not known yet
         self._device = next(module.parameters()).device
         self._graphs = _Graphs(None, Guard(module))
 
     def begin(self) -> None:
         """Find the graphs that fit things as they are now; to be called before a hypergradient."""
+        if self._works is False:
+            self._graphs = _Graphs(None, self._graphs.guard, full=True)
+            return
+        self._device = next(self.module.parameters()).device
         now = modes(self._device.type)
         for graphs in reversed(self._kept):
             if graphs.modes == now and graphs.holds():
@@ -119,11 +130,17 @@ class CompiledUnits(UnitRunner):
         self._context = context
         return nullcontext() if self._graphs.settled else context()
 
-    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        facts = self._graphs.facts
-        if key not in facts:
-            facts[key] = function()
-        return facts[key]
+    def once(self, key: Hashable, function: Callable[[], Any], given: Any = None) -> Any:
+        graphs = self._graphs
+        if not graphs.whole:  # what a unit that runs as it is depends on is not compared
+            return function()
+        try:
+            full = key, None if given is None else given.kinds()
+            if full not in graphs.facts:
+                graphs.facts[full] = function()
+            return graphs.facts[full]
+        except TypeError:  # no graph can hold what is given
+            return function()
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
         given: list[_Prepared] = [*arguments]
@@ -171,7 +188,7 @@ class CompiledUnits(UnitRunner):
         self, key: Hashable, given: "list[_Prepared]", make: "Callable[[list[_Prepared]], _Unit]"
     ) -> _Unit | None:
         """The unit for these arguments, compiled if it is new; `None` if it cannot be."""
-        if self._graphs.full:
+        if self._graphs.full or self._works is False:
             return None
         units = self._graphs.units
         try:
@@ -188,6 +205,7 @@ class CompiledUnits(UnitRunner):
                 units[full] = make(given)
             return units[full]
         except Exception as error:  # any failure of the tracer or the compiler
+            self._graphs.whole = False
             self.warn(error)
             return None
 
@@ -203,6 +221,7 @@ class CompiledUnits(UnitRunner):
     def _traced(self, flat: Callable[..., list[Tensor]], arguments: list[Tensor]) -> Traced:
         found = trace(flat, arguments, self._device)
         self._graphs.constants += found.constants
+        self._graphs.extra += [(tensor, signature(tensor)) for tensor in found.extra]
         return found
 
     @torch.no_grad()
@@ -210,7 +229,13 @@ class CompiledUnits(UnitRunner):
         inputs = [tensor.detach() for tensor in inputs]
         if self._capture is not None:
             return self._capture(graph, inputs, ())
-        return direct(compiled(graph, inputs), inputs)
+        try:
+            run = compiled(graph, inputs)
+        except Exception:
+            self._works = self._works or False  # none has worked: do not try unit after unit
+            raise
+        self._works = True
+        return direct(run, inputs)
 
     def _whole(
         self, key: Hashable, function: Callable[..., Any], given: "list[_Prepared]"
@@ -255,7 +280,10 @@ class CompiledUnits(UnitRunner):
         residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
         after = self._made(parts.after, [*residuals, *others])
         early, late = answer["early"], answer["late"]
-        return _Unit(found.extra, early[0], early[1], before, parts, after, late[0], late[1])
+        strides = tuple(map(Tensor.stride, others))
+        return _Unit(
+            found.extra, early[0], early[1], before, parts, after, late[0], late[1], strides
+        )
 
     def compose(
         self,
@@ -297,8 +325,11 @@ class _CompiledStage(Stage):
     def __call__(self, *moving: Any) -> Any:
         unit = self._unit
         assert unit.after is not None
+        given = _tensors(flatten(moving)[0])
         with torch.no_grad():
-            new = unit.after(*self._residuals, *_tensors(flatten(moving)[0]))
+            if tuple(map(Tensor.stride, given)) != unit.strides:  # a graph reads memory as it lies
+                given = [_laid_out(t, s) for t, s in zip(given, unit.strides, strict=True)]
+            new = unit.after(*self._residuals, *given)
         return _filled(unit.late_answer, unit.late_structure, new)
 
     def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -307,11 +338,8 @@ class _CompiledStage(Stage):
         def advance(*tensors: Tensor) -> Any:
             nonlocal run
             if run is None:  # found once: the tensors are of the same kinds at every call
-                full = key, tuple(map(signature, tensors))
-                steps = self._unit.steps
-                if full not in steps:
-                    steps[full] = self._composed(key, step, list(tensors))
-                run = steps[full] or partial(self._as_it_is, step)
+                found = self._composed(key, step, list(tensors))
+                run = found or partial(self._as_it_is, step)
             with torch.no_grad():
                 return run(*self._residuals, *tensors)
 
@@ -324,7 +352,11 @@ class _CompiledStage(Stage):
         self, key: Hashable, step: Callable[..., Any], given: list[Tensor]
     ) -> Callable[..., Any] | None:
         try:
-            return self._units.compose(self._unit, self._residuals, key, step, given)
+            steps, full = self._unit.steps, (key, _kinds(given))
+            if full not in steps:
+                steps[full] = None
+                steps[full] = self._units.compose(self._unit, self._residuals, key, step, given)
+            return steps[full]
         except Exception as error:  # any failure of the tracer or the compiler
             self._units.warn(error)
             return None
@@ -354,6 +386,17 @@ def _trees(parts: Sequence[_Prepared], tensors: Sequence[Tensor]) -> list[Any]:
     """The arguments with these tensors in the places of their own."""
     new = iter(tensors)
     return [_filled(part.leaves, part.structure, new) for part in parts]
+
+
+def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(signature(leaf) if isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves)
+
+
+def _laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    new = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype, device=tensor.device)
+    return new.copy_(tensor)
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Tensor]:

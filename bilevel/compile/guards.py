@@ -96,6 +96,7 @@ class Reads:
     def __init__(self) -> None:
         self.attributes: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
         self.surroundings: dict[tuple[int, str], tuple[Callable[[], Any], str, Any]] = {}
+        self.modules: dict[int, nn.Module] = {}
         self._written: set[tuple[int, str]] = set()
         self._walked: set[int] = set()
         self._kept: list[Any] = []  # kept alive, so that no address is used again
@@ -103,6 +104,7 @@ class Reads:
     def note(self, module: nn.Module, name: str, value: Any) -> None:
         """A module's attribute was read."""
         key = (id(module), name)
+        self.modules.setdefault(id(module), module)
         if name.startswith("__") or name in _ELSEWHERE:
             return
         if key in self.attributes or key in self._written:
@@ -135,7 +137,13 @@ class Reads:
         return attributes, around
 
     def watch(self, value: Any) -> None:
-        """What a function of the user's own closes over was read."""
+        """What a function of the user's own closes over, or what it is a method of, was read."""
+        for owner in _owners(value):
+            self._kept.append(owner)
+            found = partial(_itself, owner)
+            self.surroundings.setdefault(
+                (id(owner), ""), (found, type(owner).__name__, frozen(owner))
+            )
         for function in _functions(value):
             self._walk(function)
 
@@ -144,7 +152,14 @@ class Reads:
         code = function.__code__
         if id(code) in self._walked and not function.__closure__:
             return
-        if id(function) in self._walked or _root(function) in _NOT_THE_USERS:
+        if id(function) in self._walked:
+            return
+        if _root(function) in _NOT_THE_USERS:
+            if _root(function) == "torchopt":  # which closes over schedules of the user's own
+                self._walked.add(id(function))
+                self._kept.append(function)
+                for cell in function.__closure__ or ():
+                    self.watch(_content(cell))
             return
         self._walked |= {id(code), id(function)}
         self._kept.append(function)
@@ -181,6 +196,25 @@ def _content(cell: CellType) -> Any:
         return _MISSING
 
 
+def _itself(owner: Any) -> Any:
+    return owner
+
+
+def _owners(value: Any, depth: int = _DEEP) -> Iterator[Any]:
+    """The objects of the user's own whose methods a value is made of."""
+    if isinstance(value, partial):
+        yield from _owners(value.func, depth)
+    elif isinstance(value, (list, tuple)) and depth and len(value) <= _LARGE:
+        for entry in value:
+            yield from _owners(entry, depth - 1)
+    elif isinstance(value, MethodType) or callable(value):
+        owner = value.__self__ if isinstance(value, MethodType) else value
+        inside = getattr(owner, "__dict__", None)
+        known = isinstance(owner, (nn.Module, type, FunctionType))
+        if isinstance(inside, dict) and not known and _root(owner) not in _NOT_THE_USERS:
+            yield owner
+
+
 def _functions(value: Any, depth: int = _DEEP) -> Iterator[FunctionType]:
     """The Python functions that a value is made of."""
     if isinstance(value, FunctionType):
@@ -193,7 +227,9 @@ def _functions(value: Any, depth: int = _DEEP) -> Iterator[FunctionType]:
         for entry in value.values() if isinstance(value, dict) else value:
             yield from _functions(entry, depth - 1)
     elif callable(value) and not isinstance(value, (nn.Module, type)):
-        yield from _functions(getattr(type(value), "__call__", None))  # noqa: B004
+        call = getattr(type(value), "__call__", None)  # noqa: B004
+        if isinstance(call, FunctionType):  # a weak reference's is callable in its turn, for ever
+            yield call
 
 
 def _names(code: CodeType) -> tuple[set[str], set[str]]:
@@ -264,6 +300,13 @@ class Guard:
         """Take for granted, too, what tracing another graph has read."""
         attributes, places = reads.lasting()
         self._places += places
+        for module in reads.modules.values():  # a teacher that a function closes over
+            if id(module) not in self._names:
+                self._names[id(module)] = type(module).__name__
+                held: list[Any] = [module._modules, module._parameters, module._buffers]
+                self._dicts += held
+                self._kept += [module, *chain.from_iterable(d.values() for d in held)]
+                self._members = self._found()
         simple: dict[int, tuple[nn.Module, list[str]]] = {}
         for module, name in attributes:
             value = getattr(module, name)

@@ -22,7 +22,7 @@ from bilevel.compile.cuda_graph import CudaGraph
 from bilevel.compile.tracing import traced
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
 _LOOKS = {"item", "tolist", "numpy", "__array__", "__dlpack__"} | {
     f"__{kind}__" for kind in ("bool", "int", "float", "complex", "index")
@@ -306,10 +306,17 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+def _drops(node: "Node") -> bool:
+    """Whether an operation draws; attention can, and does not without dropout."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    places = [i for i, a in enumerate(schema.arguments) if a.name == "dropout_p"]
+    return not places or any((*node.args, *[0] * 9)[i] != 0 for i in places) or bool(node.kwargs)
+
+
 def _refuse_random(graph: "GraphModule") -> None:
     for node in graph.graph.nodes:
         tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if torch.Tag.nondeterministic_seeded in tags and _drops(node):
             raise ValueError(
                 f"a loss draws random numbers (`{node.target}`; dropout?); draw them in `draw`"
             )

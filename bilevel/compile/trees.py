@@ -8,6 +8,7 @@ import numpy as np
 import optree
 import torch
 from torch import Tensor
+from torch.nn.modules import module as everywhere
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -81,6 +82,12 @@ def constant(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
+_HOOKS_OF_ALL: list[Any] = [
+    getattr(everywhere, f"_global_{kind}_hooks")
+    for kind in ("forward_pre", "forward", "backward_pre", "backward")
+]
+
+
 def modes(device: str) -> tuple[Any, ...]:
     """The parts of torch's global state that decide how a step is computed."""
     return (
@@ -88,4 +95,5 @@ def modes(device: str) -> tuple[Any, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        *map(tuple, _HOOKS_OF_ALL),
     )

@@ -93,8 +93,15 @@ class UnitRunner(ABC):
         """
 
     @abstractmethod
-    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """What a function found, kept as long as the graphs are good."""
+    def once(self, key: Hashable, function: Callable[[], Any], given: Any = None) -> Any:
+        """What a function found, kept as long as the graphs are good.
+
+        Args:
+            key: what tells this function from others.
+            function: a function that decides something.
+            given: a tree that it reads, as `ready` returns it; its structure, shapes, dtypes and
+                constants decide.
+        """
 
 
 @final
@@ -145,5 +152,5 @@ class EagerUnits(UnitRunner):
     ) -> AbstractContextManager[Any]:
         return context()
 
-    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, function: Callable[[], Any], given: Any = None) -> Any:
         return function()

@@ -1,8 +1,9 @@
 """`TurnSteps`: the lower step, the upper step, and both at once, eager or compiled."""
 
+import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypeVar, final
 
@@ -25,6 +26,8 @@ from bilevel.solvers import Compiled, Hypergradient, Solver
 from bilevel.state import State
 from bilevel.tree import Tree, norm
 from bilevel.twins import clip, move
+
+_APART = 2**10  # seeds between two evaluations: one for each unrolled step
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,21 +71,24 @@ class TurnSteps:
         self._state = state
         self._settings = settings
         self._slots = Slots(state.problem)
-        self._said: set[str] = set()
         self._eager = _Eager(state, self._slots)
         how, self._capture = self._chosen(capture)
         self._makes = how is not None
         graph = _Graph(state, self._slots)
         made = graph if self._capture is None else _Recorded(state, self._slots)
         at_once = solver.drops_response or how is None
-        self._solver = solver if at_once else Compiled(solver, how, capture=self._capture)
+        compiled = Compiled(solver, how, capture=self._capture)
+        self._said = compiled.said
+        self._solver = solver if at_once else compiled
         self.lower = self._ready(partial(self._lower, self._eager), partial(self._lower, made))
-        self.both = self._ready(partial(self._both, self._eager), partial(self._both, made))
+        self.both = self._ready(
+            partial(self._both, self._eager), partial(self._both, made), seeds=3
+        )
         if at_once:
             self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, made))
             self.drawn = self._ready(partial(self._drawn, self._eager), partial(self._drawn, made))
         else:
-            self._moved = self._ready(self._eager.move_upper, made.move_upper)
+            self._moved = self._ready(self._eager.move_upper, made.move_upper, seeds=0)
             self.upper = self._unit_by_unit
 
     def _chosen(self, capture: Capture | None) -> tuple[How | None, Capture | None]:
@@ -102,12 +108,14 @@ class TurnSteps:
             )
         return None, None
 
-    def _ready(self, step: Callable[P, R], traced: Callable[P, R]) -> Callable[P, R]:
-        """The step itself, recorded or compiled."""
+    def _ready(
+        self, step: Callable[P, R], traced: Callable[P, R], *, seeds: int = 1
+    ) -> Callable[P, R]:
+        """The step itself, recorded or compiled; `seeds` is how many it takes where it is neither."""
         if not self._makes:
             return step
         optimizers = [o for update in self._state.updates.values() for o in update.optimizers]
-        return CompiledStep(
+        made = CompiledStep(
             step,
             traced,
             self._state.problem,
@@ -116,6 +124,12 @@ class TurnSteps:
             said=self._said,
             capture=self._capture,
         )
+
+        def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._eager.using(seeds):
+                return made(*args, **kwargs)
+
+        return counted
 
     def begin(self, seed: int) -> None:
         """Seed what the losses of a turn draw."""
@@ -238,8 +252,15 @@ class _Eager(_Writes):
         self.coming = seed
 
     def seed(self) -> int:
-        given, self.coming = self.coming, self.coming + 2**10
+        given, self.coming = self.coming, self.coming + _APART
         return given
+
+    @contextlib.contextmanager
+    def using(self, seeds: int) -> Iterator[None]:
+        """Use so many seeds inside, also where a graph draws nothing: others draw as ever."""
+        after = self.coming + seeds * _APART
+        yield
+        self.coming = after
 
     def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
         _step(self._updates[level], self._slots.variables(level), grads)

@@ -47,6 +47,9 @@ class Compiled(Solver):
             default a CUDA device records and others compile.
         capture: records the pieces, whatever `how` says; for a device without CUDA graphs.
 
+    Attributes:
+        said: the warnings given so far; none is given twice.
+
     Raises:
         TypeError: if it is none.
         ValueError: for another `how`; at the first call, if it is not possible on the device.
@@ -60,6 +63,7 @@ class Compiled(Solver):
     solver: Solver
     how: How | None = None
     capture: Capture | None = field(default=None, repr=False, compare=False, kw_only=True)
+    said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _units: dict[int, CompiledUnits] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -113,7 +117,7 @@ class Compiled(Solver):
         """The graphs for a problem; those of the problem used longest ago make room."""
         units = self._units.pop(id(problem), None)
         if units is None or units.module is not problem:
-            units = CompiledUnits(problem, capture=self._recorder(problem.device))
+            units = CompiledUnits(problem, said=self.said, capture=self._recorder(problem.device))
         self._units[id(problem)] = units
         if len(self._units) > _MOST:
             del self._units[next(iter(self._units))]

@@ -107,6 +107,9 @@ def _tangents(steps: "Unrolling", start: Start, directions: Tree, last: int) -> 
 
 def _push_forward(steps: "Unrolling", start: Start, directions: Tree, last: int) -> list[Tensor]:
     first, points, state = start
+    if steps.oracles.units.compiled:  # one graph for the directions of all variables
+        still = {n: torch.zeros_like(x) for n, x in steps.upper.items()}
+        directions = {**still, **directions}
     tangents: list[Tensor | None] = [None] * (len(points) + len(moments_of(state)))
     for t in range(first, last):
         given = points, state, tangents, directions

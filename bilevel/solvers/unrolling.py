@@ -84,7 +84,9 @@ class Unrolling:
         units, mode = self.oracles.units, self.settings.mode
         first = self.settings.num_steps - (self.settings.truncate or self.settings.num_steps)
         lower = self.oracles.lower
-        self.used = units.once("used", lambda: self._used(lower))
+        self.used = units.once(
+            "used", lambda: self._used(lower), units.ready(self.oracles.lower_batches[0])
+        )
         self.twin = self._make_twin(lower)
         self._held = live(self.twin.held())
         points = [p.detach() for p in self.twin.pack(lower)]
@@ -244,7 +246,8 @@ class Unrolling:
         return self.oracles.units.stage(("stage", *self._key()), function, fixed, like)
 
     def _key(self) -> tuple[Any, ...]:
-        return self.settings, self.twin.key(), self.oracles.precision
+        # the transformation by itself, too: what its functions close over is compared
+        return self.settings, self.settings.optimizer, self.twin.key(), self.oracles.precision
 
     def _fixed(self, t: int) -> tuple[Any, Any, Any]:
         """What a step reads besides points and state: its batch, x, and what the twin holds."""

@@ -40,11 +40,7 @@ class Twin(ABC):
 
     @abstractmethod
     def whole(self, points: list[Tensor]) -> Any:
-        """The state before the first step with all that later ones have: zeros make the same step.
-
-        Raises:
-            TypeError: if the first step differs from all others.
-        """
+        """The state before the first step with all that later ones have, if zeros make the same step."""
 
     @abstractmethod
     def held(self) -> Any:

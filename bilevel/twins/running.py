@@ -195,13 +195,13 @@ def _cell(
 
 
 def _whole(cell: _Cell, y: Tensor) -> Moments:
-    """The state with all that the rule keeps."""
+    """The state with all that the rule keeps, unless the first step differs from all others."""
     settings, state = cell.settings, dict(cell.state)
     if cell.rule is _sgd:
         if not _on(settings["momentum"]):
             return {}
-        if settings["dampening"] and "momentum_buffer" not in state:
-            raise TypeError("`SGD` with dampening begins with a step of another kind")
+        if settings["dampening"]:  # which the first step leaves out
+            return state
         return {"momentum_buffer": torch.zeros_like(y), **state}
     names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(settings["amsgrad"])]
     return {"step": 0.0, **{name: torch.zeros_like(y) for name in names}, **state}
