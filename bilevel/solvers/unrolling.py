@@ -90,7 +90,10 @@ class Unrolling:
         self.twin = self._make_twin(lower)
         self._held = live(self.twin.held())
         points = [p.detach() for p in self.twin.pack(lower)]
-        state = count_tensors(self.twin.whole(points))
+        whole = self.twin.whole(points)
+        if whole is None and mode == "reverse":  # a stage has to know what comes after it
+            mode = "recompute"
+        state = count_tensors(self.twin.start(points) if whole is None else whole)
         saved: list[tuple[int, list[Tensor], Any]] = []
         stages: list[Stage] = []
         for t in range(self.settings.num_steps):

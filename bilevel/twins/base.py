@@ -40,7 +40,10 @@ class Twin(ABC):
 
     @abstractmethod
     def whole(self, points: list[Tensor]) -> Any:
-        """The state before the first step with all that later ones have, if zeros make the same step."""
+        """The state before the first step with all that later ones have: zeros make the same step.
+
+        `None` if the first step differs from all others.
+        """
 
     @abstractmethod
     def held(self) -> Any:

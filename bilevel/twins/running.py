@@ -91,8 +91,10 @@ class RunningTwin(Twin):
     def start(self, points: list[Tensor]) -> list[Moments]:
         return [dict(cell.state) for cell in self._cells]
 
-    def whole(self, points: list[Tensor]) -> list[Moments]:
-        return [_whole(cell, y) for cell, y in zip(self._cells, points, strict=True)]
+    def whole(self, points: list[Tensor]) -> list[Moments] | None:
+        states = [_whole(cell, y) for cell, y in zip(self._cells, points, strict=True)]
+        found = [state for state in states if state is not None]
+        return found if len(found) == len(states) else None
 
     def held(self) -> Any:
         moved = {name for cell in self._cells for name in cell.names}
@@ -194,14 +196,14 @@ def _cell(
     return _Cell(named, members, optimizer, layout, settings, rule, state)
 
 
-def _whole(cell: _Cell, y: Tensor) -> Moments:
-    """The state with all that the rule keeps, unless the first step differs from all others."""
+def _whole(cell: _Cell, y: Tensor) -> Moments | None:
+    """The state with all that the rule keeps; `None` if the first step differs from all others."""
     settings, state = cell.settings, dict(cell.state)
     if cell.rule is _sgd:
         if not _on(settings["momentum"]):
             return {}
-        if settings["dampening"]:  # which the first step leaves out
-            return state
+        if settings["dampening"] and "momentum_buffer" not in state:
+            return None
         return {"momentum_buffer": torch.zeros_like(y), **state}
     names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(settings["amsgrad"])]
     return {"step": 0.0, **{name: torch.zeros_like(y) for name in names}, **state}
