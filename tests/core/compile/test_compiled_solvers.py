@@ -350,6 +350,26 @@ class Everything(Problem):
         return (out - self.upper["x"].sum()).square().mean() * factor + self.upper["shift"] ** 2
 
 
+class Small(Problem):
+    """A layer, a number, a mode and a number made in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper = nn.ParameterDict({"x": normal(2, seed=1)})
+        self.lower = nn.Linear(2, 1).double()
+        with torch.no_grad():
+            self.lower.weight.fill_(0.3)
+            self.lower.bias.fill_(0.2)
+        self.beta = 0.3
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        made = torch.full((), 0.1) * (2 if self.training else 1)
+        return (self.lower(batch * self.upper["x"]).exp() * made).mean() * self.beta
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        return self.lower(batch).square().mean() + self.beta * self.upper["x"].square().sum()
+
+
 class Here(SimpleNamespace):
     """A problem, its optimizer and the batch of the next call."""
 
@@ -368,8 +388,8 @@ def _group(name: str, value: Any) -> Callable[[Here], Any]:
     return lambda h: h.optimizer.param_groups[0].__setitem__(name, value)
 
 
-def _hook(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-    return out * 0.5
+def _hook(module: nn.Module, inputs: Any, out: Any) -> Any:
+    return out * 0.5 if isinstance(module, nn.Linear) else out
 
 
 def _moved(h: Here) -> None:
@@ -423,21 +443,18 @@ FLIPS: dict[str, Callable[[Here], Any]] = {
     ),
     "another lower level": lambda h: setattr(h.problem, "lower", copy.deepcopy(h.problem.lower)),
 }
-FLIPPED: list[Solver] = [
-    Unrolled(2),
-    Implicit(ConjugateGradient(max_steps=2, rtol=None, damping=5)),
-]
+FLIPPED: list[Solver] = [Unrolled(1), Implicit(Neumann(2, 0.1))]
 
 
 @pytest.mark.filterwarnings("ignore:the step is not compiled:RuntimeWarning")
 @settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.lists(st.sampled_from(sorted(FLIPS)), min_size=2, max_size=6), st.sampled_from(FLIPPED))
+@given(st.lists(st.sampled_from(sorted(FLIPS)), min_size=2, max_size=4), st.sampled_from(FLIPPED))
 def test_whatever_is_changed_between_calls(
     graphs: list[Any], names: list[str], solver: Solver
 ) -> None:
@@ -479,11 +496,11 @@ def _follow(names: list[str], solver: Solver, graphs: list[Any]) -> None:
 
 
 def test_going_back_makes_no_graph(graphs: list[Any]) -> None:
-    problem, solver = Everything().eval(), Implicit(Identity())
-    compiled, batch = Compiled(solver), (normal(3, 2), 1.0)
+    problem, solver = Small(), Implicit(Identity())
+    compiled, batch = Compiled(solver), normal(3, 2)
     counts = []
     for mode in (True, False, True, False):
-        problem.train(mode).lower[1].eval()
+        problem.train(mode)
         wanted = solver.hypergradient(problem, batch, [batch])
         assert_same(compiled.hypergradient(problem, batch, [batch]), wanted)
         counts.append(len(graphs))
@@ -492,10 +509,8 @@ def test_going_back_makes_no_graph(graphs: list[Any]) -> None:
 
 @pytest.mark.parametrize("flag", ["deterministic", "matmul", "default dtype", "autocast", "hook"])
 def test_settings_of_torch_are_followed(flag: str, graphs: list[Any]) -> None:
-    problem, solver = Everything().float().eval(), Implicit(Identity())
-    problem.plain = problem.plain.float()
-    problem.teacher[0].float()
-    compiled, batch = Compiled(solver), (normal(3, 2).float(), 1.0)
+    problem, solver = Small().float(), Implicit(Identity())
+    compiled, batch = Compiled(solver), normal(3, 2).float()
     compiled.hypergradient(problem, batch, [batch])
     hook = None
     try:
@@ -537,8 +552,8 @@ def test_a_batch_may_say_which_variables_count(graphs: list[Any]) -> None:
 
 def test_more_changes_than_graphs_run_as_they_are(graphs: list[Any]) -> None:
     """Each call made new graphs once there were too many."""
-    problem, solver = Everything().eval(), Implicit(Identity())
-    compiled, batch = Compiled(solver), (normal(3, 2), 1.0)
+    problem, solver = Small(), Alternating()
+    compiled, batch = Compiled(solver), normal(3, 2)
 
     def change(i: int) -> bool:
         problem.beta = i / 10
@@ -586,8 +601,8 @@ def test_an_error_leaves_the_problem_as_it_was(graphs: list[Any]) -> None:
 
 
 def test_an_answer_shares_no_memory_with_the_problem(graphs: list[Any]) -> None:
-    problem, solver = Everything().eval(), Alternating()
-    batch = (normal(3, 2), 1.0)
+    row, solver = ROWS["spectral norm (old style)"], Alternating()
+    problem, batch = row.make(), row.upper_batch
     found = Compiled(solver).hypergradient(problem, batch, [batch])
     kept = copy.deepcopy((found.buffers, found.grad))
     for tensor in (*problem.parameters(), *problem.buffers()):
