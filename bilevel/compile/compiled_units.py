@@ -22,7 +22,7 @@ from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Traced, compiled, direct, is_stale, trace
 from bilevel.compile.split import TwoParts, split
 from bilevel.compile.tracing import why_not_compiled
-from bilevel.compile.trees import constant, flatten, modes, signature
+from bilevel.compile.trees import flatten, kinds, laid_out, modes, signature
 from bilevel.compile.units import EagerStage, Rest, Stage, UnitRunner
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ class _CompiledStage(Stage):
         given = _tensors(flatten(moving)[0])
         with torch.no_grad():
             if tuple(map(Tensor.stride, given)) != unit.strides:  # a graph reads memory as it lies
-                given = [_laid_out(t, s) for t, s in zip(given, unit.strides, strict=True)]
+                given = [laid_out(t, s) for t, s in zip(given, unit.strides, strict=True)]
             new = unit.after(*self._residuals, *given)
         return _filled(unit.late_answer, unit.late_structure, new)
 
@@ -352,7 +352,7 @@ class _CompiledStage(Stage):
         self, key: Hashable, step: Callable[..., Any], given: list[Tensor]
     ) -> Callable[..., Any] | None:
         try:
-            steps, full = self._unit.steps, (key, _kinds(given))
+            steps, full = self._unit.steps, (key, kinds(given))
             if full not in steps:
                 steps[full] = None
                 steps[full] = self._units.compose(self._unit, self._residuals, key, step, given)
@@ -377,8 +377,7 @@ class _Prepared:
     def kinds(self) -> Any:
         """Structure, constants, and the kinds of the tensors."""
         if self._kinds is None:
-            kinds = [signature(x) if isinstance(x, Tensor) else constant(x) for x in self.leaves]
-            self._kinds = self.structure, *kinds
+            self._kinds = self.structure, *kinds(self.leaves)
         return self._kinds
 
 
@@ -386,17 +385,6 @@ def _trees(parts: Sequence[_Prepared], tensors: Sequence[Tensor]) -> list[Any]:
     """The arguments with these tensors in the places of their own."""
     new = iter(tensors)
     return [_filled(part.leaves, part.structure, new) for part in parts]
-
-
-def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(signature(leaf) if isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves)
-
-
-def _laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    if tensor.stride() == stride:
-        return tensor
-    new = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype, device=tensor.device)
-    return new.copy_(tensor)
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Tensor]:

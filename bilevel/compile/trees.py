@@ -1,7 +1,7 @@
 """Batches and answers as lists of tensors and constants, records taken apart."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -97,3 +97,16 @@ def modes(device: str) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         *map(tuple, _HOOKS_OF_ALL),
     )
+
+
+def kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What a graph is made for of tensors and constants."""
+    return tuple(signature(leaf) if isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves)
+
+
+def laid_out(tensor: Tensor, stride: Sequence[int]) -> Tensor:
+    """The tensor with these strides: a graph reads memory as it lies."""
+    if tensor.stride() == stride:
+        return tensor
+    new = torch.empty_strided(tensor.shape, tuple(stride), dtype=tensor.dtype, device=tensor.device)
+    return new.copy_(tensor)

@@ -188,6 +188,7 @@ def test_every_optimizer_fresh_and_advanced(name: str, mode: Any, graphs: list[A
         problem.zero_grad()
 
 
+@pytest.mark.slow
 def test_strides_reach_the_compiler_as_they_are() -> None:
     """Through the real compiler, whose code reads memory as it lay when the graph was made."""
     problem = Two()
@@ -446,6 +447,7 @@ FLIPS: dict[str, Callable[[Here], Any]] = {
 FLIPPED: list[Solver] = [Unrolled(1), Implicit(Neumann(2, 0.1))]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the step is not compiled:RuntimeWarning")
 @settings(
     max_examples=3,
