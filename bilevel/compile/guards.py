@@ -32,6 +32,9 @@ _NOT_THE_USERS = {"torch", "bilevel", "numpy", "optree", "torchopt", "higher", "
 # found by the walk over all modules, or not looked at by name
 _ELSEWHERE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
+# what second derivatives switch off for as long as they are taken; modes are compared by themselves
+_SWITCHED = {"training", "sparse"}
+
 _MISSING = object()
 
 
@@ -286,6 +289,7 @@ class Guard:
     def __init__(self, problem: nn.Module) -> None:
         self._names = {id(m): path for path, m in problem.named_modules()}
         self._modules = list(problem.modules())
+        self._own = set(self._names)
         self._dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
         self._members = self._found()
         self._parameters = list(problem.parameters())
@@ -309,6 +313,8 @@ class Guard:
                 self._members = self._found()
         simple: dict[int, tuple[nn.Module, list[str]]] = {}
         for module, name in attributes:
+            if name in _SWITCHED and id(module) in self._own:
+                continue
             value = getattr(module, name)
             if isinstance(value, MethodType) or _equal_by_value(value):
                 simple.setdefault(id(module), (module, []))[1].append(name)
