@@ -7,19 +7,19 @@ hooks, and torch's global settings are compared before every hypergradient (`gua
 
 import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
-import optree
 import torch
 from torch import Tensor, nn
 
 from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Traced, compiled, direct, is_stale, trace
+from bilevel.compile.prepared import Prepared, filled_with, hollow, tensors_in, trees_with
 from bilevel.compile.split import TwoParts, split
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import flatten, kinds, laid_out, modes, signature
@@ -143,7 +143,7 @@ class CompiledUnits(UnitRunner):
             return function()
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-        given: list[_Prepared] = [*arguments]
+        given: list[Prepared] = [*arguments]
         unit = self._unit(key, given, partial(self._whole, key, function))
         if unit is None:
             with self._context():
@@ -151,10 +151,10 @@ class CompiledUnits(UnitRunner):
         tensors = [t for part in given for t in part.tensors]
         with torch.no_grad():
             new = unit.before(*tensors, *unit.extra)
-        return _filled(unit.answer, unit.structure, new)
+        return filled_with(unit.answer, unit.structure, new)
 
     def ready(self, tree: Any) -> Any:
-        return _Prepared(tree)
+        return Prepared(tree)
 
     def stage(
         self,
@@ -163,7 +163,7 @@ class CompiledUnits(UnitRunner):
         fixed: Sequence[Any],
         like: Sequence[Any],
     ) -> Stage:
-        given: list[_Prepared] = [*fixed]
+        given: list[Prepared] = [*fixed]
         unit = self._unit(key, given, partial(self._halves, key, function, tuple(like)))
         if unit is None:
             self._graphs.settled = False
@@ -174,7 +174,7 @@ class CompiledUnits(UnitRunner):
         with torch.no_grad():
             computed = unit.before(*tensors)
         count = unit.parts.count
-        early = _filled(unit.answer, unit.structure, computed[:count])
+        early = filled_with(unit.answer, unit.structure, computed[:count])
         return _CompiledStage(self, unit, early, unit.parts.residuals(tensors, computed[count:]))
 
     def warn(self, error: Exception) -> None:
@@ -185,7 +185,7 @@ class CompiledUnits(UnitRunner):
             warnings.warn(words, RuntimeWarning, stacklevel=5)
 
     def _unit(
-        self, key: Hashable, given: "list[_Prepared]", make: "Callable[[list[_Prepared]], _Unit]"
+        self, key: Hashable, given: list[Prepared], make: Callable[[list[Prepared]], _Unit]
     ) -> _Unit | None:
         """The unit for these arguments, compiled if it is new; `None` if it cannot be."""
         if self._graphs.full or self._works is False:
@@ -237,52 +237,57 @@ class CompiledUnits(UnitRunner):
         self._works = True
         return direct(run, inputs)
 
-    def _whole(
-        self, key: Hashable, function: Callable[..., Any], given: "list[_Prepared]"
-    ) -> _Unit:
+    def _whole(self, key: Hashable, function: Callable[..., Any], given: list[Prepared]) -> _Unit:
         """Compile a unit without a second part."""
         answer: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            answer["leaves"], answer["structure"] = flatten(function(*_trees(given, tensors)))
-            return _tensors(answer["leaves"])
+            answer["leaves"], answer["structure"] = flatten(function(*trees_with(given, tensors)))
+            return tensors_in(answer["leaves"])
 
         inputs = [t for part in given for t in part.tensors]
         with self._tracing(key):
             found = self._traced(flat, inputs)
         run = self._made(found.graph, [*inputs, *found.extra])
-        return _Unit(found.extra, answer["leaves"], answer["structure"], run)
+        return _Unit(found.extra, hollow(answer["leaves"]), answer["structure"], run)
 
     def _halves(
         self,
         key: Hashable,
         function: Callable[..., tuple[Any, Rest]],
         like: tuple[Any, ...],
-        given: "list[_Prepared]",
+        given: list[Prepared],
     ) -> _Unit:
         """Compile a stage."""
         more, moving = flatten(like)
-        inputs, others = [t for part in given for t in part.tensors], _tensors(more)
+        inputs, others = [t for part in given for t in part.tensors], tensors_in(more)
         answer: dict[str, Any] = {}
 
         def flat(*tensors: Tensor) -> list[Tensor]:
-            early, rest = function(*_trees(given, tensors))
-            late = rest(*_filled(more, moving, tensors[len(inputs) :]))
+            early, rest = function(*trees_with(given, tensors))
+            late = rest(*filled_with(more, moving, tensors[len(inputs) :]))
             answer["early"], answer["late"] = flatten(early), flatten(late)
-            return [*_tensors(answer["early"][0]), *_tensors(answer["late"][0])]
+            return [*tensors_in(answer["early"][0]), *tensors_in(answer["late"][0])]
 
         with self._tracing(key):
             found = self._traced(flat, [*inputs, *others])
         moves = [False] * len(inputs) + [True] * len(others) + [False] * len(found.extra)
-        parts = split(found.graph, moves, len(_tensors(answer["early"][0])))
+        parts = split(found.graph, moves, len(tensors_in(answer["early"][0])))
         fixed = [t.detach() for t in (*inputs, *found.extra)]
         before = self._made(parts.before, fixed)
         residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
         after = self._made(parts.after, [*residuals, *others])
-        early, late = answer["early"], answer["late"]
-        strides = tuple(map(Tensor.stride, others))
+        (early, shape), (late, late_shape) = answer["early"], answer["late"]
         return _Unit(
-            found.extra, early[0], early[1], before, parts, after, late[0], late[1], strides
+            found.extra,
+            hollow(early),
+            shape,
+            before,
+            parts,
+            after,
+            hollow(late),
+            late_shape,
+            tuple(map(Tensor.stride, others)),
         )
 
     def compose(
@@ -299,8 +304,8 @@ class CompiledUnits(UnitRunner):
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             def rest(*moving: Any) -> Any:
-                new = after(*tensors[:count], *_tensors(flatten(moving)[0]))
-                return _filled(unit.late_answer, unit.late_structure, new)
+                new = after(*tensors[:count], *tensors_in(flatten(moving)[0]))
+                return filled_with(unit.late_answer, unit.late_structure, new)
 
             return list(step(rest, *tensors[count:]))
 
@@ -325,12 +330,12 @@ class _CompiledStage(Stage):
     def __call__(self, *moving: Any) -> Any:
         unit = self._unit
         assert unit.after is not None
-        given = _tensors(flatten(moving)[0])
+        given = tensors_in(flatten(moving)[0])
         with torch.no_grad():
             if tuple(map(Tensor.stride, given)) != unit.strides:  # a graph reads memory as it lies
                 given = [laid_out(t, s) for t, s in zip(given, unit.strides, strict=True)]
             new = unit.after(*self._residuals, *given)
-        return _filled(unit.late_answer, unit.late_structure, new)
+        return filled_with(unit.late_answer, unit.late_structure, new)
 
     def then(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
         run: Callable[..., Any] | None = None
@@ -360,39 +365,3 @@ class _CompiledStage(Stage):
         except Exception as error:  # any failure of the tracer or the compiler
             self._units.warn(error)
             return None
-
-
-@final
-class _Prepared:
-    """An argument taken apart; what a graph depends on of it is looked up once."""
-
-    __slots__ = ("_kinds", "leaves", "structure", "tensors", "tree")
-
-    def __init__(self, tree: Any) -> None:
-        self.tree = tree
-        self.leaves, self.structure = flatten(tree)
-        self.tensors = _tensors(self.leaves)
-        self._kinds: Any = None
-
-    def kinds(self) -> Any:
-        """Structure, constants, and the kinds of the tensors."""
-        if self._kinds is None:
-            self._kinds = self.structure, *kinds(self.leaves)
-        return self._kinds
-
-
-def _trees(parts: Sequence[_Prepared], tensors: Sequence[Tensor]) -> list[Any]:
-    """The arguments with these tensors in the places of their own."""
-    new = iter(tensors)
-    return [_filled(part.leaves, part.structure, new) for part in parts]
-
-
-def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _filled(leaves: Sequence[Any], structure: Any, tensors: Iterable[Tensor]) -> Any:
-    """The tree with these tensors in the places of its own."""
-    new = iter(tensors)
-    filled = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return optree.tree_unflatten(structure, filled)
