@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Traced, compiled, direct, is_stale, trace
-from bilevel.compile.prepared import Prepared, filled_with, hollow, tensors_in, trees_with
+from bilevel.compile.prepared import (
+    Prepared,
+    all_tensors,
+    filled_with,
+    hollow,
+    tensors_in,
+    trees_with,
+)
 from bilevel.compile.split import TwoParts, split
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import flatten, kinds, laid_out, modes, signature
@@ -67,6 +74,7 @@ class _Unit:
     late_answer: list[Any] = field(default_factory=list)
     late_structure: Any = None
     strides: tuple[Any, ...] = ()
+    steady: bool | None = None  # whether the first part leads to what it takes; not known yet
     steps: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
 
 
@@ -168,14 +176,10 @@ class CompiledUnits(UnitRunner):
         if unit is None:
             self._graphs.settled = False
             with self._context():
-                return EagerStage(*function(*(part.tree for part in given)), self._context)
-        assert unit.parts is not None
-        tensors = [t for part in given for t in part.tensors] + unit.extra
-        with torch.no_grad():
-            computed = unit.before(*tensors)
-        count = unit.parts.count
-        early = filled_with(unit.answer, unit.structure, computed[:count])
-        return _CompiledStage(self, unit, early, unit.parts.residuals(tensors, computed[count:]))
+                answer = function(*(part.tree for part in given))
+            return EagerStage(*answer, self.again(key, function, fixed, like), self._context)
+        again = self.again(key, function, given, like)
+        return _CompiledStage(self, unit, [t for part in given for t in part.tensors], again)
 
     def warn(self, error: Exception) -> None:
         """Say once that a unit runs as it is."""
@@ -320,12 +324,33 @@ class _CompiledStage(Stage):
     """A stage whose rest runs as a graph."""
 
     def __init__(
-        self, units: CompiledUnits, unit: _Unit, early: Any, residuals: list[Tensor]
+        self, units: CompiledUnits, unit: _Unit, given: list[Tensor], again: Callable[..., Stage]
     ) -> None:
-        self.early = early
+        assert unit.parts is not None
         self._units = units
         self._unit = unit
-        self._residuals = residuals
+        self._given = given
+        self._again = again
+        tensors = given + unit.extra
+        with torch.no_grad():
+            computed = unit.before(*tensors)
+        self._computed = computed[: unit.parts.count]
+        self._residuals = unit.parts.residuals(tensors, computed[unit.parts.count :])
+
+    @property
+    def early(self) -> Any:
+        return filled_with(self._unit.answer, self._unit.structure, self._computed)
+
+    def follow(self) -> Stage:
+        unit = self._unit
+        last = self._computed[: len(self._computed) - 1]  # without the report
+        first = self._given[: len(self._given) - len(last)]
+        if unit.steady is None:  # a state may hold numbers that count, or lie in another way
+            before = self._given[len(first) :]
+            unit.steady = all_tensors(unit.answer) and kinds(before) == kinds(last)
+        if not unit.steady:
+            return self._again(*self.early[:-1])
+        return _CompiledStage(self._units, unit, first + list(last), self._again)
 
     def __call__(self, *moving: Any) -> Any:
         unit = self._unit

@@ -51,3 +51,8 @@ def filled_with(leaves: Sequence[Any], structure: Any, tensors: Iterable[Tensor]
 def hollow(leaves: Sequence[Any]) -> list[Any]:
     """The leaves without the tensors, which are those of the trace."""
     return [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def all_tensors(hollowed: Sequence[Any]) -> bool:
+    """Whether there was nothing but tensors among the leaves."""
+    return all(leaf is _HOLE for leaf in hollowed)

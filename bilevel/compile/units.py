@@ -18,13 +18,20 @@ Rest: TypeAlias = Callable[..., Any]
 
 
 class Stage(ABC):
-    """A unit of which the first part has run.
+    """A unit of which the first part has run."""
 
-    Attributes:
-        early: what does not depend on the moving arguments.
-    """
+    @property
+    @abstractmethod
+    def early(self) -> Any:
+        """What does not depend on the moving arguments."""
 
-    early: Any
+    @abstractmethod
+    def follow(self) -> "Stage":
+        """The same unit where the first part has led: a step after a step.
+
+        The answer of the first part takes the places of the last arguments, all but its own last
+        entry, which is a report.
+        """
 
     @abstractmethod
     def __call__(self, *moving: Any) -> Any:
@@ -92,6 +99,18 @@ class UnitRunner(ABC):
             context: what pieces of work that run as they are need around them.
         """
 
+    @final
+    def again(
+        self, key: Hashable, function: Callable[..., Any], fixed: Sequence[Any], like: Sequence[Any]
+    ) -> Callable[..., Stage]:
+        """The same stage with other last arguments."""
+
+        def run(*last: Any) -> Stage:
+            first = fixed[: len(fixed) - len(last)]
+            return self.stage(key, function, [*first, *map(self.ready, last)], like)
+
+        return run
+
     @abstractmethod
     def once(self, key: Hashable, function: Callable[[], Any], given: Any = None) -> Any:
         """What a function found, kept as long as the graphs are good.
@@ -112,11 +131,20 @@ class EagerStage(Stage):
         self,
         early: Any,
         rest: Rest,
+        again: Callable[..., Stage],
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.early = early
+        self._early = early
         self._rest = rest
+        self._again = again
         self._context = context
+
+    @property
+    def early(self) -> Any:
+        return self._early
+
+    def follow(self) -> Stage:
+        return self._again(*self._early[:-1])
 
     def __call__(self, *moving: Any) -> Any:
         with self._context():
@@ -128,7 +156,7 @@ class EagerStage(Stage):
 
 @final
 class EagerUnits(UnitRunner):
-    """UnitRunner as they are."""
+    """Units as they are."""
 
     compiled = False
 
@@ -142,7 +170,7 @@ class EagerUnits(UnitRunner):
         fixed: Sequence[Any],
         like: Sequence[Any],
     ) -> Stage:
-        return EagerStage(*function(*fixed))
+        return EagerStage(*function(*fixed), self.again(key, function, fixed, like))
 
     def ready(self, tree: Any) -> Any:
         return tree

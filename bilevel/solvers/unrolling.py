@@ -99,13 +99,18 @@ class Unrolling:
         for t in range(self.settings.num_steps):
             if t == first or (t > first and mode == "recompute"):
                 saved.append((t, points, state))
-            if mode == "reverse" and t >= first:
-                stages.append(self._stage(t, points, state))
-                points, state, residual = stages[-1].early
-            else:
+            if mode != "reverse" or t < first:
                 points, state, residual = self.unit("step", Unrolling._plain, t, points, state)
+            elif stages and self.one_batch:
+                stages.append(stages[-1].follow())
+            elif stages:
+                stages.append(self._stage(t, *stages[-1].early[:2]))
+            else:
+                stages.append(self._stage(t, points, state))
+        if stages:
+            points, _, residual = stages[-1].early
         answer = self.twin.unpack(points)
-        if mode == "reverse":
+        if stages:
             return Response(answer, lambda v: self.product(self._staged(stages, v)), residual)
         vjp = self._recompute(saved) if mode == "recompute" else tangent_product(self, saved[0])
         return Response(answer, vjp, residual)
