@@ -70,7 +70,9 @@ def processor() -> float:
     return sum(os.times()[:4])
 
 
-def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> float:
+def same(
+    entry: Entry, plain: Plain, learner: Any, running: Iterator[Step], *, compiled: bool
+) -> float:
     """Largest difference of a parameter between the plain loop and the library, in three steps."""
     for name, module in plain.modules().items():
         module.load_state_dict(learner.get_submodule(name).state_dict())
@@ -91,7 +93,7 @@ def same(entry: Entry, plain: Plain, learner: Any, running: Iterator[Step]) -> f
         upper.append((generator, copy.deepcopy(learner).finish_draw(begun)))
         return begun
 
-    if learner.draws_in_parts:  # the graph finishes the draw
+    if compiled and learner.draws_in_parts:  # the graph finishes the draw
         learner.begin_draw = begin_draw
     else:
         learner.draw = recorded(learner.draw, upper)  # lower draws may call it: the turn's is first
@@ -134,7 +136,7 @@ def rates(entry: Entry, rounds: int, seconds: float) -> dict[str, Any]:
     compiled = loop(entry, learner, data, compiled=True)
     eager = loop(entry, entry.learner(), data, compiled=False)
     start = processor()
-    difference = same(entry, plain, learner, compiled)
+    difference = same(entry, plain, learner, compiled, compiled=True)
     preparation = processor() - start
     if not difference < 1e-5:
         raise RuntimeError(f"{entry.name}: the plain loop computes something else: {difference}")

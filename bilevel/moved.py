@@ -11,7 +11,8 @@ from typing import final
 NEW_NAMES = {
     "bilevel.answers": "bilevel.losses.answers",
     "bilevel.averaging": "bilevel.moving_average",
-    "bilevel.compiled": "bilevel.compile.compiled",
+    "bilevel.compile.compiled": "bilevel.compile.compiled_step",
+    "bilevel.compiled": "bilevel.compile.compiled_step",
     "bilevel.guards": "bilevel.compile.guards",
     "bilevel.hooks": "bilevel.losses.hooks",
     "bilevel.lowering": "bilevel.compile.lowering",
