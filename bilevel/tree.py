@@ -7,16 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from bilevel.compile import is_tracing
-
 Tree = dict[str, Tensor]
 
 
 def norm(tensors: Tree | Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all entries together, a scalar; zero for an empty tree."""
     leaves = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-    if is_tracing() and leaves:  # squares that a compiler can fuse; torch's own norm is a call
-        return torch.stack([t.square().sum() for t in leaves]).sum().sqrt()
     if not leaves:
         return torch.zeros(())
     if any(t.device.type != "cpu" or t.dtype != leaves[0].dtype for t in leaves):
