@@ -18,6 +18,7 @@ from bilevel.check import (
 from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
+from bilevel.loop.step import Step
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
@@ -25,6 +26,7 @@ from bilevel.second_order import check_second_order
 from bilevel.solvers import (
     Alternating,
     Compiled,
+    Directions,
     Hypergradient,
     Implicit,
     Response,
@@ -34,7 +36,7 @@ from bilevel.solvers import (
     Unrolled,
 )
 from bilevel.state import State
-from bilevel.training import Step, train
+from bilevel.training import train
 
 _follow()
 
@@ -49,6 +51,7 @@ __all__ = [
     "Comparison",
     "Compiled",
     "ConjugateGradient",
+    "Directions",
     "DivergenceError",
     "Explanation",
     "Hypergradient",

@@ -211,3 +211,20 @@ def global_generators(device: torch.device) -> list[torch.Generator]:
     elif device.type == "mps":
         found.append(torch.mps._get_default_mps_generator())
     return found
+
+
+def usable_precision(precision: Any) -> torch.dtype | None:
+    """The dtype to compute losses in, if their gradients are right in it.
+
+    Raises:
+        ValueError: for another than `torch.bfloat16`.
+    """
+    if precision is None or precision is torch.bfloat16:
+        dtype: torch.dtype | None = precision
+        return dtype
+    got = f"`{precision}`" if isinstance(precision, torch.dtype) else shown(precision)
+    why = ", in which gradients underflow to 0 without loss scaling"
+    raise ValueError(
+        "`precision` must be `torch.bfloat16`, or `None` for that of the variables, got "
+        f"{got}{why if precision is torch.float16 else ''}"
+    )

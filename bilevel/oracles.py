@@ -27,7 +27,7 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients
 from bilevel.batches import refuse_no_list
 from bilevel.compile import EagerUnits, UnitRunner, is_tracing
-from bilevel.devices import elsewhere, global_generators
+from bilevel.devices import elsewhere, global_generators, usable_precision
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.linearization import CompiledHessian, Hessian, Linearization
 from bilevel.losses.answers import scalar
@@ -37,7 +37,7 @@ from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.problem import Level, Problem, refuse_no_problem
-from bilevel.refusals import SEEDS, outside_inference_mode, shown, whole
+from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
 from bilevel.tree import Layout, Tree, norm
 
@@ -278,6 +278,49 @@ class Oracles:
         loss, logs, buffers, grads = self.units.call(key, piece, *given)
         return Evaluation(loss, logs, buffers), grads
 
+    def partials(
+        self, level: Level, upper: Tree, lower: Tree, index: int = 0
+    ) -> tuple[Evaluation, Tree, Tree]:
+        """A loss and its gradient in the variables of both levels, zeros where it uses none; no graph.
+
+        Args:
+            level: whose loss.
+            upper: the upper variables.
+            lower: the lower variables.
+            index: which of the lower batches.
+
+        Returns:
+            The evaluation, the gradient in the upper and that in the lower variables. Variables that
+            belong to both levels are lower ones; the upper loss's gradient in them is in both trees.
+
+        Raises:
+            ValueError: if the lower loss uses none of the lower variables.
+        """
+
+        def piece(batch: Any, upper: Tree, lower: Tree) -> tuple[Any, ...]:
+            upper, lower = leaves(upper), leaves(lower)
+            here = self.on(batch, [batch], index)
+            evaluation = here.evaluate(level, upper, lower)
+            inputs = [*upper.values(), *lower.values()]
+            found = gradients(evaluation.loss, inputs)
+            if level == "lower":
+                here.refuse_unused(found[len(upper) :])
+            evaluation, found = here.mean_over_ranks(evaluation, fill(found, inputs))
+            grads = fill(found, inputs)
+            of_y = dict(zip(lower, grads[len(upper) :], strict=True))
+            of_x = dict(zip(upper, grads[: len(upper)], strict=True))
+            if level == "upper":
+                of_x = {
+                    n: of_y[self.shared[n]] if n in self.shared else of_x[n] for n in self.names
+                }
+            return evaluation.loss.detach(), evaluation.logs, evaluation.buffers, of_x, of_y
+
+        batch = self.upper_batch if level == "upper" else self.lower_batches[index]
+        key = "partials", level, index, self.precision
+        given = map(self.units.ready, (batch, upper, lower))
+        loss, logs, buffers, of_x, of_y = self.units.call(key, piece, *given)
+        return Evaluation(loss, logs, buffers), of_x, of_y
+
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
         """The lower gradient at (upper, lower) and products with its two derivatives.
 
@@ -350,20 +393,3 @@ class Oracles:
 def leaves(tree: Tree) -> Tree:
     """The same numbers, as leaves that require grad."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
-
-
-def usable_precision(precision: Any) -> torch.dtype | None:
-    """The dtype to compute losses in, if their gradients are right in it.
-
-    Raises:
-        ValueError: for another than `torch.bfloat16`.
-    """
-    if precision is None or precision is torch.bfloat16:
-        dtype: torch.dtype | None = precision
-        return dtype
-    got = f"`{precision}`" if isinstance(precision, torch.dtype) else shown(precision)
-    why = ", in which gradients underflow to 0 without loss scaling"
-    raise ValueError(
-        "`precision` must be `torch.bfloat16`, or `None` for that of the variables, got "
-        f"{got}{why if precision is torch.float16 else ''}"
-    )

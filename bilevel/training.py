@@ -4,21 +4,18 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bilevel.arguments import explaining
 from bilevel.batches import sources_of
-from bilevel.cards import digits, numbers_by_name
-from bilevel.check.certificate import Certificate
 from bilevel.choices import Choice
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
 from bilevel.loop.certifier import Certifier
 from bilevel.loop.settings import TurnSettings
+from bilevel.loop.step import Step, merged
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch
 from bilevel.optimizers import (
@@ -33,65 +30,9 @@ from bilevel.optimizers import (
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, positive, shown, whole
-from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers import Solver
 from bilevel.solvers.given import given_solver
 from bilevel.state import State
-
-
-@final
-@dataclass(frozen=True)
-class Step:
-    """What `train` yields after each upper step; tensors stay on the device.
-
-    Attributes:
-        number: upper steps taken so far, from 1.
-        upper_loss: the upper loss at which the hypergradient was taken.
-        lower_loss: the lower loss before the last lower step, `None` without lower steps.
-        lower_residual: the norm of its gradient dG/dy, before clipping; `None` without lower steps.
-        logs: what the losses logged.
-        hypergradient: the solver's whole record.
-        seconds: time spent in the loop so far, without the time the caller took between steps.
-        state: the run's live state; `state.save(path)` writes a checkpoint.
-        certificate: how far the hypergradient is from the truth, in steps that `certify_every` names.
-    """
-
-    number: int
-    upper_loss: Tensor
-    lower_loss: Tensor | None
-    lower_residual: Tensor | None
-    logs: dict[str, Tensor]
-    hypergradient: Hypergradient
-    seconds: float
-    state: State
-    certificate: Certificate | None = None
-
-    def numbers(self) -> dict[str, float]:
-        """Losses, what they logged, norms and the time, as plain numbers (waits for the device)."""
-        stats = self.hypergradient.stats
-        optional = {
-            "lower_loss": self.lower_loss,
-            "lower_residual": self.lower_residual,
-            "linear_residual": stats.linear_residual,
-        }
-        return {
-            "seconds": round(self.seconds, 4),
-            "upper_loss": float(self.upper_loss),
-            **{name: float(value) for name, value in self.logs.items()},
-            "direct_norm": float(stats.direct_norm),
-            "response_norm": float(stats.response_norm),
-            **{name: float(value) for name, value in optional.items() if value is not None},
-            **({} if self.certificate is None else self.certificate.numbers()),
-        }
-
-    def __repr__(self) -> str:
-        found = {
-            "upper_loss": self.upper_loss,
-            "lower_loss": self.lower_loss,
-            "lower_residual": self.lower_residual,
-            **self.logs,
-        }
-        return f"Step {self.number}: {numbers_by_name(found)}; {digits(self.seconds)} s"
-
 
 _TRAIN = {  # what others give to a training loop
     "lr": "the learning rates are the optimizers': `torch.optim.Adam(problem.upper.parameters(), 1e-3)`",
@@ -114,7 +55,7 @@ def train(
     lower_optimizer: Optimizers | None = None,
     num_steps: int,
     solver: Solver | None = None,
-    lower_steps: int = 1,
+    lower_steps: int | None = None,
     upper_data: Any = None,
     batch_size: int | None = None,
     order: Literal["lower_first", "upper_first"] = "lower_first",
@@ -148,7 +89,8 @@ def train(
         lower_optimizer: those of the lower variables; may be left out if `lower_steps` is 0.
         num_steps: upper steps in total, those before a resume included.
         solver: how the hypergradient is computed; `Alternating()` by default.
-        lower_steps: lower steps per upper step.
+        lower_steps: lower steps per upper step; 1 by default. A solver that moves both levels at once
+            (`Solver.moves_lower`) takes none.
         upper_data: data of the upper level, if different.
         batch_size: rows per batch where data are tensors; all rows by default.
         order: whether a turn begins with the lower or with the upper step.
@@ -208,7 +150,7 @@ def train(
     """
     outside_inference_mode()
     solver = given_solver(solver)
-    num_steps, lower_steps = whole("num_steps", num_steps), whole("lower_steps", lower_steps, 0)
+    num_steps, lower_steps = whole("num_steps", num_steps), _lower_steps(lower_steps, solver)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
     turns = TurnSettings(
@@ -252,6 +194,17 @@ def _certifier(
     return None
 
 
+def _lower_steps(given: int | None, solver: Solver) -> int:
+    """The lower steps of a turn, the usual number where none was given."""
+    steps = whole("lower_steps", (0 if solver.moves_lower else 1) if given is None else given, 0)
+    if steps and solver.moves_lower:
+        raise ValueError(
+            f"`{type(solver).__name__}` moves the lower variables together with the upper ones, so "
+            f"there are no lower steps besides, got `lower_steps={steps}`; leave it out"
+        )
+    return steps
+
+
 def _owned(
     problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
 ) -> dict[Level, list[torch.optim.Optimizer]]:
@@ -265,6 +218,11 @@ def _owned(
         raise ValueError(
             f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
             "`lower_steps=0` to leave the lower variables where they are"
+        )
+    if solver.moves_lower and not optimizers["lower"]:
+        raise ValueError(
+            f"`{type(solver).__name__}` moves the lower variables by the `lower_optimizer`, and there "
+            "is none; give one, for example `torch.optim.SGD(problem.lower.parameters(), 0.1)`"
         )
     if any(p.is_meta for p in problem.parameters()):
         raise ValueError(
@@ -360,25 +318,12 @@ def _loop(turn: Turn, num_steps: int, check_every: int, seed: int) -> Iterator[S
             upper_loss=hypergradient.value,
             lower_loss=turn.lower_loss,
             lower_residual=turn.lower_residual,
-            logs=_merged(turn.logs, hypergradient.logs),
+            logs=merged(turn.logs, hypergradient.logs),
             hypergradient=hypergradient,
             seconds=seconds,
             state=state,
             certificate=turn.certifier.taken(seconds) if turn.certifier is not None else None,
         )
-
-
-def _merged(lower: dict[str, Tensor], upper: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What both losses logged; a name that both use is told apart by its level."""
-    both = lower.keys() & upper.keys()
-    if not both:
-        return {**lower, **upper}
-    levels = (("lower", lower), ("upper", upper))
-    return {
-        f"{level}.{name}" if name in both else name: value
-        for level, logs in levels
-        for name, value in logs.items()
-    }
 
 
 def _check(order: Any, clip_upper: Any, clip_lower: Any, ema: Any) -> None:

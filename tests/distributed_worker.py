@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from bilevel import GMRES, Batches, Implicit, Problem, Solver, Unrolled, train
 from bilevel.methods import BiDVL
 from bilevel.sync_batch_norm import synchronise_batch_norm
+from tests.solver_rows import ROWS as SOLVER_ROWS
+from tests.solver_rows import Optimizer
 
 SOLVERS: dict[str, Solver] = {
     "implicit": Implicit(GMRES(max_steps=25, damping=1.0)),
@@ -23,6 +26,7 @@ SOLVERS: dict[str, Solver] = {
     "truncated": Unrolled(num_steps=3, truncate=2),
     "forward": Unrolled(num_steps=3, mode="forward"),
 }
+OF_THE_CONTRACT = {f"contract: {name}": row for name, row in SOLVER_ROWS.items() if not row.alone}
 IMAGES = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 ROWS = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
 
@@ -47,21 +51,32 @@ class Cleaning(Problem):
         return (weights * error).mean() + 0.1 * ridge
 
 
-def cleaned(solver: Solver, *, compile: bool = False) -> dict[str, Any]:
-    """The variables after some steps of SGD in both levels."""
+def adam(problem: Problem) -> torch.optim.Optimizer:
+    return torch.optim.Adam(problem.lower.parameters(), 0.01)
+
+
+def cleaned(
+    solver: Solver, *, optimizer: Optimizer | None = None, compile: bool = False
+) -> dict[str, Any]:
+    """The variables after two steps, and what the solver kept."""
     problem = Cleaning()
     steps_taken = train(
         problem,
         Batches(ROWS, 6, seed=0),
         solver=solver,
         upper_optimizer=torch.optim.SGD(problem.upper.parameters(), 0.1),
-        lower_optimizer=torch.optim.Adam(problem.lower.parameters(), 0.01),
+        lower_optimizer=(optimizer or adam)(problem),
         num_steps=2,
         compile=compile,
+        throw=False,
     )
     *_, last = steps_taken
     mean = last.logs["sum"] / last.logs["rows"]
-    return {**problem.state_dict(), "loss": last.upper_loss, "mean": mean}
+    kept = [
+        leaf for leaf in optree.tree_leaves(last.state.solver_state) if isinstance(leaf, Tensor)
+    ]
+    mine = {f"auxiliary {i}": leaf for i, leaf in enumerate(kept) if leaf.is_floating_point()}
+    return {**problem.state_dict(), "loss": last.upper_loss, "mean": mean, **mine}
 
 
 def trained(folder: Path | None, steps: int, resume: Path | None = None) -> dict[str, Any]:
@@ -92,6 +107,7 @@ def everything(folder: Path | None) -> dict[str, dict[str, Any]]:
     return {
         "bidvl": trained(folder, 4),
         **{name: cleaned(solver) for name, solver in SOLVERS.items()},
+        **{n: cleaned(r.solver, optimizer=r.optimizer) for n, r in OF_THE_CONTRACT.items()},
         "compiled": cleaned(Unrolled(num_steps=1), compile=True),
     }
 

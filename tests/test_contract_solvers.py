@@ -1,77 +1,40 @@
 """The contract: every solver on every problem. A new one adds a row and no test code."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torchopt
 
 from bilevel import (
-    GMRES,
     Alternating,
-    Cholesky,
     ConjugateGradient,
     Hypergradient,
     HypergradientError,
-    Identity,
     Implicit,
-    Neumann,
     Problem,
     Result,
     Solver,
     Unrolled,
     check_hypergradient,
 )
+from bilevel.checkpoint import loadable
 from bilevel.oracles import Oracles
+from tests.core import resumed
 from tests.devices import DEVICES
-from tests.problems import ROWS, Row
-
-Optimizer = Callable[[Problem], torch.optim.Optimizer]
-
-
-def sgd(problem: Problem) -> torch.optim.Optimizer:
-    return torch.optim.SGD(problem.lower.parameters(), 0.05, momentum=0.9)
-
-
-def adam(problem: Problem) -> torch.optim.Optimizer:
-    return torch.optim.Adam(problem.lower.parameters(), 0.05)
-
-
-def adamw(problem: Problem) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(problem.lower.parameters(), 0.05, weight_decay=0.1)
-
+from tests.problems import ROWS, Quadratic, Row
+from tests.solver_rows import ROWS as SOLVER_ROWS
+from tests.solver_rows import Exact, Falls, SolverRow
 
 # Each solver with the lower optimizer it branches from (`None`: it needs none).
-SOLVERS: dict[str, tuple[Solver, Optimizer | None]] = {
-    "alternating": (Alternating(), None),
-    "unrolled torchopt sgd": (Unrolled(3, torchopt.sgd(0.05)), None),
-    # from a fresh state Adam's first step is g / (|g| + eps), a kink that differences step over
-    "unrolled torchopt adam": (Unrolled(3, torchopt.adam(0.05, eps=0.1)), None),
-    "unrolled running sgd": (Unrolled(3), sgd),
-    "unrolled running adam": (Unrolled(3), adam),
-    "unrolled running adamw": (Unrolled(3), adamw),
-    "recompute running adam": (Unrolled(3, mode="recompute"), adam),
-    "forward running sgd": (Unrolled(2, mode="forward"), sgd),
-    "truncated": (Unrolled(3, torchopt.sgd(0.05), truncate=2), None),
-    "implicit cg": (Implicit(ConjugateGradient(damping=1.0)), None),
-    "implicit cholesky": (Implicit(Cholesky()), None),
-    "implicit gmres": (Implicit(GMRES()), None),
-    "implicit neumann": (Implicit(Neumann(num_steps=5, step_size=0.05)), None),
-    "implicit identity": (Implicit(Identity()), None),
-}
+SOLVERS = {name: (row.solver, row.optimizer) for name, row in SOLVER_ROWS.items()}
 # Those whose answer is the derivative of what they do, so that finite differences must agree.
-PROCEDURES = [
-    name
-    for name, (solver, _) in SOLVERS.items()
-    if isinstance(solver, Unrolled) and solver.truncate is None
-]
-SOLUTIONS = {"implicit cg": Implicit(ConjugateGradient(rtol=1e-12))} | {
-    "implicit cholesky": Implicit(Cholesky()),
-    "implicit gmres": Implicit(GMRES(rtol=1e-12)),
-    "implicit neumann": Implicit(Neumann(num_steps=2000, step_size=0.1, rtol=1e-9)),
-}
+PROCEDURES = [name for name, row in SOLVER_ROWS.items() if row.procedure]
+SOLUTIONS = {n: row.solution for n, row in SOLVER_ROWS.items() if row.solution is not None}
 
 
 # Layers whose CUDA kernels have no forward derivative of their gradient in torch.
@@ -121,7 +84,8 @@ def assert_same(before: Any, after: Any) -> None:
 @pytest.mark.parametrize("solver_name", SOLVERS)
 @pytest.mark.parametrize("row_name", ROWS)
 def test_contract(row_name: str, solver_name: str, device: str) -> None:
-    row, solver = ROWS[row_name], SOLVERS[solver_name][0]
+    row, of = ROWS[row_name], SOLVER_ROWS[solver_name]
+    solver = of.solver
     problem, optimizer = build(row, solver_name, device)
     for p in problem.parameters():
         p.grad = torch.ones_like(p)  # somebody else's: must survive
@@ -129,10 +93,22 @@ def test_contract(row_name: str, solver_name: str, device: str) -> None:
     before = snapshot(problem, optimizer)
     objects = {name: id(p) for name, p in problem.named_parameters()}
 
-    def answer() -> Hypergradient:
+    def answer(state: Any = None) -> Hypergradient:
         return solver.hypergradient(
-            problem, upper_batch, [lower_batch], lower_optimizer=optimizer, seed=3, throw=False
+            problem,
+            upper_batch,
+            [lower_batch],
+            state=state,
+            lower_optimizer=optimizer,
+            seed=3,
+            throw=False,
         )
+
+    if row_name in of.refuses:
+        with pytest.raises(ValueError, match=of.refuses[row_name]):
+            answer()
+        assert_same(before, snapshot(problem, optimizer))
+        return
 
     forward = isinstance(solver, Unrolled) and solver.mode == "forward"
     if device == "cuda" and forward and row_name in NO_FORWARD_ON_CUDA:
@@ -148,20 +124,85 @@ def test_contract(row_name: str, solver_name: str, device: str) -> None:
     assert_same(first.value, second.value)
     assert_same(first.grad, second.grad)
 
-    variables = problem.variables("upper")
-    assert list(first.grad) == list(variables)
-    for name, g in first.grad.items():
+    assert_like(first.grad, problem.variables("upper"))
+    assert list(first.grad) == list(problem.variables("upper"))
+    assert first.value.ndim == 0
+    assert not first.value.requires_grad
+    assert first.result is not Result.NOT_FINITE
+    assert solver.moves_lower == (first.lower_grad is not None)
+    assert_like(first.lower_grad or {}, problem.variables("lower"))
+    later = follow(answer, first)
+    if not of.silent:  # the response reaches the upper level
+        assert later.stats.response_norm > 0
+        assert later.stats.lower_residual is not None
+
+
+def assert_like(found: dict[str, torch.Tensor], variables: dict[str, Any]) -> None:
+    """Finite numbers of the variables' kinds, without a graph."""
+    for name, g in found.items():
         assert g.shape == variables[name].shape
         assert g.dtype == variables[name].dtype
         assert g.device == variables[name].device
         assert not g.requires_grad
         assert g.isfinite().all(), name
-    assert first.value.ndim == 0
-    assert not first.value.requires_grad
-    assert first.result is not Result.NOT_FINITE
-    if solver_name != "alternating":  # the response reaches the upper level
-        assert first.stats.response_norm > 0
-        assert first.stats.lower_residual is not None
+
+
+def follow(answer: Any, first: Hypergradient) -> Hypergradient:
+    """The third answer of a solver with auxiliary variables: none of its states is written into."""
+    answers = [first]
+    for _ in range(2 if first.state is not None else 0):
+        given = answers[-1].state
+        kept = copy.deepcopy(given)
+        answers.append(answer(given))
+        optree.tree_map(assert_same, given, kept)
+        loadable(answers[-1].state, "solver")
+        assert all(g.isfinite().all() for g in answers[-1].grad.values())
+    return answers[-1]
+
+
+def error(of: SolverRow, solver: Solver) -> float:
+    """The relative error at the lower solution of the quadratic, once a solver's state has settled."""
+    problem = Quadratic().solve()
+    optimizer = None if of.optimizer is None else of.optimizer(problem)
+    state: Any = None
+    for _ in range(of.calls):
+        answer = solver.hypergradient(problem, state=state, lower_optimizer=optimizer)
+        state = answer.state
+        for name, g in (answer.lower_grad or {}).items():
+            problem.variables("lower")[name].data.sub_(of.lower_step * g)
+    truth = Quadratic().solve().hypergradient()
+    return float((answer.grad["x"] - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("name", [n for n, row in SOLVER_ROWS.items() if row.law is not None])
+def test_the_error_is_what_theory_says(name: str) -> None:
+    of = SOLVER_ROWS[name]
+    if isinstance(of.law, Exact):
+        assert error(of, of.law.solver or of.solver) < of.law.within
+    elif isinstance(of.law, Falls):
+        errors = [error(of, solver) for solver in of.law.rungs]
+        assert errors[0] < 1, "it must be a small error that falls"
+        for one, next_one in itertools.pairwise(errors):
+            assert next_one / one == pytest.approx(of.law.ratio, rel=of.law.rtol)
+
+
+@pytest.mark.parametrize("name", SOLVER_ROWS)
+def test_a_resumed_run_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    """Auxiliary variables, tables and generators are part of a run."""
+    of = SOLVER_ROWS[name]
+
+    def run(**changes: Any) -> dict[str, Any]:
+        steps = {} if of.solver.moves_lower else {"lower_steps": 2}
+        settings = resumed.make(solver="alternating", **changes) | {"solver": of.solver}
+        settings = settings | {"lower_steps": None, "num_steps": 4, "throw": False} | steps
+        if of.optimizer is not None:
+            settings["lower_optimizer"] = of.optimizer(settings["problem"])
+            settings["lower_scheduler"] = ()
+        return settings
+
+    whole, path = resumed.finish(run()), tmp_path / "run.pt"
+    resumed.finish(run(), path, 2)
+    resumed.assert_same(resumed.finish(run(resume=path)), whole)
 
 
 @pytest.mark.parametrize("solver_name", PROCEDURES)

@@ -241,7 +241,15 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
     "LatentModel": {"abilities"},
     "VariationalPosterior": {"mean", "exact", "known_score", "rewriting"},
     "VariationalJoint": {"exact_draws", "visible_mean", "rewriting", "code_noise", "bound"},
-    "Solver": {"bound", "context", "check", "num_lower_batches", "unrolled_steps", "approximates"},
+    "Solver": {
+        "begin",
+        "bound",
+        "context",
+        "check",
+        "num_lower_batches",
+        "unrolled_steps",
+        "approximates",
+    },
 }
 ASKED_FOR_ITS_CLASS = {  # "file: class", why nobody could be asked instead; this list only shrinks
     "bilevel/compile/guards.py: _Same": "`==` with whatever it is compared with",

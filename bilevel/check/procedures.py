@@ -149,7 +149,8 @@ def procedure(
 
     def settle() -> None:
         with solver.context(oracles):
-            answer = solver.respond(oracles, None, optimizers).lower
+            found = solver.respond(oracles, solver.begin(oracles), optimizers)
+            answer = found.at(oracles)
         write(oracles.problem.variables("lower"), {n: y.detach() for n, y in answer.items()})
 
     return settle

@@ -6,7 +6,7 @@ from typing import final
 import torch
 
 from bilevel.choices import Choice, check_choice
-from bilevel.oracles import usable_precision
+from bilevel.devices import usable_precision
 from bilevel.refusals import flag
 
 

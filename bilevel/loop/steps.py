@@ -88,7 +88,7 @@ class TurnSteps:
             self.upper = self._ready(partial(self._upper, self._eager), partial(self._upper, made))
             self.drawn = self._ready(partial(self._drawn, self._eager), partial(self._drawn, made))
         else:
-            self._moved = self._ready(self._eager.move_upper, made.move_upper, seeds=0)
+            self._moved = self._ready(self._eager.move, made.move, seeds=0)
             self.upper = self._unit_by_unit
 
     def _chosen(self, capture: Capture | None) -> tuple[How | None, Capture | None]:
@@ -171,7 +171,7 @@ class TurnSteps:
         self, writes: "_Writes", batch: Any, lower_batches: list[Any], solver_state: Any
     ) -> Hypergradient:
         hypergradient = self._solved(writes, batch, lower_batches, solver_state)
-        writes.move_upper(hypergradient.grad, hypergradient.buffers)
+        writes.move(hypergradient.grad, hypergradient.lower_grad, hypergradient.buffers)
         return hypergradient
 
     def _drawn(self, writes: "_Writes", begun: Any, solver_state: Any) -> Hypergradient:
@@ -192,7 +192,7 @@ class TurnSteps:
     ) -> Hypergradient:
         """An upper step whose solver repeats compiled pieces of work in a loop of its own."""
         hypergradient = self._solved(self._eager, batch, lower_batches, solver_state)
-        self._moved(hypergradient.grad, hypergradient.buffers)
+        self._moved(hypergradient.grad, hypergradient.lower_grad, hypergradient.buffers)
         return hypergradient
 
     def _solved(
@@ -237,8 +237,17 @@ class _Writes(ABC):
         """Let a level's optimizers step with these gradients."""
 
     @abstractmethod
-    def move_upper(self, grads: Tree, buffers: Tree) -> None:
-        """An upper step with gradients that belong to a record of the caller's."""
+    def own(self, level: Level, grads: Tree) -> Tree:
+        """Gradients of a record of the caller's, as `apply` may be given them."""
+
+    @final
+    def move(self, upper: Tree, lower: Tree | None, buffers: Tree) -> None:
+        """An upper step, and a lower one if there is a direction, with gradients of a record."""
+        if lower is not None:
+            moved = self.own("lower", lower)
+            self.apply("lower", {name: moved.get(name) for name in self._slots.variables("lower")})
+        self.apply("upper", self.own("upper", upper))
+        self._slots.commit(buffers)
 
 
 @final
@@ -265,13 +274,12 @@ class _Eager(_Writes):
     def apply(self, level: Level, grads: Mapping[str, Tensor | None]) -> None:
         _step(self._updates[level], self._slots.variables(level), grads)
 
-    def move_upper(self, grads: Tree, buffers: Tree) -> None:
-        update = self._updates["upper"]
+    def own(self, level: Level, grads: Tree) -> Tree:
+        update = self._updates[level]
         fused = all(o.defaults.get("fused") for o in update.optimizers)
         if update.max_norm is not None or not fused:  # clipping and some optimizers write into them
             grads = {name: g.clone() for name, g in grads.items()}
-        self.apply("upper", grads)
-        self._slots.commit(buffers)
+        return grads
 
 
 @final
@@ -288,9 +296,8 @@ class _Graph(_Writes):
         with torch.no_grad():
             move(update.optimizers, parameters, gradients)
 
-    def move_upper(self, grads: Tree, buffers: Tree) -> None:
-        self.apply("upper", grads)
-        self._slots.commit(buffers)
+    def own(self, level: Level, grads: Tree) -> Tree:
+        return grads
 
 
 @final
@@ -305,9 +312,8 @@ class _Recorded(_Writes):
         _refuse_hooks(parameters)
         _step(self._updates[level], parameters, grads)
 
-    def move_upper(self, grads: Tree, buffers: Tree) -> None:
-        self.apply("upper", {name: g.clone() for name, g in grads.items()})
-        self._slots.commit(buffers)
+    def own(self, level: Level, grads: Tree) -> Tree:
+        return {name: g.clone() for name, g in grads.items()}
 
 
 def _step(update: LevelUpdate, parameters: Tree, grads: Mapping[str, Tensor | None]) -> None:

@@ -215,6 +215,8 @@ class Turn:
         else:
             hypergradient = self._upper_of_batches()
         self.state.solver_state = hypergradient.state
+        if self._solver.moves_lower:
+            self.lower_residual = hypergradient.stats.lower_residual
         return hypergradient
 
     def _upper_of_batches(self) -> Hypergradient:

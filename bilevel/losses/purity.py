@@ -11,7 +11,7 @@ import random
 import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.tree import Tree, norm
 
-# the upper variables that each loss does not use, for the losses looked at
-_examined: MutableMapping[Problem, dict[Level, frozenset[str]]] = weakref.WeakKeyDictionary()
+# for the losses looked at: the variables of each level that they do not use
+_Unused: TypeAlias = dict[Level, frozenset[str]]
+_examined: MutableMapping[Problem, dict[Level, _Unused]] = weakref.WeakKeyDictionary()
 
 
 @torch.enable_grad()
@@ -66,9 +67,9 @@ def examined(problem: Problem, levels: Sequence[Level]) -> bool:
     return all(level in done for level in levels)
 
 
-def unused(problem: Problem, level: Level) -> frozenset[str]:
-    """The upper variables that a loss did not use when it was examined; empty if it was not."""
-    return _examined.get(problem, {}).get(level, frozenset())
+def unused(problem: Problem, level: Level, of: Level = "upper") -> frozenset[str]:
+    """The variables of a level that a loss did not use when it was examined; empty if it was not."""
+    return _examined.get(problem, {}).get(level, {}).get(of, frozenset())
 
 
 def refuse_shared_upper(oracles: Oracles) -> None:
@@ -265,11 +266,15 @@ class _Examination:
         self._missing = [p for p, g in zip(self.wanted, found, strict=True) if g is None]
         return _Trial(loss.detach().to(widest(loss.device)), fill(found, leaves))
 
-    def unused(self) -> frozenset[str]:
-        """The names of the upper variables without a gradient in the last trial."""
+    def unused(self) -> _Unused:
+        """The names of each level's variables without a gradient in the last trial."""
         missing = {id(p) for p in self._missing}
-        upper = self.oracles.slots.variables("upper")
-        return frozenset(name for name, p in upper.items() if id(p) in missing)
+        levels: tuple[Level, ...] = ("upper", "lower")
+        of = {level: self.oracles.slots.variables(level) for level in levels}
+        return {
+            level: frozenset(name for name, p in variables.items() if id(p) in missing)
+            for level, variables in of.items()
+        }
 
     @contextlib.contextmanager
     def _garbage(self) -> Iterator[None]:

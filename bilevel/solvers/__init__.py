@@ -2,6 +2,7 @@
 
 from bilevel.solvers.alternating import Alternating
 from bilevel.solvers.base import (
+    Directions,
     Hypergradient,
     Response,
     ResponseProduct,
@@ -16,6 +17,7 @@ from bilevel.solvers.unrolled import Unrolled
 __all__ = [
     "Alternating",
     "Compiled",
+    "Directions",
     "Hypergradient",
     "Implicit",
     "Response",

@@ -17,7 +17,8 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem, refuse_no_problem
 from bilevel.refusals import one_of
-from bilevel.solvers.base import Response, Solver, UnrolledSteps
+from bilevel.solvers.answers import Answer, UnrolledSteps
+from bilevel.solvers.base import Solver
 from bilevel.solvers.given import given_solver
 
 _MOST = 4  # problems whose graphs a record keeps
@@ -72,13 +73,17 @@ class Compiled(Solver):
         given_solver("None" if self.solver is None else self.solver)  # there is no usual one
         if self.how is not None:
             one_of("how", self.how, HOWS)
-        object.__setattr__(self, "drops_response", self.solver.drops_response)
+        for asked in ("drops_response", "moves_lower"):
+            object.__setattr__(self, asked, getattr(self.solver, asked))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.solver, self.how)  # graphs are neither copied nor saved
 
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
+    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Answer:
         return self.solver.respond(oracles, state, lower_optimizer)
+
+    def begin(self, oracles: Oracles) -> Any:
+        return self.solver.begin(oracles)
 
     def bound(
         self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], seed: int

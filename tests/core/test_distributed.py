@@ -22,7 +22,7 @@ from bilevel.methods import VAE, AdvIL, BiDVL, BiSM, ScoreMatching, VaGES
 from bilevel.methods.data.images import load_images
 from bilevel.methods.evaluation.evaluate import evaluate
 from bilevel.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
-from tests.distributed_worker import IMAGES, SOLVERS, everything, trained
+from tests.distributed_worker import IMAGES, OF_THE_CONTRACT, SOLVERS, everything, trained
 
 ROOT = Path(__file__).parents[2]
 RANKS = 2
@@ -63,7 +63,7 @@ def alone() -> dict[str, Any]:
     return everything(None)
 
 
-@pytest.mark.parametrize("case", ["bidvl", *SOLVERS, "compiled"])
+@pytest.mark.parametrize("case", ["bidvl", *SOLVERS, *OF_THE_CONTRACT, "compiled"])
 def test_two_processes_equal_one_with_the_same_global_batch(
     case: str, together: dict[str, Any], alone: dict[str, Any]
 ) -> None:

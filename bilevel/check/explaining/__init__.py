@@ -22,8 +22,8 @@ from bilevel.check.explaining.rates import lower_rate, step_sizes
 from bilevel.check.explaining.scene import Rates, Scene
 from bilevel.check.explaining.terms import numbers, response_term
 from bilevel.check.explaining.variables import still_variables
+from bilevel.devices import usable_precision
 from bilevel.optimizers import Optimizers, check_optimizers, optimizers_of
-from bilevel.oracles import usable_precision
 from bilevel.problem import Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, whole
 from bilevel.solvers import Solver

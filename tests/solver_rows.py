@@ -1,0 +1,169 @@
+"""The solvers of the contract: one row each, with what its answers must be worth.
+
+A new solver adds a row in the section of its family. `tests/test_contract_solvers.py` and
+`tests/core/compile/test_compiled_solvers.py` do the rest.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+import torchopt
+
+from bilevel import (
+    GMRES,
+    Alternating,
+    Cholesky,
+    ConjugateGradient,
+    Identity,
+    Implicit,
+    Neumann,
+    Problem,
+    Solver,
+    Unrolled,
+)
+
+Optimizer: TypeAlias = Callable[[Problem], torch.optim.Optimizer]
+
+
+def sgd(problem: Problem) -> torch.optim.Optimizer:
+    return torch.optim.SGD(problem.lower.parameters(), 0.05, momentum=0.9)
+
+
+def adam(problem: Problem) -> torch.optim.Optimizer:
+    return torch.optim.Adam(problem.lower.parameters(), 0.05)
+
+
+def adamw(problem: Problem) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(problem.lower.parameters(), 0.05, weight_decay=0.1)
+
+
+def plain(problem: Problem) -> torch.optim.Optimizer:
+    return torch.optim.SGD(problem.lower.parameters(), 0.1)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """At the lower solution of the quadratic the answer is the closed form.
+
+    Attributes:
+        within: the largest relative error.
+        solver: settings with which this holds, if they are not the row's own.
+    """
+
+    within: float = 1e-10
+    solver: Solver | None = None
+
+
+@dataclass(frozen=True)
+class Falls:
+    """At the lower solution of the quadratic the error falls with the work, as theory says.
+
+    Attributes:
+        rungs: the solver with more and more work (or a larger and larger multiplier).
+        ratio: the error of a rung, divided by that of the rung before.
+        rtol: how far from this ratio it may lie, relatively.
+    """
+
+    rungs: tuple[Solver, ...]
+    ratio: float
+    rtol: float = 0.1
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """A solver of the contract.
+
+    Attributes:
+        solver: its settings, for the small problems of `tests/problems.py`.
+        optimizer: the running lower optimizer it needs.
+        procedure: whether the answer is the derivative of what it does at its settings, so that finite
+            differences of its steps must agree.
+        solution: settings with which the answer is the derivative of the lower solution, if there are.
+        law: what the error is on the quadratic; `None` if it stays of the order of the response.
+        calls: hypergradients in a row, each with the state of the one before, until auxiliary variables
+            have settled there. A solver that moves the lower variables moves them in between.
+        lower_step: by how much of its direction, then.
+        silent: whether the response may be 0.
+        alone: why two ranks are another run than one, if they are.
+        refuses: problem -> the sentence with which it refuses, for problems that it cannot take.
+    """
+
+    solver: Solver
+    optimizer: Optimizer | None = None
+    procedure: bool = False
+    solution: Solver | None = None
+    law: Exact | Falls | None = None
+    calls: int = 1
+    lower_step: float = 0.1
+    silent: bool = False
+    alone: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+
+def steps(count: int, mode: str = "reverse", truncate: int | None = None) -> Unrolled:
+    return Unrolled(count, torchopt.sgd(0.2), mode=mode, truncate=truncate)  # type: ignore[arg-type]
+
+
+# The smallest eigenvalue of the quadratic is 1/2: a step of 0.2 shrinks the error by 0.9.
+GEOMETRIC = 0.9**20
+
+ROWS: dict[str, SolverRow] = {
+    # ------------------------------------------------------------------ alternating
+    "alternating": SolverRow(Alternating(), silent=True),
+    # ------------------------------------------------------------------ unrolled
+    "unrolled torchopt sgd": SolverRow(
+        Unrolled(3, torchopt.sgd(0.05)),
+        procedure=True,
+        law=Falls((steps(40), steps(60), steps(80)), GEOMETRIC),
+    ),
+    # from a fresh state Adam's first step is g / (|g| + eps), a kink that differences step over
+    "unrolled torchopt adam": SolverRow(Unrolled(3, torchopt.adam(0.05, eps=0.1)), procedure=True),
+    "unrolled running sgd": SolverRow(Unrolled(3), sgd, procedure=True),
+    "unrolled running adam": SolverRow(Unrolled(3), adam, procedure=True),
+    "unrolled running adamw": SolverRow(Unrolled(3), adamw, procedure=True),
+    "recompute running adam": SolverRow(
+        Unrolled(3, mode="recompute"),
+        adam,
+        procedure=True,
+        law=Falls((steps(40, "recompute"), steps(60, "recompute")), GEOMETRIC),
+    ),
+    "forward running sgd": SolverRow(
+        Unrolled(2, mode="forward"),
+        sgd,
+        procedure=True,
+        law=Falls((steps(40, "forward"), steps(60, "forward")), GEOMETRIC),
+    ),
+    "truncated": SolverRow(
+        Unrolled(3, torchopt.sgd(0.05), truncate=2),
+        law=Falls((steps(90, truncate=40), steps(90, truncate=60)), GEOMETRIC),
+    ),
+    # ------------------------------------------------------------------ implicit
+    "implicit cg": SolverRow(
+        Implicit(ConjugateGradient(damping=1.0)),
+        solution=Implicit(ConjugateGradient(rtol=1e-12)),
+        law=Exact(solver=Implicit(ConjugateGradient(rtol=1e-12))),
+    ),
+    "implicit cholesky": SolverRow(
+        Implicit(Cholesky()), solution=Implicit(Cholesky()), law=Exact(1e-12)
+    ),
+    "implicit gmres": SolverRow(
+        Implicit(GMRES()),
+        solution=Implicit(GMRES(rtol=1e-12)),
+        law=Exact(solver=Implicit(GMRES(rtol=1e-12))),
+    ),
+    "implicit neumann": SolverRow(
+        Implicit(Neumann(num_steps=5, step_size=0.05)),
+        solution=Implicit(Neumann(num_steps=2000, step_size=0.1, rtol=1e-9)),
+        law=Falls(
+            tuple(Implicit(Neumann(num_steps=k, step_size=0.2)) for k in (40, 60, 80)), GEOMETRIC
+        ),
+    ),
+    "implicit identity": SolverRow(Implicit(Identity())),
+    # ------------------------------------------------------------------ implicit, more systems
+    # ------------------------------------------------------------------ unrolled, more modes
+    # ------------------------------------------------------------------ first order and penalty
+    # ------------------------------------------------------------------ single loop, stochastic
+    # ------------------------------------------------------------------ zero order
+}
