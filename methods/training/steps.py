@@ -48,7 +48,8 @@ def training_steps(
         synchronise_batch_norm(problem)
     model.train()
     two_levels = bool(model.variables("lower"))
-    lower_moves = two_levels and training.lower_steps > 0
+    steps = 0 if solver.moves_lower or not two_levels else training.lower_steps
+    lower_moves = two_levels and (solver.moves_lower or steps > 0)
     return train(
         problem,
         source,
@@ -56,7 +57,7 @@ def training_steps(
         lower_optimizer=lower if two_levels else None,
         num_steps=training.num_steps,
         solver=solver,
-        lower_steps=training.lower_steps if two_levels else 0,
+        lower_steps=steps,
         order=training.order,
         upper_scheduler=_schedulers(upper, training, epoch),
         lower_scheduler=_schedulers(lower, training, epoch) if lower_moves else (),
