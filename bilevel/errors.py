@@ -21,7 +21,8 @@ class Result(enum.Enum):
     NEGATIVE_CURVATURE = (
         "the lower-level Hessian is not positive definite (a direction of negative curvature was "
         "met), so the lower variables are not at a strict minimum; take more lower steps, add "
-        "`damping`, or use `GMRES` or `Unrolled`"
+        "`damping`, or use `MINRES` or `GMRES` (which take it as it is), `KFAC` (a Gauss-Newton matrix, "
+        "which is never negative) or `Unrolled`"
     )
     SINGULAR = (
         "the lower-level Hessian is singular to working precision (the lower loss is flat along some "
@@ -31,6 +32,11 @@ class Result(enum.Enum):
     DIVERGED = (
         "the iteration diverged: its residual grew beyond the right-hand side; take a smaller "
         "`step_size` (below 2 / largest eigenvalue of the Hessian) or use `ConjugateGradient`"
+    )
+    BREAKDOWN = (
+        "the recursion of the linear solver broke down (it would divide by an inner product that is "
+        "zero to rounding), and its best iterate does not meet the tolerance; use `GMRES`, or `NormalCG` "
+        "where products with the transposed matrix are there"
     )
     NOT_FINITE = (
         "a NaN or infinite number appeared; look at the losses and their gradients at this point"

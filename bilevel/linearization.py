@@ -59,6 +59,11 @@ class Hessian:
         """Product with a vector of shape (n,)."""
         return self._layout.ravel(self.product(vector, self._leaves))
 
+    @property
+    def transposed(self) -> "Hessian":
+        """The transposed matrix: the second derivative of a loss is symmetric."""
+        return self
+
     def product(self, vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
         """The vector times the derivative of the gradient in other variables, too."""
         cotangents = self._layout.unravel(vector)
@@ -117,6 +122,11 @@ class CompiledHessian:
         product: Tensor = self._stage(self._alike(vector))[0]
         return product
 
+    @property
+    def transposed(self) -> "CompiledHessian":
+        """The transposed matrix: the second derivative of a loss is symmetric."""
+        return self
+
     def cross(self, vector: Tensor) -> Tree:
         """The vector times the derivative of the gradient in the upper variables."""
         product: Tree = self._stage(self._alike(vector))[1]
@@ -150,7 +160,23 @@ class _OfProduct:
     step: Callable[..., Any]
 
     def __call__(self, rest: Callable[..., Any], *tensors: Tensor) -> Any:
-        return self.step(lambda vector: rest(vector)[0], *tensors)
+        return self.step(_Product(rest), *tensors)
+
+
+@final
+class _Product:
+    """Products with the Hessian, inside a graph."""
+
+    def __init__(self, rest: Callable[..., Any]) -> None:
+        self._rest = rest
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        product: Tensor = self._rest(vector)[0]
+        return product
+
+    @property
+    def transposed(self) -> "_Product":
+        return self
 
 
 def _columns(product: Callable[[Tensor], Tensor], eye: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias, final
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class LinearSolution(NamedTuple):
             by a recursion; `None` if it was not computed.
         num_products: number of products with A, those for the residual included.
         negative_curvature: whether a direction p with p^T A p < 0, beyond rounding, was met.
+        note: what the solver can say of a failure in numbers, a sentence; empty if nothing.
     """
 
     value: Tensor
@@ -34,6 +35,7 @@ class LinearSolution(NamedTuple):
     residual: Tensor | None
     num_products: int
     negative_curvature: bool = False
+    note: str = ""
 
 
 class LinearSolver(ABC):
@@ -61,6 +63,18 @@ class LinearSolver(ABC):
         Returns:
             The solution and how the solve ended.
         """
+
+
+class Preconditioner(Protocol):
+    """A preconditioner that is made from the matrix, once for a solve."""
+
+    def prepare(
+        self, operator: Operator, like: Tensor, damping: float
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """What it is made of for `A + damping I`, and how many products with A that took."""
+
+    def apply(self, r: Tensor, *made: Tensor) -> Tensor:
+        """The product M r; it does not look at values."""
 
 
 def refuse_no_system(operator: Any, rhs: Any) -> None:
@@ -117,7 +131,47 @@ def in_own_units(rhs: Tensor) -> tuple[Tensor, Tensor]:
 
 def damped(operator: Operator, damping: float) -> Operator:
     """The operator `A + damping I`."""
-    return (lambda v: operator(v) + damping * v) if damping else operator
+    return Damped(operator, damping) if damping else operator
+
+
+@final
+class Damped:
+    """The operator `A + damping I` itself.
+
+    Args:
+        operator: v -> A v.
+        damping: added to the diagonal.
+    """
+
+    def __init__(self, operator: Operator, damping: float) -> None:
+        self._operator = operator
+        self._damping = damping
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Product with a vector of shape (n,)."""
+        return self._operator(vector) + self._damping * vector
+
+    @property
+    def transposed(self) -> "Damped":
+        """The transpose, if the operator has one; otherwise there is no such attribute."""
+        back: Operator = self._operator.transposed  # type: ignore[attr-defined]
+        return self if back is self._operator else Damped(back, self._damping)
+
+
+def transposed(operator: Operator, solver: str) -> Operator:
+    """Products with the transposed matrix, if the operator has them (`operator.transposed`).
+
+    Raises:
+        TypeError: if it has none, saying how to give it.
+    """
+    found: Operator | None = getattr(operator, "transposed", None)
+    if found is None:
+        raise TypeError(
+            f"`{solver}` needs products with the transposed matrix, and this operator has no attribute "
+            "`transposed`; set it (`operator.transposed = lambda v: A.T @ v`, or `= operator` for a "
+            "symmetric one), or use `GMRES` or `BiCGStab`, which need none"
+        )
+    return found
 
 
 def iterated(operator: Operator, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:

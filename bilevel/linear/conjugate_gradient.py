@@ -15,6 +15,7 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
+    Preconditioner,
     check_rtol,
     damped,
     in_own_units,
@@ -49,7 +50,8 @@ class ConjugateGradient(LinearSolver):
             epsilon. `None` runs all `max_steps` steps (fewer if the residual becomes 0) and calls
             that a success: the truncated method on purpose.
         damping: added to the diagonal of A.
-        preconditioner: r -> M r with M symmetric positive definite, close to the inverse of A.
+        preconditioner: r -> M r with M symmetric positive definite, close to the inverse of A; or one
+            that is made from the matrix at every solve, such as `Nystrom(rank=20)`.
         warm_start: start from the previous solution.
         check_every: steps between two looks at the residual. Each look waits for the device; on a
             GPU 5 or 10 hides the wait. Steps past the end leave the iterate as it is.
@@ -70,13 +72,14 @@ class ConjugateGradient(LinearSolver):
     max_steps: int = 100
     rtol: float | str | None = "auto"
     damping: float = 0.0
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    preconditioner: Callable[[Tensor], Tensor] | Preconditioner | None = None
     warm_start: bool = False
     check_every: int = 1
 
     def __post_init__(self) -> None:
         flag("warm_start", self.warm_start)
-        callable_or_none("preconditioner", self.preconditioner, "preconditioner(residual)")
+        if getattr(self.preconditioner, "prepare", None) is None:
+            callable_or_none("preconditioner", self.preconditioner, "preconditioner(residual)")
         whole("max_steps", self.max_steps)
         positive("damping", self.damping, zero=True)
         whole("check_every", self.check_every)
@@ -92,15 +95,16 @@ class ConjugateGradient(LinearSolver):
         key = type(self), self.damping, self.preconditioner, goal
         warm = self.warm_start and guess is not None and guess.shape == rhs.shape
         given = (rhs, guess) if warm else (rhs,)
-        begin = iterated(operator, ("begin", key), partial(self._begin, s, goal))
+        made, spent = self._prepared(operator, rhs)
+        begin = iterated(operator, ("begin", key), partial(self._begin, s, goal, warm))
         finish = iterated(operator, ("finish", key), partial(self._finish, s))
-        unit, rhs, scale, *state, done = begin(*given)
+        unit, rhs, scale, *state, done = begin(*given, *made)
         here = _Place(*state)
-        w, r, products = here.w, here.r, len(given) - 1
+        w, r, products = here.w, here.r, len(given) - 1 + spent
         steps, last, kept = 0, math.inf, None
         advance = iterated(operator, ("step", key), partial(self._step, s, goal))
         while True:
-            here, walked = self._walk(advance, here, s.of(scale), done, self.max_steps - steps)
+            here, walked = self._walk(advance, here, s.of(scale), done, self.max_steps - steps, made)
             steps += walked
             products += walked
             if walked:  # else the residual at the start is the true one already
@@ -116,7 +120,7 @@ class ConjugateGradient(LinearSolver):
             if result is not Result.NOT_CONVERGED or steps >= self.max_steps or not helps:
                 return LinearSolution(unit * w, result, residual, products, bool(negative))
             last, kept = size, (w, residual)
-            here, done = self._place(s, goal, w, r)
+            here, done = self._place(s, goal, w, r, made)
 
     def _result(self, size: float, goal: float, negative: float, flat: float) -> Result:
         if not math.isfinite(size):
@@ -130,7 +134,13 @@ class ConjugateGradient(LinearSolver):
         return Result.SUCCESS if self.rtol is None else Result.NOT_CONVERGED
 
     def _walk(
-        self, advance: Callable[..., Any], here: "_Place", scale: Number, done: Number, most: int
+        self,
+        advance: Callable[..., Any],
+        here: "_Place",
+        scale: Number,
+        done: Number,
+        most: int,
+        made: tuple[Tensor, ...],
     ) -> "tuple[_Place, int]":
         """Steps of the recursion until it is done."""
         steps = 0
@@ -138,23 +148,40 @@ class ConjugateGradient(LinearSolver):
             if steps % self.check_every == 0 and bool(done):  # waits for the device
                 break
             steps += 1
-            *now, done = advance(scale, *here)
+            *now, done = advance(scale, *here, *made)
             here = _Place(*now)
         return here, steps
 
+    def _prepared(self, operator: Operator, rhs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """What the preconditioner is made of, and the products that took."""
+        prepare = getattr(self.preconditioner, "prepare", None)
+        found: tuple[tuple[Tensor, ...], int] = ((), 0)
+        return found if prepare is None else prepare(operator, rhs, self.damping)
+
+    def _conditioned(self, r: Tensor, made: tuple[Tensor, ...]) -> Tensor:
+        """The product M r with the preconditioner."""
+        if self.preconditioner is None:
+            return r
+        known: Any = self.preconditioner
+        product: Tensor = known.apply(r, *made) if made else known(r)
+        return product
+
     def _begin(
-        self, s: Scalars, goal: float, operator: Operator, rhs: Tensor, guess: Tensor | None = None
+        self, s: Scalars, goal: float, warm: bool, operator: Operator, rhs: Tensor, *others: Tensor
     ) -> tuple[Any, ...]:
         """The right-hand side in its own units, and the recursion at its start."""
+        guess, made = others[0] if warm else None, others[warm:]
         rhs, unit = in_own_units(rhs)
         w, r, _ = initial(damped(operator, self.damping), rhs, guess, unit)
         scale = torch.linalg.vector_norm(rhs).clamp_min(torch.finfo(rhs.dtype).tiny)
-        here, done = self._place(s, goal, w, r / scale)
+        here, done = self._place(s, goal, w, r / scale, made)
         return unit, rhs, scale, *here, done
 
-    def _place(self, s: Scalars, goal: float, w: Tensor, r: Tensor) -> "tuple[_Place, Number]":
+    def _place(
+        self, s: Scalars, goal: float, w: Tensor, r: Tensor, made: tuple[Tensor, ...]
+    ) -> "tuple[_Place, Number]":
         """The recursion at the iterate w with residual r, and whether there is nothing to do."""
-        z = r if self.preconditioner is None else self.preconditioner(r)
+        z = self._conditioned(r, made)
         rz = s.of(torch.dot(r, z))
         length = self._length(s, r, rz)
         no = s.false(length)
@@ -182,7 +209,7 @@ class ConjugateGradient(LinearSolver):
         self, s: Scalars, goal: float, operator: Operator, scale: Number, *place: Any
     ) -> tuple[Any, ...]:
         """A step of the recursion, and whether the next one would stop."""
-        here = _Place(*place)
+        here, made = _Place(*place[: len(_Place._fields)]), place[len(_Place._fields) :]
         w, r, p = here.w, here.r, here.p
         eps = torch.finfo(r.dtype).eps
         enough = self._enough(s, goal, r)
@@ -201,7 +228,7 @@ class ConjugateGradient(LinearSolver):
             move = scale * alpha
         w = w + s.times(move, p)
         r = r - s.times(alpha, Ap)
-        z = r if self.preconditioner is None else self.preconditioner(r)
+        z = self._conditioned(r, made)
         rz = s.of(torch.dot(r, z))
         with s.quiet():
             length = self._length(s, r, rz)

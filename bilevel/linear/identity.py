@@ -1,4 +1,4 @@
-"""The identity in place of an inverse."""
+"""The identity in place of an inverse, `Identity`, also called `T1T2`."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -17,8 +17,9 @@ from bilevel.refusals import positive
 class Identity(LinearSolver):
     """`w = scale * b`: pretends that A is `I / scale`; no product with A at all.
 
-    Also known as T1-T2, and, with `scale` the lower step size, as one differentiated step of
-    gradient descent. An approximation on purpose: no residual is computed, and every finite answer
+    Also known as T1-T2 (`T1T2` is this class under the name of the paper): the update of the upper
+    variables by one differentiated step of gradient descent, whose size is `scale`; at 1 it is left to
+    the upper learning rate, as in the paper. An approximation on purpose: no residual is computed, and every finite answer
     is a success. (On an accelerator that is not checked here, because it would wait; `train` looks
     every `check_every` steps.)
 
@@ -47,3 +48,6 @@ class Identity(LinearSolver):
         w = self.scale * rhs
         failed = w.device.type == "cpu" and not bool(w.isfinite().all())
         return LinearSolution(w, Result.NOT_FINITE if failed else Result.SUCCESS, None, 0)
+
+
+T1T2 = Identity

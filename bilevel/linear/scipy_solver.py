@@ -1,0 +1,119 @@
+"""Any solver of SciPy's for sparse systems, or one called as those are."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.arguments import explained_settings
+from bilevel.linear.base import (
+    LinearSolution,
+    LinearSolver,
+    Operator,
+    in_own_units,
+    outcome,
+    refuse_no_system,
+    relative,
+)
+from bilevel.refusals import flag, positive, shown
+
+
+@final
+@explained_settings
+@dataclass(frozen=True)
+class SciPy(LinearSolver):
+    """A function that takes a `scipy.sparse.linalg.LinearOperator` and a right-hand side.
+
+    What SciPy has and this library has not (LSMR, LGMRES, QMR, TFQMR), or a solver of your own in NumPy.
+    It runs on the processor: from a GPU every product is a round trip, and the solver waits for each.
+
+    Args:
+        function: `function(operator, b, **options)` returns the solution, or a tuple that begins with it.
+        rtol: stop once |residual| <= rtol |b|: given to the function as `rtol` (`atol` and `btol` for
+            LSMR and LSQR) if it has that argument, and tested afterwards on the true residual. `None`
+            leaves the function its own, and any answer better than zero is a success.
+        options: further arguments, such as `{"maxiter": 50}`.
+        warm_start: start from the previous solution; the function must have an argument `x0`.
+
+    Raises:
+        TypeError: if `function` is no function, or its answer is no vector of n numbers.
+        ValueError: if a setting is out of range, or (with `warm_start`) there is no `x0`.
+
+    Example:
+        >>> import scipy.sparse.linalg
+        >>> solver = SciPy(scipy.sparse.linalg.minres, rtol=1e-10)
+        >>> solver.solve(lambda v: 2 * v, torch.ones(2, dtype=torch.double)).value
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+
+    function: Callable[..., Any]
+    rtol: float | None = 1e-8
+    options: Mapping[str, Any] = field(default_factory=dict)
+    warm_start: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(
+                f"`function` must be one of `scipy.sparse.linalg`, such as `minres`, or called as they "
+                f"are, got {shown(self.function)}"
+            )
+        if self.rtol is not None:
+            positive("rtol", self.rtol)
+        if flag("warm_start", self.warm_start) and "x0" not in self._takes():
+            raise ValueError(
+                f"`warm_start` needs a function with an argument `x0`, and `{self.function.__name__}` "
+                "has none; leave `warm_start` out"
+            )
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.rtol, self.warm_start))
+
+    def solve(
+        self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
+    ) -> LinearSolution:
+        refuse_no_system(operator, rhs)
+        from scipy.sparse.linalg import LinearOperator
+
+        b, unit = in_own_units(rhs)
+        n, kind = len(b), b.dtype if b.dtype in (torch.float32, torch.float64) else torch.float32
+        count = 0
+
+        def through(product: Operator) -> Callable[[Any], Any]:
+            def call(vector: Any) -> Any:
+                nonlocal count
+                count += 1
+                given = torch.as_tensor(np.array(vector).reshape(n)).to(b)
+                return product(given).detach().to("cpu", kind).numpy()
+
+            return call
+
+        back = getattr(operator, "transposed", None)
+        products = {"matvec": through(operator)}
+        if back is not None:
+            products["rmatvec"] = through(back)
+        target = b.detach().to("cpu", kind).numpy()
+        system = LinearOperator((n, n), dtype=target.dtype, **products)
+        keywords = dict(self.options)
+        if self.rtol is not None:
+            names = ["rtol"] if "rtol" in self._takes() else ["atol", "btol"]
+            keywords |= dict.fromkeys([x for x in names if x in self._takes()], self.rtol)
+        if self.warm_start and guess is not None and guess.shape == rhs.shape:
+            keywords["x0"] = (guess / unit).detach().to("cpu", kind).numpy()
+        found = self.function(system, target, **keywords)
+        w = torch.as_tensor(np.array(found[0] if isinstance(found, tuple) else found)).to(b)
+        if w.shape != b.shape:
+            raise TypeError(
+                f"`{self.function.__name__}` must return a vector of shape ({n},), as its second "
+                f"argument is, or a tuple that begins with one, got shape {tuple(w.shape)}"
+            )
+        residual = relative(torch.linalg.vector_norm(b - operator(w)), torch.linalg.vector_norm(b))
+        nearly = 1 - torch.finfo(b.dtype).eps ** 0.5
+        result = outcome(residual, nearly if self.rtol is None else self.rtol)
+        return LinearSolution(unit * w, result, residual, count + 1)
+
+    def _takes(self) -> Mapping[str, Any]:
+        return inspect.signature(self.function).parameters
