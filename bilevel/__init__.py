@@ -17,7 +17,21 @@ from bilevel.check import (
 )
 from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
-from bilevel.linear import GMRES, Cholesky, ConjugateGradient, Identity, LinearSolver, Neumann
+from bilevel.linear import (
+    GMRES,
+    MINRES,
+    T1T2,
+    BiCGStab,
+    Cholesky,
+    ConjugateGradient,
+    FixedPoint,
+    Identity,
+    LinearSolver,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    SciPy,
+)
 from bilevel.loop.step import Step
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
@@ -43,8 +57,11 @@ _follow()
 __version__ = "0.1.0"
 __all__ = [
     "GMRES",
+    "MINRES",
+    "T1T2",
     "Alternating",
     "Batches",
+    "BiCGStab",
     "Certificate",
     "CheckpointError",
     "Cholesky",
@@ -54,6 +71,7 @@ __all__ = [
     "Directions",
     "DivergenceError",
     "Explanation",
+    "FixedPoint",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientError",
@@ -61,11 +79,14 @@ __all__ = [
     "Implicit",
     "LinearSolver",
     "Neumann",
+    "NormalCG",
+    "Nystrom",
     "Oracles",
     "Problem",
     "Response",
     "ResponseProduct",
     "Result",
+    "SciPy",
     "Solver",
     "State",
     "Stats",

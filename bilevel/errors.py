@@ -35,8 +35,8 @@ class Result(enum.Enum):
     )
     BREAKDOWN = (
         "the recursion of the linear solver broke down (it would divide by an inner product that is "
-        "zero to rounding), and its best iterate does not meet the tolerance; use `GMRES`, or `NormalCG` "
-        "where products with the transposed matrix are there"
+        "zero to rounding), and its best iterate does not meet the tolerance; use `GMRES`, or "
+        "`NormalCG` where products with the transposed matrix are there"
     )
     NOT_FINITE = (
         "a NaN or infinite number appeared; look at the losses and their gradients at this point"

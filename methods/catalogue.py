@@ -15,13 +15,18 @@ import torch
 
 from bilevel import (
     GMRES,
+    MINRES,
     Alternating,
+    BiCGStab,
     Cholesky,
     ConjugateGradient,
+    FixedPoint,
     Identity,
     Implicit,
     LinearSolver,
     Neumann,
+    NormalCG,
+    Nystrom,
     Solver,
     Unrolled,
 )
@@ -116,6 +121,11 @@ LINEAR_SOLVERS: Mapping[str, type[LinearSolver]] = {
     "conjugate_gradient": ConjugateGradient,
     "neumann": Neumann,
     "gmres": GMRES,
+    "minres": MINRES,
+    "bicgstab": BiCGStab,
+    "normal_cg": NormalCG,
+    "fixed_point": FixedPoint,
+    "nystrom": Nystrom,
     "identity": Identity,
     "cholesky": Cholesky,
 }

@@ -8,18 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import scipy.sparse.linalg
 import torch
 import torchopt
 
 from bilevel import (
     GMRES,
+    MINRES,
     Alternating,
+    BiCGStab,
     Cholesky,
     ConjugateGradient,
+    FixedPoint,
     Identity,
     Implicit,
     Neumann,
+    NormalCG,
+    Nystrom,
     Problem,
+    SciPy,
     Solver,
     Unrolled,
 )
@@ -162,6 +169,40 @@ ROWS: dict[str, SolverRow] = {
     ),
     "implicit identity": SolverRow(Implicit(Identity())),
     # ------------------------------------------------------------------ implicit, more systems
+    "implicit minres": SolverRow(
+        Implicit(MINRES(max_steps=6, rtol=None)),
+        solution=Implicit(MINRES(rtol=1e-12)),
+        law=Exact(solver=Implicit(MINRES(rtol=1e-12))),
+    ),
+    "implicit bicgstab": SolverRow(
+        Implicit(BiCGStab(max_steps=4, rtol=None, damping=1.0)),
+        solution=Implicit(BiCGStab(rtol=1e-12)),
+        law=Exact(solver=Implicit(BiCGStab(rtol=1e-12))),
+    ),
+    "implicit normal cg": SolverRow(
+        Implicit(NormalCG(max_steps=4, rtol=None)),
+        solution=Implicit(NormalCG(rtol=1e-12)),
+        law=Exact(solver=Implicit(NormalCG(rtol=1e-12))),
+    ),
+    "implicit fixed point": SolverRow(
+        Implicit(FixedPoint(step_size=1e-3, max_steps=5)),
+        solution=Implicit(FixedPoint(step_size=0.1, max_steps=3000, rtol=1e-9)),
+        law=Exact(solver=Implicit(FixedPoint(step_size=0.2, rtol=1e-12))),
+    ),
+    "implicit nystrom": SolverRow(
+        Implicit(Nystrom(rank=5, damping=1.0)),
+        # of full rank it is exact but for the damping
+        law=Exact(solver=Implicit(Nystrom(rank=50, damping=1e-12))),
+    ),
+    "implicit preconditioned cg": SolverRow(
+        Implicit(ConjugateGradient(5, damping=1.0, preconditioner=Nystrom(rank=4))),
+        solution=Implicit(ConjugateGradient(rtol=1e-12, preconditioner=Nystrom(rank=2))),
+        law=Exact(solver=Implicit(ConjugateGradient(rtol=1e-12, preconditioner=Nystrom(rank=2)))),
+    ),
+    "implicit scipy": SolverRow(
+        Implicit(SciPy(scipy.sparse.linalg.lsmr, options={"maxiter": 5})),
+        law=Exact(solver=Implicit(SciPy(scipy.sparse.linalg.gmres, rtol=1e-12))),
+    ),
     # ------------------------------------------------------------------ unrolled, more modes
     # ------------------------------------------------------------------ first order and penalty
     # ------------------------------------------------------------------ single loop, stochastic

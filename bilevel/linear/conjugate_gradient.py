@@ -104,7 +104,9 @@ class ConjugateGradient(LinearSolver):
         steps, last, kept = 0, math.inf, None
         advance = iterated(operator, ("step", key), partial(self._step, s, goal))
         while True:
-            here, walked = self._walk(advance, here, s.of(scale), done, self.max_steps - steps, made)
+            here, walked = self._walk(
+                advance, here, s.of(scale), done, self.max_steps - steps, made
+            )
             steps += walked
             products += walked
             if walked:  # else the residual at the start is the true one already

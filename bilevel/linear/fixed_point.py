@@ -25,7 +25,7 @@ from bilevel.linear.base import (
 from bilevel.refusals import flag, positive, whole
 
 _HOPELESS = 1e6  # how far the residual may rise before the iteration is given up
-_WINDOW = 10  # looks over which the rate is taken: complex eigenvalues make single ratios jump
+_WINDOW = 10  # looks that the rate is taken over: complex eigenvalues make single ratios jump
 
 
 @final
@@ -34,15 +34,14 @@ _WINDOW = 10  # looks over which the rate is taken: complex eigenvalues make sin
 class FixedPoint(LinearSolver):
     r"""The iteration $w \leftarrow w + \eta\,(b - A w)$ until its residual has arrived.
 
-    For a lower level given as a contraction $y = \Phi(x, y)$ the system matrix is $A = I - J^\top$ with
-    $J = \partial_y \Phi$, and with $\eta = 1$ this is $w \leftarrow b + J^\top w$: products with the map's
-    own derivative, symmetric or not, and as fast as the map itself contracts. For a loss it is gradient
-    descent on the system, and $\eta$ must lie below $2/\lambda_{\max}$. `Neumann` is the same iteration
-    with a number of steps instead of a tolerance.
+    For a lower level given as a contraction $y = \Phi(x, y)$ the matrix is $A = I - J^\top$ with
+    $J = \partial_y \Phi$, and with $\eta = 1$ this is $w \leftarrow b + J^\top w$: products with the
+    derivative of the map, symmetric or not, and as fast as the map itself contracts. For a loss it is
+    gradient descent on the system, and $\eta$ must lie below $2/\lambda_{\max}$. `Neumann` is the same
+    iteration with a number of steps instead of a tolerance.
 
-    The rate is watched: where the map does not contract, the result says so with the spectral radius
-    of $I - \eta A$ as the residuals show it; where it contracts too slowly, with the number of steps it
-    would take. The iterate with the least residual is returned.
+    A failure names the spectral radius of $I - \eta A$ as the residuals show it and, where that is below
+    1, the number of steps it would take. The iterate with the least residual is returned.
 
     Args:
         max_steps: most steps, each one product with A.
@@ -87,7 +86,7 @@ class FixedPoint(LinearSolver):
         scale, goal = torch.linalg.vector_norm(rhs), tolerance(self.rtol, rhs.dtype)
         advance = iterated(operator, (type(self), self.step_size), self._step)
         best, residual = w, relative(torch.linalg.vector_norm(r), scale)
-        sizes, steps = [float(residual)], 0
+        there, sizes, steps = residual, [float(residual)], 0
         while steps < self.max_steps and goal < sizes[-1] < _HOPELESS * max(sizes[0], 1):
             for _ in range(min(self.check_every, self.max_steps - steps)):
                 w, r = advance(w, r, rhs)  # b - A w computed from w: the true residual
@@ -102,31 +101,22 @@ class FixedPoint(LinearSolver):
             best, residual, result = w, there, Result.NOT_FINITE
         note = ""
         if result is Result.NOT_CONVERGED:
-            rate = self._rate(sizes)
-            result = Result.NOT_CONVERGED if rate < 1 else Result.DIVERGED
-            note = _said(rate, steps, min(sizes), goal)
+            window = min(_WINDOW, len(sizes) - 1)
+            change = math.log(sizes[-1] / sizes[-1 - window]) / (window * self.check_every)
+            result = Result.NOT_CONVERGED if change < 0 else Result.DIVERGED
+            note = _said(change, steps, min(sizes), goal)
         return LinearSolution(unit * best, result, residual, products, note=note)
 
     def _step(self, operator: Operator, w: Tensor, r: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         w = w + self.step_size * r
         return w, rhs - operator(w)
 
-    def _rate(self, sizes: list[float]) -> float:
-        """By what factor the residual changed in a step, over the last looks."""
-        window = min(_WINDOW, len(sizes) - 1)
-        before, after = sizes[-1 - window], sizes[-1]
-        return (after / before) ** (1 / (window * self.check_every))
 
-
-def _said(rate: float, steps: int, size: float, goal: float) -> str:
-    if rate >= 1:
-        return (
-            f"the map is no contraction here: each step makes the residual {rate:.3g} times as long (the "
-            "spectral radius, estimated). Take a smaller `step_size`, or `BiCGStab` or `GMRES`, which need "
-            "no contraction"
-        )
-    more = steps + math.log(goal / size) / math.log(rate)
-    return (
-        f"the map contracts by {rate:.6g} a step (the spectral radius, estimated), so that about "
-        f"{more:.2g} steps would reach the tolerance; `BiCGStab` and `GMRES` take fewer"
-    )
+def _said(change: float, steps: int, size: float, goal: float) -> str:
+    rate, others = math.exp(change), "`BiCGStab` and `GMRES` need no contraction"
+    if change >= 0:
+        said = f"is no contraction here: each step makes the residual {rate:.3g} times as long"
+        return f"the map {said} (the spectral radius, estimated); {others}"
+    more = steps + math.log(goal / size) / change
+    said = f"contracts by {rate:.6g} a step (the spectral radius, estimated)"
+    return f"the map {said}: about {more:.2g} steps would reach the tolerance; {others}"

@@ -19,9 +19,9 @@ class Identity(LinearSolver):
 
     Also known as T1-T2 (`T1T2` is this class under the name of the paper): the update of the upper
     variables by one differentiated step of gradient descent, whose size is `scale`; at 1 it is left to
-    the upper learning rate, as in the paper. An approximation on purpose: no residual is computed, and every finite answer
-    is a success. (On an accelerator that is not checked here, because it would wait; `train` looks
-    every `check_every` steps.)
+    the upper learning rate, as in the paper. An approximation on purpose: no residual is computed, and
+    every finite answer is a success. (On an accelerator that is not checked here, because it would
+    wait; `train` looks every `check_every` steps.)
 
     Args:
         scale: the factor.
@@ -51,3 +51,4 @@ class Identity(LinearSolver):
 
 
 T1T2 = Identity
+"""`Identity` under the name of its paper."""

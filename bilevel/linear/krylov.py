@@ -111,7 +111,7 @@ class Krylov(LinearSolver):
         residual = relative(length, scale)
         size = float(residual)  # waits for the device, as every pass does
         steps, most, negative, ended = 0, self.max_steps, False, False
-        while 0 < most and goal < size < math.inf:
+        while most > 0 and goal < size < math.inf:
             start = self.begin(s, system, r / length)
             enough = s.zero(s.of(length)) + max(goal / size, eps)
             found, walked = _walk(partial(advance, enough), start, most, self.check_every)
@@ -131,7 +131,7 @@ class Krylov(LinearSolver):
             if now < size or math.isnan(now):  # a NaN must be seen
                 w, r, size, length = new, missing, now, torch.linalg.vector_norm(missing)
                 residual = relative(length, scale)
-        result = outcome(residual, self.rtol and goal)
+        result = outcome(residual, None if self.rtol is None else goal)
         if ended and result is not Result.NOT_FINITE and size > (goal or eps**0.5):
             result = self.defect
         return LinearSolution(unit * w, result, residual, products, negative)

@@ -28,15 +28,17 @@ from bilevel.refusals import flag, positive, shown
 class SciPy(LinearSolver):
     """A function that takes a `scipy.sparse.linalg.LinearOperator` and a right-hand side.
 
-    What SciPy has and this library has not (LSMR, LGMRES, QMR, TFQMR), or a solver of your own in NumPy.
-    It runs on the processor: from a GPU every product is a round trip, and the solver waits for each.
+    What SciPy has and this library has not (LSMR, LGMRES, QMR), or a solver of your own in NumPy. It
+    runs on the processor: from a GPU every product is a round trip, and the solver waits for each.
 
     Args:
-        function: `function(operator, b, **options)` returns the solution, or a tuple that begins with it.
+        function: `function(operator, b, **options)` returns the solution, or a tuple that begins with
+            it.
         rtol: stop once |residual| <= rtol |b|: given to the function as `rtol` (`atol` and `btol` for
             LSMR and LSQR) if it has that argument, and tested afterwards on the true residual. `None`
             leaves the function its own, and any answer better than zero is a success.
-        options: further arguments, such as `{"maxiter": 50}`.
+        options: further arguments, such as `{"maxiter": 50}`; also a smaller `rtol` for functions whose
+            own is relative to |A| |w| (MINRES, LSMR, LSQR).
         warm_start: start from the previous solution; the function must have an argument `x0`.
 
     Raises:
@@ -58,16 +60,13 @@ class SciPy(LinearSolver):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(
-                f"`function` must be one of `scipy.sparse.linalg`, such as `minres`, or called as they "
-                f"are, got {shown(self.function)}"
+                "`function` must be one of `scipy.sparse.linalg`, or called as they are, got "
+                f"{shown(self.function)}"
             )
         if self.rtol is not None:
             positive("rtol", self.rtol)
         if flag("warm_start", self.warm_start) and "x0" not in self._takes():
-            raise ValueError(
-                f"`warm_start` needs a function with an argument `x0`, and `{self.function.__name__}` "
-                "has none; leave `warm_start` out"
-            )
+            raise ValueError("`warm_start` needs a function with an argument `x0`; leave it out")
 
     def __hash__(self) -> int:
         return hash((self.function, self.rtol, self.warm_start))
@@ -82,32 +81,33 @@ class SciPy(LinearSolver):
         n, kind = len(b), b.dtype if b.dtype in (torch.float32, torch.float64) else torch.float32
         count = 0
 
+        def plain(vector: Tensor) -> Any:
+            return vector.detach().to("cpu", kind).numpy()
+
         def through(product: Operator) -> Callable[[Any], Any]:
             def call(vector: Any) -> Any:
                 nonlocal count
                 count += 1
-                given = torch.as_tensor(np.array(vector).reshape(n)).to(b)
-                return product(given).detach().to("cpu", kind).numpy()
+                return plain(product(torch.as_tensor(np.array(vector).reshape(n)).to(b)))
 
             return call
 
-        back = getattr(operator, "transposed", None)
         products = {"matvec": through(operator)}
-        if back is not None:
+        if (back := getattr(operator, "transposed", None)) is not None:
             products["rmatvec"] = through(back)
-        target = b.detach().to("cpu", kind).numpy()
+        target = plain(b)
         system = LinearOperator((n, n), dtype=target.dtype, **products)
         keywords = dict(self.options)
         if self.rtol is not None:
             names = ["rtol"] if "rtol" in self._takes() else ["atol", "btol"]
-            keywords |= dict.fromkeys([x for x in names if x in self._takes()], self.rtol)
+            keywords = dict.fromkeys([x for x in names if x in self._takes()], self.rtol) | keywords
         if self.warm_start and guess is not None and guess.shape == rhs.shape:
-            keywords["x0"] = (guess / unit).detach().to("cpu", kind).numpy()
+            keywords["x0"] = plain(guess / unit)
         found = self.function(system, target, **keywords)
         w = torch.as_tensor(np.array(found[0] if isinstance(found, tuple) else found)).to(b)
         if w.shape != b.shape:
             raise TypeError(
-                f"`{self.function.__name__}` must return a vector of shape ({n},), as its second "
+                f"`function` must return a vector of shape ({n},), as its second "
                 f"argument is, or a tuple that begins with one, got shape {tuple(w.shape)}"
             )
         residual = relative(torch.linalg.vector_norm(b - operator(w)), torch.linalg.vector_norm(b))

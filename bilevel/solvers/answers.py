@@ -25,6 +25,7 @@ class ResponseProduct(NamedTuple):
     negative_curvature: bool = False
     num_products: int = 0
     state: Any = None
+    note: str = ""
 
 
 @final
@@ -71,6 +72,7 @@ class Response(NamedTuple):
                 "linear_residual": product.linear_residual,
                 "negative_curvature": product.negative_curvature,
                 "num_products": product.num_products,
+                "note": product.note,
                 "unreached": _unreached(oracles, upper, found[: len(upper)], self.vjp is not None),
             },
         )

@@ -193,4 +193,5 @@ def _explain(solver: Solver, answer: Hypergradient) -> str:
     residual = answer.stats.linear_residual
     number = "" if residual is None else f" (relative residual {float(residual):.2e}"
     number += "" if residual is None else f" after {answer.stats.num_products} products)"
-    return f"`{solver}` did not succeed{number}: {answer.result.value}"
+    note = answer.stats.note and f". {answer.stats.note[0].upper()}{answer.stats.note[1:]}"
+    return f"`{solver}` did not succeed{number}: {answer.result.value}{note}"

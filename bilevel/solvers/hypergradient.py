@@ -29,6 +29,7 @@ class Stats:
         num_products: number of Hessian-vector products, or of differentiated lower steps.
         unreached: names of the upper variables that no loss uses (with `Alternating`, that the upper
             loss does not use), so that their exact 0 is not a derivative.
+        note: what the linear solver says of a failure in numbers; empty if it says nothing.
     """
 
     direct_norm: Tensor
@@ -38,12 +39,14 @@ class Stats:
     negative_curvature: bool = False
     num_products: int = 0
     unreached: tuple[str, ...] = ()
+    note: str = ""
 
     def __repr__(self) -> str:
-        computed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unreached"}
+        words = ("unreached", "note")
+        computed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in words}
         computed["negative_curvature"] = self.negative_curvature or None
         missed = f", unreached {', '.join(self.unreached)}" if self.unreached else ""
-        return f"Stats: {numbers_by_name(computed)}{missed}"
+        return f"Stats: {numbers_by_name(computed)}{missed}{self.note and ', '}{self.note}"
 
 
 @final

@@ -118,6 +118,7 @@ class Implicit(Solver):
                 negative_curvature=solution.negative_curvature,
                 num_products=solution.num_products,
                 state=solution.value if solver.warm_start else None,
+                note=solution.note,
             )
 
         return Response(lower, vjp, lower_residual=linear.residual)
