@@ -176,17 +176,14 @@ ROWS: dict[str, SolverRow] = {
     ),
     "implicit bicgstab": SolverRow(
         Implicit(BiCGStab(max_steps=4, rtol=None, damping=1.0)),
-        solution=Implicit(BiCGStab(rtol=1e-12)),
         law=Exact(solver=Implicit(BiCGStab(rtol=1e-12))),
     ),
     "implicit normal cg": SolverRow(
         Implicit(NormalCG(max_steps=4, rtol=None)),
-        solution=Implicit(NormalCG(rtol=1e-12)),
         law=Exact(solver=Implicit(NormalCG(rtol=1e-12))),
     ),
     "implicit fixed point": SolverRow(
         Implicit(FixedPoint(step_size=1e-3, max_steps=5)),
-        solution=Implicit(FixedPoint(step_size=0.1, max_steps=3000, rtol=1e-9)),
         law=Exact(solver=Implicit(FixedPoint(step_size=0.2, rtol=1e-12))),
     ),
     "implicit nystrom": SolverRow(
@@ -196,7 +193,6 @@ ROWS: dict[str, SolverRow] = {
     ),
     "implicit preconditioned cg": SolverRow(
         Implicit(ConjugateGradient(5, damping=1.0, preconditioner=Nystrom(rank=4))),
-        solution=Implicit(ConjugateGradient(rtol=1e-12, preconditioner=Nystrom(rank=2))),
         law=Exact(solver=Implicit(ConjugateGradient(rtol=1e-12, preconditioner=Nystrom(rank=2)))),
     ),
     "implicit scipy": SolverRow(

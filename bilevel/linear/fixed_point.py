@@ -24,7 +24,7 @@ from bilevel.linear.base import (
 )
 from bilevel.refusals import flag, positive, whole
 
-_HOPELESS = 1e6  # how far the residual may rise before the iteration is given up
+_HOPELESS = 1e6  # by how much the residual may rise
 _WINDOW = 10  # looks that the rate is taken over: complex eigenvalues make single ratios jump
 
 
