@@ -1,0 +1,34 @@
+"""`FirstOrder`: what solvers that take gradient steps of their own on the lower level have in common."""
+
+from contextlib import AbstractContextManager
+from typing import final
+
+from bilevel.optimizers import Optimizers
+from bilevel.oracles import Oracles
+from bilevel.solvers.base import Solver
+from bilevel.solvers.first_order.runs import Rates, rates
+
+
+class FirstOrder(Solver):
+    """Abstract base of the solvers that need first derivatives only, and copies of the lower variables.
+
+    Attributes:
+        step_size: of the copies; `None` for the learning rate that the lower optimizer has now.
+    """
+
+    step_size: float | None
+
+    def approximates(self) -> bool:
+        return True
+
+    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        return oracles.differentiated_once(type(self).__name__)
+
+    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
+        with self.context(oracles):
+            self.rates(oracles, lower_optimizer)
+
+    @final
+    def rates(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> Rates:
+        """The step size of each lower variable's copy."""
+        return rates(oracles, self.step_size, lower_optimizer, type(self).__name__)
