@@ -38,9 +38,17 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.second_order import check_second_order
 from bilevel.solvers import (
+    BDA,
+    BOME,
+    F2BA,
+    F2SA,
+    GPBGD,
+    MEHA,
+    VPBGD,
     Alternating,
     Compiled,
     Directions,
+    F2SAp,
     Hypergradient,
     Implicit,
     Response,
@@ -56,9 +64,16 @@ _follow()
 
 __version__ = "0.1.0"
 __all__ = [
+    "BDA",
+    "BOME",
+    "F2BA",
+    "F2SA",
     "GMRES",
+    "GPBGD",
+    "MEHA",
     "MINRES",
     "T1T2",
+    "VPBGD",
     "Alternating",
     "Batches",
     "BiCGStab",
@@ -71,6 +86,7 @@ __all__ = [
     "Directions",
     "DivergenceError",
     "Explanation",
+    "F2SAp",
     "FixedPoint",
     "Hypergradient",
     "HypergradientCheck",

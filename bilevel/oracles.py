@@ -31,11 +31,11 @@ from bilevel.devices import elsewhere, global_generators, usable_precision
 from bilevel.distributed import mean_over_ranks, rank, world_size
 from bilevel.linearization import CompiledHessian, Hessian, Linearization
 from bilevel.losses.answers import scalar
-from bilevel.losses.hooks import refuse_hooks
 from bilevel.losses.in_training import AsInTraining
 from bilevel.losses.notes import RAW, note_on_call
 from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
+from bilevel.losses.true_gradient import refuse_untrue
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
@@ -373,18 +373,7 @@ class Oracles:
 
     @contextlib.contextmanager
     def _twice(self, solver: str) -> Iterator[None]:
-        name = type(self.problem).__name__
-        if not self._lower:
-            raise ValueError(
-                f"`{solver}` needs a lower level, but `{name}.lower` has no trainable variables; put "
-                "them there and leave `requires_grad` on, or use `Alternating()`"
-            )
-        if self.problem.stops_lower_gradient is not None:
-            raise ValueError(
-                f"`{solver}` needs the true gradient of both losses, but in `{name}` "
-                f"{self.problem.stops_lower_gradient}, or `Alternating()`"
-            )
-        refuse_hooks(self._lower, solver)
+        refuse_untrue(self.problem, self._lower, solver)
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield

@@ -13,12 +13,20 @@ import torch
 import torchopt
 
 from bilevel import (
+    BDA,
+    BOME,
+    F2BA,
+    F2SA,
     GMRES,
+    GPBGD,
+    MEHA,
     MINRES,
+    VPBGD,
     Alternating,
     BiCGStab,
     Cholesky,
     ConjugateGradient,
+    F2SAp,
     FixedPoint,
     Identity,
     Implicit,
@@ -201,6 +209,41 @@ ROWS: dict[str, SolverRow] = {
     ),
     # ------------------------------------------------------------------ unrolled, more modes
     # ------------------------------------------------------------------ first order and penalty
+    # begun at the lower solution, so that the copies of it are all that has to settle
+    "f2sa": SolverRow(
+        F2SA(penalty=100.0, step_size=0.05),
+        law=Falls(tuple(F2SA(lam, 0.0, None, 50, 0.45) for lam in (1e2, 1e3)), 0.1),
+    ),
+    "f2ba": SolverRow(
+        F2BA(penalty=100.0, num_steps=2),
+        sgd,
+        law=Falls(tuple(F2BA(lam, 50, 0.45) for lam in (1e2, 1e3)), 0.1),
+    ),
+    "f2sa-2": SolverRow(
+        F2SAp(penalty=100.0, num_steps=2, step_size=0.05),
+        law=Falls(tuple(F2SAp(2, lam, 40, 0.45) for lam in (10.0, 20.0)), 2.0**-2),
+    ),
+    "f2sa-3": SolverRow(
+        F2SAp(order=3, penalty=100.0, num_steps=2, step_size=0.05),
+        law=Falls(tuple(F2SAp(3, lam, 50, 0.45) for lam in (20.0, 40.0)), 2.0**-3, rtol=0.15),
+    ),
+    "bome": SolverRow(BOME(num_steps=2), sgd, silent=True),  # where the barrier is not needed
+    "v-pbgd": SolverRow(
+        VPBGD(step_size=0.05),
+        calls=60,
+        lower_step=0.023,
+        law=Falls(tuple(VPBGD(gamma, step_size=0.05) for gamma in (10.0, 20.0)), 0.5),
+    ),
+    "g-pbgd": SolverRow(GPBGD()),
+    "meha": SolverRow(
+        MEHA(step_size=0.05),
+        calls=60,
+        lower_step=0.0105,
+        law=Falls(tuple(MEHA(c, 0.0, 4.0, step_size=0.2) for c in (25.0, 50.0)), 0.5),
+    ),
+    "bda": SolverRow(
+        BDA(3), sgd, law=Falls(tuple(BDA(steps, step_size=0.4) for steps in (60, 120)), 0.5)
+    ),
     # ------------------------------------------------------------------ single loop, stochastic
     # ------------------------------------------------------------------ zero order
 }

@@ -11,13 +11,22 @@ from bilevel.solvers.base import (
     UnrolledSteps,
 )
 from bilevel.solvers.compiled import Compiled
+from bilevel.solvers.first_order import BDA, BOME, F2BA, F2SA, GPBGD, MEHA, VPBGD, F2SAp
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.unrolled import Unrolled
 
 __all__ = [
+    "BDA",
+    "BOME",
+    "F2BA",
+    "F2SA",
+    "GPBGD",
+    "MEHA",
+    "VPBGD",
     "Alternating",
     "Compiled",
     "Directions",
+    "F2SAp",
     "Hypergradient",
     "Implicit",
     "Response",

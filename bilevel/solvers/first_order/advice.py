@@ -5,7 +5,7 @@ import warnings
 from bilevel.tree import Tree, add, dot
 
 
-def curvature(start: Tree, end: Tree, first: Tree, last: Tree) -> float | None:
+def secant_curvature(start: Tree, end: Tree, first: Tree, last: Tree) -> float | None:
     """The mean curvature of a loss between two points, from its gradients there; `None` for no way."""
     way = {name: y.detach() - start[name].detach() for name, y in end.items()}
     length = float(dot(way, way))

@@ -1,8 +1,9 @@
 """`FirstOrder`: what solvers that take gradient steps of their own on the lower level have in common."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
+from bilevel.losses.true_gradient import refuse_untrue
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Solver
@@ -22,7 +23,9 @@ class FirstOrder(Solver):
         return True
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_once(type(self).__name__)
+        variables = oracles.slots.variables("lower")
+        refuse_untrue(oracles.problem, variables, type(self).__name__)
+        return nullcontext()
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         with self.context(oracles):

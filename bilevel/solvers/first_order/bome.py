@@ -86,8 +86,8 @@ class BOME(FirstOrder):
         return Directions(
             evaluation,
             of_x,
-            {name: weight * g for name, g in q_x.items()},
-            {name: g + weight * q_y[name] for name, g in of_y.items()},
+            {name: weight.to(g.dtype) * g for name, g in q_x.items()},
+            {name: g + weight.to(g.dtype) * q_y[name] for name, g in of_y.items()},
             lower_residual=norm(q_y),
         )
 

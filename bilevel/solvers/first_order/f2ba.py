@@ -18,7 +18,7 @@ from bilevel.refusals import positive
 from bilevel.solvers.answers import Response
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.penalised import Penalised
-from bilevel.solvers.first_order.runs import check_run, copied
+from bilevel.solvers.first_order.runs import check_run, fresh_copy
 
 
 @final
@@ -64,7 +64,7 @@ class F2BA(FirstOrder):
         return self.num_steps
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"calls": 0, "copy": copied(oracles)}
+        return {"calls": 0, "copy": fresh_copy(oracles)}
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         name = type(self).__name__

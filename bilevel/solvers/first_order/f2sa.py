@@ -19,7 +19,7 @@ from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Response
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.penalised import Penalised
-from bilevel.solvers.first_order.runs import check_penalty, check_run, copied, grown
+from bilevel.solvers.first_order.runs import check_penalty, check_run, fresh_copy, grown
 
 
 @final
@@ -68,7 +68,7 @@ class F2SA(FirstOrder):
         return self.num_steps
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"calls": 0, "copy": copied(oracles)}
+        return {"calls": 0, "copy": fresh_copy(oracles)}
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         name, calls = type(self).__name__, state["calls"]

@@ -19,10 +19,10 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
 from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.first_order.advice import curvature, warn_if_small
+from bilevel.solvers.first_order.advice import secant_curvature, warn_if_small
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.differences import difference_weights
-from bilevel.solvers.first_order.runs import check_run, copied, last_batch, lower_run
+from bilevel.solvers.first_order.runs import check_run, fresh_copy, last_batch, lower_run
 from bilevel.tree import Tree, norm
 
 
@@ -73,7 +73,7 @@ class F2SAp(FirstOrder):
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         nodes = [j for j in difference_weights(self.order) if j]
-        return {"calls": 0, "copies": {str(j): copied(oracles) for j in nodes}}
+        return {"calls": 0, "copies": {str(j): fresh_copy(oracles) for j in nodes}}
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         name, batch, upper = type(self).__name__, last_batch(oracles), oracles.upper
@@ -96,8 +96,8 @@ class F2SAp(FirstOrder):
                 total = _plus(total, of_g, weights[j] * self.penalty)
                 copies[str(j)] = end
                 if j == 1 and not state["calls"]:  # the copy began at the lower variables
-                    bends = curvature(start, end, pulled, last)
-                    bears = curvature(start, end, residual, grads)
+                    bends = secant_curvature(start, end, pulled, last)
+                    bears = secant_curvature(start, end, residual, grads)
                     warn_if_small(name, self.penalty, bends, bears, times=max(self.order, 2))
             return ResponseProduct(total, state={"calls": state["calls"] + 1, "copies": copies})
 

@@ -8,11 +8,10 @@ a call,
 
 $$ \theta \leftarrow \theta - \eta \big( \partial_y G(x, \theta) + (\theta - y) / \gamma \big), $$
 
-then both levels descend on $F / c + G - v_\gamma$, whose gradient at this $\theta$ is
+then both levels descend on $F + c \, (G - v_\gamma)$, whose gradient at this $\theta$ is that of F and
 
-$$ \Big( \frac{1}{c} \partial_x F(x, y) + \partial_x G(x, y) - \partial_x G(x, \theta), \;
-   \frac{1}{c} \partial_y F(x, y) + \partial_y G(x, y) - \frac{y - \theta}{\gamma} \Big), \qquad
-   c = c_0 (k + 1)^p . $$
+$$ c \, \Big( \partial_x G(x, y) - \partial_x G(x, \theta), \;
+   \partial_y G(x, y) - \frac{y - \theta}{\gamma} \Big), \qquad c = c_0 (k + 1)^p . $$
 """
 
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.first_order.advice import curvature, warn_if_rough
+from bilevel.solvers.first_order.advice import secant_curvature, warn_if_rough
 from bilevel.solvers.first_order.base import FirstOrder
-from bilevel.solvers.first_order.runs import copied, last_batch, stepped
+from bilevel.solvers.first_order.runs import fresh_copy, last_batch, stepped
 from bilevel.tree import norm
 
 
@@ -35,10 +34,10 @@ from bilevel.tree import norm
 class MEHA(FirstOrder):
     """Moreau envelope, one loop, no Hessian; for lower losses that are not convex, too.
 
-    All of its directions are in units of the lower loss (the upper loss is divided by c).
+    The two optimizers' step sizes have to be of the order of 1 / c.
 
     Args:
-        penalty: c_0; the larger, the nearer y to a lower solution, and the slower x.
+        penalty: c_0; the distance of y to a stationary point of the lower loss is of the order of 1 / c.
         power: p in c = penalty * (calls + 1) ** power; the theory has 0 <= p < 1/2.
         smoothing: gamma of the envelope; with G + rho |y|^2 / 2 convex it has to be below 1 / (2 rho).
         step_size: eta of the auxiliary variable, below 1 / (L + 1 / gamma); `None` for the learning
@@ -49,17 +48,18 @@ class MEHA(FirstOrder):
 
     Example:
         >>> MEHA(penalty=2.0, smoothing=0.5).power
-        0.25
+        0.0
 
     References:
         Moreau Envelope for Nonconvex Bi-Level Optimization: A Single-loop and Hessian-free Solution
         Strategy (Liu, Liu, Yao, Zeng, Zhang, 2024), https://arxiv.org/abs/2405.09927, Algorithm 1.
-        Differs from the paper in: x and y move from the same point (there y sees the new x); no
-        non-smooth part of the lower loss.
+        Differs from the paper in: the directions are c times as long, so that they are those of the
+        upper loss; x and y move from the same point (there y sees the new x); no non-smooth part of
+        the lower loss.
     """
 
     penalty: float = 10.0
-    power: float = 0.25
+    power: float = 0.0
     smoothing: float = 1.0
     step_size: float | None = None
 
@@ -78,7 +78,7 @@ class MEHA(FirstOrder):
         return 1
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"calls": 0, "theta": copied(oracles)}
+        return {"calls": 0, "theta": fresh_copy(oracles)}
 
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
@@ -92,17 +92,15 @@ class MEHA(FirstOrder):
         _, there, after = oracles.partials("lower", upper, theta, batch)
         _, here, residual = oracles.partials("lower", upper, lower, batch)
         evaluation, of_x, of_y = oracles.partials("upper", upper, lower)
-        share = 1 / (self.penalty * (calls + 1) ** self.power)
+        penalty = self.penalty * (calls + 1) ** self.power
+        gap = {n: y.detach() - theta[n] for n, y in lower.items()}
         if not calls:
-            warn_if_rough(self.smoothing, curvature(old, theta, before, after))
+            warn_if_rough(self.smoothing, secant_curvature(old, theta, before, after))
         return Directions(
             evaluation,
-            {n: share * g for n, g in of_x.items()},
-            {n: g - there[n] for n, g in here.items()},
-            {
-                n: share * g + residual[n] - weight * (lower[n].detach() - theta[n])
-                for n, g in of_y.items()
-            },
+            of_x,
+            {n: penalty * (g - there[n]) for n, g in here.items()},
+            {n: of_y[n] + penalty * (g - weight * gap[n]) for n, g in residual.items()},
             state={"calls": calls + 1, "theta": theta},
             lower_residual=norm(residual),
         )

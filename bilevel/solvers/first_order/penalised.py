@@ -4,7 +4,7 @@ from typing import final
 
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.first_order.advice import curvature, warn_if_small
+from bilevel.solvers.first_order.advice import secant_curvature, warn_if_small
 from bilevel.solvers.first_order.runs import Rates, last_batch, lower_run
 from bilevel.tree import Tree, norm
 
@@ -43,8 +43,8 @@ class Penalised:
         def vjp(cotangent: Tree) -> ResponseProduct:
             _, there, grads = oracles.partials("lower", oracles.upper, self.end, batch)
             if not calls:  # the copy began at the lower variables
-                upper = curvature(self.start, self.end, self.pulled, cotangent)
-                lower = curvature(self.start, self.end, residual, grads)
+                upper = secant_curvature(self.start, self.end, self.pulled, cotangent)
+                lower = secant_curvature(self.start, self.end, residual, grads)
                 warn_if_small(solver, self.penalty, upper, lower)
             product = {name: self.penalty * (g - here[name]) for name, g in there.items()}
             return ResponseProduct(product, state={"calls": calls + 1, "copy": self.end})

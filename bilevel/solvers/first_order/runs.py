@@ -12,7 +12,7 @@ from bilevel.tree import Tree, add
 Rates: TypeAlias = dict[str, float | Tensor]
 
 
-def copied(oracles: Oracles) -> Tree:
+def fresh_copy(oracles: Oracles) -> Tree:
     """The lower variables as they are now, in memory of their own."""
     return {name: y.detach().clone() for name, y in oracles.lower.items()}
 
@@ -51,7 +51,8 @@ def rates(
 def stepped(points: Tree, grads: Tree, step_sizes: Rates) -> Tree:
     """A step of gradient descent, in new tensors; variables without a step size stay."""
     moved = {n: points[n].detach() - rate * grads[n] for n, rate in step_sizes.items()}
-    return {n: moved[n] if n in moved else y.detach() for n, y in points.items()}
+    # a learning rate that is a tensor may have another dtype
+    return {n: moved[n].to(y.dtype) if n in moved else y.detach() for n, y in points.items()}
 
 
 def lower_run(
@@ -69,7 +70,8 @@ def lower_run(
     Returns:
         Where it ended, and dF/dy where it began (nothing without pull).
     """
-    upper, first = oracles.upper, {}
+    upper = oracles.upper
+    first: Tree = {}
     for t in range(num_steps):
         _, _, grads = oracles.partials("lower", upper, points, t % len(oracles.lower_batches))
         if pull:

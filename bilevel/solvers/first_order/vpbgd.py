@@ -15,12 +15,12 @@ from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.first_order.advice import curvature, warn_if_unbounded
+from bilevel.solvers.first_order.advice import secant_curvature, warn_if_unbounded
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.runs import (
     check_penalty,
     check_run,
-    copied,
+    fresh_copy,
     grown,
     last_batch,
     lower_run,
@@ -75,7 +75,7 @@ class VPBGD(FirstOrder):
         return self.num_steps
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"calls": 0, "omega": copied(oracles)}
+        return {"calls": 0, "omega": fresh_copy(oracles)}
 
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
@@ -90,9 +90,12 @@ class VPBGD(FirstOrder):
         _, there, last = oracles.partials("lower", upper, omega, batch)
         if not calls:  # omega began at the lower variables
             _, _, ahead = oracles.partials("upper", upper, omega)
-            bends = curvature(lower, omega, of_y, ahead)
+            bends = secant_curvature(lower, omega, of_y, ahead)
             warn_if_unbounded(
-                name, self.max_penalty or penalty, bends, curvature(lower, omega, residual, last)
+                name,
+                self.max_penalty or penalty,
+                bends,
+                secant_curvature(lower, omega, residual, last),
             )
         return Directions(
             evaluation,
