@@ -25,9 +25,13 @@ def _dense(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def vector_jacobian_product(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool = True,
 ) -> list[Tensor]:
-    """`sum_i cotangent_i^T d output_i / d input` for every input; the graph is kept.
+    """`sum_i cotangent_i^T d output_i / d input` for every input; the graph is kept if it is asked.
 
     Outputs without a graph are constants; inputs that no output depends on get zeros.
     """
@@ -36,7 +40,9 @@ def vector_jacobian_product(
         outputs, cotangents = [o for o, _ in pairs], [c for _, c in pairs]
     if not outputs or not inputs:
         return [torch.zeros_like(i) for i in inputs]
-    grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=True)
+    grads = torch.autograd.grad(
+        outputs, inputs, cotangents, allow_unused=True, retain_graph=retain_graph
+    )
     return fill(_dense(grads), inputs)
 
 

@@ -208,6 +208,17 @@ ROWS: dict[str, SolverRow] = {
         law=Exact(solver=Implicit(SciPy(scipy.sparse.linalg.gmres, rtol=1e-12))),
     ),
     # ------------------------------------------------------------------ unrolled, more modes
+    # finite differences: `test_unrolled_modes` compares these with reverse mode on every problem
+    "checkpoint running adam": SolverRow(
+        Unrolled(5, mode="checkpoint"),
+        adam,
+        law=Falls((steps(40, "checkpoint"), steps(60, "checkpoint")), GEOMETRIC),
+    ),
+    "mixed running adam": SolverRow(
+        Unrolled(4, mode="mixed"),
+        adam,
+        law=Falls((steps(40, "mixed"), steps(60, "mixed")), GEOMETRIC),
+    ),
     # ------------------------------------------------------------------ first order and penalty
     # begun at the lower solution, so that the copies of it are all that has to settle
     "f2sa": SolverRow(

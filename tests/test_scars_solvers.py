@@ -23,6 +23,7 @@ from bilevel import (
     Result,
     Unrolled,
 )
+from bilevel.solvers.unrolled import MODES
 from tests.problems import Ridge, normal, regression, spd
 
 # ------------------------------------------------------------------ residuals of linear solves
@@ -352,7 +353,7 @@ def real_loop(shift: float) -> float:
     return float(problem.upper_loss(None).detach())
 
 
-@pytest.mark.parametrize("mode", ["reverse", "recompute", "forward"])
+@pytest.mark.parametrize("mode", MODES)
 def test_clipping_with_variables_that_no_optimizer_moves(mode: Any) -> None:
     """In reverse mode their gradient ran through earlier steps: -.120 where -.159 is right."""
     problem = PartlyMoved()

@@ -62,7 +62,7 @@ def _verify(steps: "Unrolling", start: Start) -> None:
     first, points, state = start
     last = min(first + _VERIFIED_STEPS, steps.settings.num_steps)
     generator = torch.Generator().manual_seed(0)
-    target = [_random(p, generator) for p in points]
+    target = [random_like(p, generator) for p in points]
     path = [start]
     for t in range(first, last):
         points = [p.detach().requires_grad_() for p in points]
@@ -74,12 +74,12 @@ def _verify(steps: "Unrolling", start: Start) -> None:
     except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
         return
     for (name, x), reverse in zip(steps.upper.items(), product, strict=True):
-        direction = _random(x, generator)
+        direction = random_like(x, generator)
         tangents = mean_over_ranks(_tangents(steps, start, {name: direction}, last))
         one, other = _inner(tangents, target), _inner([reverse], [direction])
         size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
         size = size + _inner([reverse.abs()], [direction.abs()])
-        if bool((one - other).abs() > size * _precision(steps) ** 0.4):
+        if bool((one - other).abs() > size * precision(steps) ** 0.4):
             raise ValueError(
                 f"`{steps.settings}`: torch's forward mode gives another derivative of this lower "
                 f"loss in `{name}` than its reverse mode ({float(one):.3g} and {float(other):.3g} "
@@ -88,7 +88,8 @@ def _verify(steps: "Unrolling", start: Start) -> None:
     done.add(key)
 
 
-def _precision(steps: "Unrolling") -> float:
+def precision(steps: "Unrolling") -> float:
+    """The coarsest machine epsilon among the variables and the losses."""
     dtypes = [v.dtype for v in (*steps.upper.values(), *steps.oracles.lower.values())]
     dtypes += [steps.oracles.precision] if steps.oracles.precision else []
     return max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -148,7 +149,8 @@ def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of a tensor's kind."""
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 

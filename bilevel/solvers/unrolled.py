@@ -7,9 +7,10 @@ $$ \Big(\frac{dy_T}{dx}\Big)^{\!\top} v = \sum_{t} (\partial_x \Phi_t)^\top \lam
    \lambda_t = (\partial_{(y,s)} \Phi_t)^\top \lambda_{t+1}, \quad \lambda_T = (v, 0). $$
 
 Reverse mode keeps the graph of all steps; *recompute* keeps the iterates only and runs each step
-again on the way back (a third more time, a fraction of the memory); *truncate* differentiates the
-last steps only; *forward* carries tangents instead and needs no memory per step, once per upper
-variable.
+again on the way back; *checkpoint* keeps about $\sqrt T$ states and the graph of about $\sqrt T$ steps;
+*mixed* keeps as few states and no second-order graph, its products are gradients with a tangent;
+*truncate* differentiates the last steps only; *forward* carries tangents instead and needs no memory
+per step, once per upper variable.
 """
 
 from contextlib import AbstractContextManager
@@ -32,6 +33,8 @@ from bilevel.twins import (
     rule_of,
 )
 
+MODES = ("reverse", "recompute", "checkpoint", "mixed", "forward")
+
 
 @final
 @explained_settings
@@ -47,9 +50,11 @@ class Unrolled(Solver):
         optimizer: a torchopt transformation, started afresh; or `None` to branch from the running
             `lower_optimizer` (`torch.optim` SGD, Adam, AdamW) with its state.
         truncate: differentiate the last `truncate` steps only.
-        mode: "reverse", "recompute" (reverse with the steps run again on the way back) or "forward"
-            (tangents; for few upper variables; compared with reverse mode over three steps once per
-            problem).
+        mode: "reverse"; "recompute" (reverse with each step run again on the way back); "checkpoint"
+            (the same, segment by segment: memory grows as the square root of the steps); "mixed"
+            (checkpoints, and products by forward-over-reverse: no second-order graph; compared with
+            reverse mode over one step once per problem); or "forward" (tangents; for few upper
+            variables; compared with reverse mode over three steps once per problem).
         max_grad_norm: clip the lower gradient in every unrolled step; give the same number to
             `train(clip_lower=...)`.
 
@@ -66,12 +71,16 @@ class Unrolled(Solver):
         Adams, 2015), https://arxiv.org/abs/1502.03492
         Truncated Back-propagation for Bilevel Optimization (Shaban, Cheng, Hatch, Boots, 2019),
         https://arxiv.org/abs/1810.10667
+        Training Deep Nets with Sublinear Memory Cost (Chen, Xu, Zhang, Guestrin, 2016),
+        https://arxiv.org/abs/1604.06174, section 3 (checkpoint)
+        Scalable Meta-Learning via Mixed-Mode Differentiation (Kemaev, Calian, Zintgraf, Farquhar, van
+        Hasselt, 2025), https://arxiv.org/abs/2505.00793, section 3 (mixed)
     """
 
     num_steps: int
     optimizer: Any = None
     truncate: int | None = None
-    mode: Literal["reverse", "recompute", "forward"] = "reverse"
+    mode: Literal["reverse", "recompute", "checkpoint", "mixed", "forward"] = "reverse"
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
@@ -83,10 +92,8 @@ class Unrolled(Solver):
                 f"`truncate` must lie between 1 and `num_steps` = {self.num_steps}, "
                 f"got {self.truncate!r}"
             )
-        if self.mode not in ("reverse", "recompute", "forward"):
-            raise ValueError(
-                f'`mode` must be "reverse", "recompute" or "forward", got {self.mode!r}'
-            )
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}")
         if self.optimizer is not None:
             refuse_learned(as_transformation(self.optimizer))
         if self.max_grad_norm is not None:

@@ -12,6 +12,7 @@ from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
 from bilevel.oracles import Oracles, leaves
 from bilevel.solvers.base import Response, ResponseProduct
+from bilevel.solvers.segments import checkpointed
 from bilevel.solvers.tangents import tangent_product
 from bilevel.tree import Tree, norm
 from bilevel.twins import (
@@ -39,6 +40,8 @@ class Unrolling:
         self.oracles = oracles
         self.running = running
         self.upper = oracles.upper
+        self.first = settings.num_steps - (settings.truncate or settings.num_steps)
+        self.compiled = oracles.units.compiled
         self.one_batch = len(oracles.lower_batches) == 1
         self._ready: tuple[Any, Any] | None = None
         self.used: set[str] = (
@@ -47,12 +50,14 @@ class Unrolling:
 
     def run(self) -> Response:
         """Take the steps; the answer and its vector-Jacobian product."""
-        if self.oracles.units.compiled:
+        if self.settings.mode in ("checkpoint", "mixed"):
+            return checkpointed(self)
+        if self.compiled:
             return self._unit_by_unit()
         steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
-        first = steps - (self.settings.truncate or steps)
+        first = self.first
         lower = self.oracles.lower
-        grads = self._gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
+        grads = self.gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
         self.twin = self._make_twin(lower)
         self._held = self.twin.held()
         points = self.twin.pack(lower)
@@ -67,9 +72,9 @@ class Unrolling:
                 saved.append((t, points, state))
             if t > 0:
                 at = self.twin.unpack(points)
-                grads = self._gradients(self.upper, at, t, create_graph=graph)
+                grads = self.gradients(self.upper, at, t, create_graph=graph)
             with torch.set_grad_enabled(graph):
-                points, state = self.twin.step(points, self._clipped(grads), state)
+                points, state = self.moved(points, state, grads)
         residual = norm([g.detach() for g in grads.values() if g is not None])
         if reverse:
             vjp = self._reverse(points)
@@ -81,32 +86,23 @@ class Unrolling:
 
     def _unit_by_unit(self) -> Response:
         """The same with every step a unit; reverse mode keeps what a step's adjoint needs of it."""
-        units, mode = self.oracles.units, self.settings.mode
-        first = self.settings.num_steps - (self.settings.truncate or self.settings.num_steps)
-        lower = self.oracles.lower
-        self.used = units.once(
-            "used", lambda: self._used(lower), units.ready(self.oracles.lower_batches[0])
-        )
-        self.twin = self._make_twin(lower)
-        self._held = live(self.twin.held())
-        points = [p.detach() for p in self.twin.pack(lower)]
-        whole = self.twin.whole(points)
-        if whole is None and mode == "reverse":  # a stage has to know what comes after it
+        mode, first = self.settings.mode, self.first
+        points, state = self.prepared()
+        if not self.staged and mode == "reverse":
             mode = "recompute"
-        state = count_tensors(self.twin.start(points) if whole is None else whole)
         saved: list[tuple[int, list[Tensor], Any]] = []
         stages: list[Stage] = []
         for t in range(self.settings.num_steps):
             if t == first or (t > first and mode == "recompute"):
                 saved.append((t, points, state))
             if mode != "reverse" or t < first:
-                points, state, residual = self.unit("step", Unrolling._plain, t, points, state)
+                points, state, residual = self.unit("step", Unrolling.plain, t, points, state)
             elif stages and self.one_batch:
                 stages.append(stages[-1].follow())
             elif stages:
-                stages.append(self._stage(t, *stages[-1].early[:2]))
+                stages.append(self.stage(t, *stages[-1].early[:2]))
             else:
-                stages.append(self._stage(t, points, state))
+                stages.append(self.stage(t, points, state))
         if stages:
             points, _, residual = stages[-1].early
         answer = self.twin.unpack(points)
@@ -114,6 +110,23 @@ class Unrolling:
             return Response(answer, lambda v: self.product(self._staged(stages, v)), residual)
         vjp = self._recompute(saved) if mode == "recompute" else tangent_product(self, saved[0])
         return Response(answer, vjp, residual)
+
+    def prepared(self) -> tuple[list[Tensor], Any]:
+        """Make the twin; the points and the state before the first step, without a graph."""
+        units, lower = self.oracles.units, self.oracles.lower
+        self.used = units.once(
+            "used", lambda: self._used(lower), units.ready(self.oracles.lower_batches[0])
+        )
+        self.twin = self._make_twin(lower)
+        held, points = self.twin.held(), [p.detach() for p in self.twin.pack(lower)]
+        whole = self.twin.whole(points)
+        # a stage has to know what comes after it
+        self.staged = self.compiled and whole is not None
+        if not self.compiled:
+            self._held = held
+            return points, map_moments(Tensor.detach, self.twin.start(points))
+        self._held = live(held)
+        return points, count_tensors(self.twin.start(points) if whole is None else whole)
 
     def _used(self, lower: Tree) -> set[str]:
         _, grads = self.oracles.lower_gradient(self.upper, lower, 0)
@@ -124,7 +137,7 @@ class Unrolling:
             return TransformationTwin(as_transformation(self.settings.optimizer), lower, self.used)
         return RunningTwin(self.running, self.oracles.slots.variables("lower"), lower, self.used)
 
-    def _gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
+    def gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
         index = 0 if self.one_batch else t
         # variables that no optimizer moves are constants, yet must be differentiable like the rest;
         # each step at a leaf of its own: earlier steps' gradients depend on theirs
@@ -142,8 +155,21 @@ class Unrolling:
         self, upper: Tree, points: list[Tensor], state: Any, t: int, *, create_graph: bool
     ) -> tuple[list[Tensor], Any]:
         """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
-        grads = self._gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
-        return self.twin.step(points, self._clipped(grads), state)
+        grads = self.gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
+        return self.moved(points, state, grads)
+
+    def taken(
+        self, points: list[Tensor], state: Any, t: int
+    ) -> tuple[list[Tensor], Any, Gradients]:
+        """A step that is differentiated in reverse, and the gradient it was given."""
+        grads = self.gradients(self.upper, self.twin.unpack(points), t, create_graph=True)
+        return *self.moved(points, state, grads), grads
+
+    def moved(
+        self, points: list[Tensor], state: Any, gradients: Gradients
+    ) -> tuple[list[Tensor], Any]:
+        """What the optimizer makes of a gradient."""
+        return self.twin.step(points, self._clipped(gradients), state)
 
     def _clipped(self, gradients: Gradients) -> Gradients:
         most = self.settings.max_grad_norm
@@ -173,10 +199,10 @@ class Unrolling:
         moments: list[Tensor] | None = None  # after the last step nothing depends on the state
         for t, points, state in reversed(saved):
             given = points, state, adjoint, moments, total
-            adjoint, moments, total = self.unit("adjoint", Unrolling._pull_back, t, *given)
+            adjoint, moments, total = self.unit("adjoint", Unrolling.pull_back, t, *given)
         return total
 
-    def _pull_back(
+    def pull_back(
         self,
         points: list[Tensor],
         state: Any,
@@ -198,8 +224,7 @@ class Unrolling:
         points = [p.detach().requires_grad_() for p in points]
         state = map_moments(lambda s: s.detach().requires_grad_(), state)
         upper = list(self.upper.values())
-        grads = self._gradients(self.upper, self.twin.unpack(points), 0, create_graph=True)
-        after, next_state = self.twin.step(points, self._clipped(grads), state)
+        after, next_state, grads = self.taken(points, state, 0)
         outputs = [*after, *moments_of(next_state)]
         inputs = [*upper, *points, *moments_of(state)]
 
@@ -213,13 +238,17 @@ class Unrolling:
         early = [p.detach() for p in after], map_moments(Tensor.detach, next_state), residual
         return early, rest
 
-    def _plain(self, points: list[Tensor], state: Any) -> tuple[list[Tensor], Any, Tensor]:
+    def plain(self, points: list[Tensor], state: Any) -> tuple[list[Tensor], Any, Tensor]:
         """A step that is not differentiated."""
+        return self.felt(points, state)[:3]
+
+    def felt(self, points: list[Tensor], state: Any) -> tuple[list[Tensor], Any, Tensor, Gradients]:
+        """The same, with the gradient it was given."""
         points = [p.detach().requires_grad_() for p in points]
-        grads = self._gradients(self.upper, self.twin.unpack(points), 0, create_graph=False)
+        grads = self.gradients(self.upper, self.twin.unpack(points), 0, create_graph=False)
         with torch.no_grad():
-            after, state = self.twin.step(points, self._clipped(grads), state)
-        return after, state, norm([g for g in grads.values() if g is not None])
+            after, state = self.moved(points, state, grads)
+        return after, state, norm([g for g in grads.values() if g is not None]), grads
 
     def _staged(self, stages: list[Stage], cotangent: Tree) -> list[Tensor]:
         """The product of all steps' transposed Jacobian in x with a cotangent."""
@@ -242,7 +271,7 @@ class Unrolling:
         more = map(self.oracles.units.ready, arguments)
         return self.oracles.units.call(key, function, *self._fixed(t), *more)
 
-    def _stage(self, t: int, points: list[Tensor], state: Any) -> Stage:
+    def stage(self, t: int, points: list[Tensor], state: Any) -> Stage:
         """A step of which the adjoint is the rest."""
 
         def function(batch: Any, upper: Tree, held: Any, *given: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bilevel import Problem, Unrolled, check_hypergradient
 from bilevel.oracles import Oracles
+from bilevel.solvers.unrolled import MODES
 from bilevel.twins import RunningTwin
 from tests.problems import NetProblem, Quadratic, mlp, normal, regression, seeded
 
@@ -289,9 +290,12 @@ def test_recompute_keeps_less() -> None:
     assert peak("reverse", 40) > 1.9 * peak("reverse", 20)
     assert peak("recompute", 40) == peak("recompute", 20) < peak("reverse", 40) / 4
     assert peak("forward", 8) == peak("forward", 4)
+    assert peak("mixed", 40) == peak("mixed", 10) <= peak("recompute", 10)
+    # segments grow as the square root of the number of steps
+    assert peak("checkpoint", 96) / peak("checkpoint", 24) == pytest.approx(2, rel=0.1)
 
 
-@pytest.mark.parametrize("mode", ["reverse", "recompute", "forward"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_step_uses_its_own_batch(mode: Any) -> None:
     """y_{t+1} = y_t - (y_t - b_t x) unrolls to y_T = b_{T-1} x: the last batch counts."""
     problem = Problem.from_functions(
