@@ -32,7 +32,9 @@ from bilevel.linear import (
     Nystrom,
     SciPy,
 )
+from bilevel.layer import best_response, hyperobjective
 from bilevel.loop.step import Step
+from bilevel.lower_level import LowerLevel
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
@@ -94,6 +96,7 @@ __all__ = [
     "Identity",
     "Implicit",
     "LinearSolver",
+    "LowerLevel",
     "Neumann",
     "NormalCG",
     "Nystrom",
@@ -108,10 +111,12 @@ __all__ = [
     "Stats",
     "Step",
     "Unrolled",
+    "best_response",
     "certify",
     "check_hypergradient",
     "check_second_order",
     "compare",
     "explain",
+    "hyperobjective",
     "train",
 ]

@@ -110,6 +110,7 @@ class Oracles:
             self.shared = {name: there[id(p)] for name, p in upper.items() if id(p) in there}
             self._upper = {name: p for name, p in upper.items() if name not in self.shared}
             self._buffers = self.slots.buffers()
+        self._here: tuple[Tree, Tree] = self._upper, self._lower
         self._generators = [] if seed is None else global_generators(problem.device)
 
     def _variables(self, level: Level) -> Tree:
@@ -133,12 +134,24 @@ class Oracles:
 
         Without those that belong to the lower level too (`shared`): they are lower variables here.
         """
-        return {name: p.detach().requires_grad_() for name, p in self._upper.items()}
+        return leaves(self._here[0])
 
     @property
     def lower(self) -> Tree:
         """The current lower variables, detached leaves that share memory with the module's."""
-        return {name: p.detach().requires_grad_() for name, p in self._lower.items()}
+        return leaves(self._here[1])
+
+    def at(self, upper: Tree, lower: Tree) -> "Oracles":
+        """The same losses, with these as the current variables instead of the module's."""
+        other = copy.copy(self)
+        other._here = upper, lower
+        return other
+
+    def best_response(self) -> Tree | None:
+        """What the problem says of its own lower solution at the current variables, if anything."""
+        pairs = (self._upper, self.upper), (self._lower, self.lower)
+        with self.slots.substitute(*pairs).in_place():
+            return self.problem.best_response(self.lower_batches[0])
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
         """The loss of one level at (upper, lower), on this rank's share of the batch.

@@ -52,7 +52,7 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
         ValueError: as `solve_lower`.
     """
     several = len(oracles.lower_batches) > 1  # then the lower loss is their mean
-    closed = None if several else oracles.problem.best_response(oracles.lower_batches[0])
+    closed = None if several else oracles.best_response()
     if closed is not None:
         solution = {name: y.detach() for name, y in closed.items()}
         return solution, {name: torch.zeros_like(y) for name, y in solution.items()}

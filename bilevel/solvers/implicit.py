@@ -54,6 +54,25 @@ class _Given(LinearSolver):
         return LinearSolution(value, outcome(residual, nearly), residual, num_products=1)
 
 
+def as_linear_solver(given: Any) -> LinearSolver:
+    """The linear solver that was given, or one that is a function of the user's own.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(given, type):  # callable, as a function of the user's own is
+        name = given.__name__
+        raise TypeError(f"`linear_solver` is the class `{name}`; give an instance, `{name}()`")
+    if isinstance(given, LinearSolver):
+        return given
+    if not callable(given):
+        raise TypeError(
+            "`linear_solver` must be a `LinearSolver` or a function `(operator, rhs) -> "
+            f"solution`, got {given!r}"
+        )
+    return _Given(given)
+
+
 @final
 @explained_settings
 @dataclass(frozen=True)
@@ -84,27 +103,19 @@ class Implicit(Solver):
     linear_solver: LinearSolver | LinearFunction = field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
-        given = self.linear_solver
-        if isinstance(given, type):  # callable, as a function of the user's own is
-            name = given.__name__
-            raise TypeError(f"`linear_solver` is the class `{name}`; give an instance, `{name}()`")
-        if not callable(given) and not isinstance(given, LinearSolver):
-            raise TypeError(
-                "`linear_solver` must be a `LinearSolver` or a function `(operator, rhs) -> "
-                f"solution`, got {given!r}"
-            )
+        as_linear_solver(self.linear_solver)
 
     def num_lower_batches(self) -> int:
         return 1
 
     def approximates(self) -> bool:
-        return self._solver().approximate
+        return as_linear_solver(self.linear_solver).approximate
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         return oracles.differentiated_twice(type(self).__name__)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        lower, solver = oracles.lower, self._solver()
+        lower, solver = oracles.lower, as_linear_solver(self.linear_solver)
         linear = oracles.linearize_lower(oracles.upper, lower)
 
         def vjp(cotangent: Tree) -> ResponseProduct:
@@ -122,7 +133,3 @@ class Implicit(Solver):
             )
 
         return Response(lower, vjp, lower_residual=linear.residual)
-
-    def _solver(self) -> LinearSolver:
-        given = self.linear_solver
-        return given if isinstance(given, LinearSolver) else _Given(given)
