@@ -32,9 +32,8 @@ from bilevel.linear import (
     Nystrom,
     SciPy,
 )
-from bilevel.layer import best_response, hyperobjective
 from bilevel.loop.step import Step
-from bilevel.lower_level import LowerLevel
+from bilevel.lower import LowerLevel, best_response, hyperobjective
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem

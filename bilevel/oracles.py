@@ -39,7 +39,7 @@ from bilevel.losses.true_gradient import refuse_untrue
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.tree import Layout, Tree, norm
+from bilevel.tree import Layout, Tree, leaves, norm
 
 _EAGER = EagerUnits()
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
@@ -146,12 +146,6 @@ class Oracles:
         other = copy.copy(self)
         other._here = upper, lower
         return other
-
-    def best_response(self) -> Tree | None:
-        """What the problem says of its own lower solution at the current variables, if anything."""
-        pairs = (self._upper, self.upper), (self._lower, self.lower)
-        with self.slots.substitute(*pairs).in_place():
-            return self.problem.best_response(self.lower_batches[0])
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
         """The loss of one level at (upper, lower), on this rank's share of the batch.
@@ -390,8 +384,3 @@ class Oracles:
         differentiable_twice(self.problem.lower, solver)
         with second_order_context(self.problem):
             yield
-
-
-def leaves(tree: Tree) -> Tree:
-    """The same numbers, as leaves that require grad."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}

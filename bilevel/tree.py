@@ -23,6 +23,11 @@ def norm(tensors: Tree | Iterable[Tensor]) -> Tensor:
         return total
 
 
+def leaves(tree: Tree) -> Tree:
+    """The same numbers, as leaves that require grad."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tree.items()}
+
+
 def dot(a: Tree, b: Tree) -> Tensor:
     """Inner product of two trees with the same names."""
     _same_names(a, b)

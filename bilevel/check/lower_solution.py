@@ -52,7 +52,7 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
         ValueError: as `solve_lower`.
     """
     several = len(oracles.lower_batches) > 1  # then the lower loss is their mean
-    closed = None if several else oracles.best_response()
+    closed = None if several else _closed_form(oracles)
     if closed is not None:
         solution = {name: y.detach() for name, y in closed.items()}
         return solution, {name: torch.zeros_like(y) for name, y in solution.items()}
@@ -68,6 +68,15 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
         if not level.solved(point, torch.maximum(start, scale)):
             raise UnsolvedError(level.unsolved(point, start, steps))
     return level.tree(point), level.tree(step)
+
+
+def _closed_form(oracles: Oracles) -> Tree | None:
+    """What the problem says of its own lower solution at the current variables, if anything."""
+    places, lower = oracles.slots.variables, oracles.lower
+    upper = {name: x for name, x in places("upper").items() if name not in oracles.shared}
+    pairs = (upper, oracles.upper), (places("lower"), lower)
+    with oracles.slots.substitute(*pairs).in_place():
+        return oracles.problem.best_response(oracles.lower_batches[0])
 
 
 @final

@@ -10,11 +10,11 @@ from torch import Tensor
 from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
-from bilevel.oracles import Oracles, leaves
+from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, ResponseProduct
 from bilevel.solvers.segments import checkpointed
 from bilevel.solvers.tangents import tangent_product
-from bilevel.tree import Tree, norm
+from bilevel.tree import Tree, leaves, norm
 from bilevel.twins import (
     Gradients,
     RunningTwin,

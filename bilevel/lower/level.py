@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bilevel.autodiff import fill
 from bilevel.check.lower_solution import solve_closely
-from bilevel.oracles import Oracles, leaves
+from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import flag, nearest, shown, whole
-from bilevel.tree import Layout, Tree
+from bilevel.tree import Layout, Tree, leaves
 
 
 @final
