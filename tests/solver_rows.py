@@ -17,12 +17,21 @@ from bilevel import (
     BOME,
     F2BA,
     F2SA,
+    FSLA,
     GMRES,
     GPBGD,
+    MASOBA,
     MEHA,
     MINRES,
+    MRBO,
+    SABA,
+    SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
     VPBGD,
     Alternating,
+    AmIGO,
     BiCGStab,
     Cholesky,
     ConjugateGradient,
@@ -36,6 +45,7 @@ from bilevel import (
     Problem,
     SciPy,
     Solver,
+    StocBiO,
     Unrolled,
 )
 
@@ -256,5 +266,41 @@ ROWS: dict[str, SolverRow] = {
         BDA(3), sgd, law=Falls(tuple(BDA(steps, step_size=0.4) for steps in (60, 120)), 0.5)
     ),
     # ------------------------------------------------------------------ single loop, stochastic
+    # with one minibatch of all rows the error of v shrinks by 0.78 at a step of 0.44
+    "soba": SolverRow(SOBA(), plain, calls=110, law=Exact(solver=SOBA(step_size=0.44))),
+    "masoba": SolverRow(
+        MASOBA(weight=0.5), plain, calls=110, law=Exact(solver=MASOBA(0.5, step_size=0.44))
+    ),
+    "fsla": SolverRow(FSLA(), plain, calls=110, law=Exact(solver=FSLA(step_size=0.44))),
+    "saba": SolverRow(
+        SABA(batch_size=3),
+        plain,
+        calls=110,
+        law=Exact(solver=SABA(step_size=0.44)),
+        alone="each rank cuts its own rows",
+    ),
+    "srba": SolverRow(
+        SRBA(batch_size=3, period=2),
+        plain,
+        calls=110,
+        law=Exact(solver=SRBA(step_size=0.44)),
+        alone="each rank cuts its own rows",
+    ),
+    "sustain": SolverRow(SUSTAIN(num_terms=3, step_size=0.1, eta=1.0, decay=0.0), plain),
+    "mrbo": SolverRow(
+        MRBO(num_terms=3),
+        plain,
+        law=Falls(tuple(MRBO(num_terms=k, step_size=0.2) for k in (40, 60)), GEOMETRIC),
+    ),
+    "ttsa": SolverRow(TTSA(num_terms=3, step_size=0.1)),
+    "stocbio": SolverRow(
+        StocBiO(num_terms=3, step_size=0.1),
+        law=Falls(tuple(StocBiO(num_terms=k, step_size=0.2) for k in (40, 60)), GEOMETRIC),
+    ),
+    "amigo": SolverRow(
+        AmIGO(num_steps=3, step_size=0.05),
+        calls=12,
+        law=Exact(solver=AmIGO(num_steps=20, step_size=0.2)),
+    ),
     # ------------------------------------------------------------------ zero order
 }

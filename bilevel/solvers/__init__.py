@@ -13,6 +13,18 @@ from bilevel.solvers.base import (
 from bilevel.solvers.compiled import Compiled
 from bilevel.solvers.first_order import BDA, BOME, F2BA, F2SA, GPBGD, MEHA, VPBGD, F2SAp
 from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.single_loop import (
+    FSLA,
+    MASOBA,
+    MRBO,
+    SABA,
+    SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    AmIGO,
+    StocBiO,
+)
 from bilevel.solvers.unrolled import Unrolled
 
 __all__ = [
@@ -20,10 +32,19 @@ __all__ = [
     "BOME",
     "F2BA",
     "F2SA",
+    "FSLA",
     "GPBGD",
+    "MASOBA",
     "MEHA",
+    "MRBO",
+    "SABA",
+    "SOBA",
+    "SRBA",
+    "SUSTAIN",
+    "TTSA",
     "VPBGD",
     "Alternating",
+    "AmIGO",
     "Compiled",
     "Directions",
     "F2SAp",
@@ -33,6 +54,7 @@ __all__ = [
     "ResponseProduct",
     "Solver",
     "Stats",
+    "StocBiO",
     "Unrolled",
     "UnrolledSteps",
 ]
