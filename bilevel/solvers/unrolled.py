@@ -48,7 +48,7 @@ class Unrolled(Solver):
     Args:
         num_steps: number T of unrolled steps.
         optimizer: a torchopt transformation, started afresh; or `None` to branch from the running
-            `lower_optimizer` (`torch.optim` SGD, Adam, AdamW) with its state.
+            `lower_optimizer` (`torch.optim` SGD, Adam, AdamW, RMSprop, Adagrad) with its state.
         truncate: differentiate the last `truncate` steps only.
         mode: "reverse"; "recompute" (reverse with each step run again on the way back); "checkpoint"
             (the same, segment by segment: memory grows as the square root of the steps); "mixed"

@@ -1,35 +1,36 @@
-r"""The differentiable twin of running `torch.optim` optimizers: SGD, Adam and AdamW, state included.
+"""The differentiable twin of running `torch.optim` optimizers, state included.
 
-The formulas follow torch's own conventions to the last digit. `higher`'s Adam does not: it adds
-epsilon to $\sqrt{v_t}$ before the bias correction, torch adds it after,
-
-$$ y_{t+1} = y_t - \frac{\alpha}{1-\beta_1^t}\,
-   \frac{m_t}{\sqrt{v_t}\,/\sqrt{1-\beta_2^t} + \epsilon}. $$
-
-Parameters that share a group (and have taken the same number of steps) are one vector here, so a
-step costs a dozen kernels however many tensors the level has.
+The rules (`bilevel.twins.rules`) follow torch's own conventions to the last digit. Parameters that share
+a group (and have taken the same number of steps) are one vector here, so a step costs a dozen kernels
+however many tensors the level has.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from bilevel.optimizers import Optimizers, listed
 from bilevel.tree import Layout, Tree
-from bilevel.twins.base import Gradients, Twin, moved, safe_sqrt
+from bilevel.twins.base import Gradients, Twin, moved
+from bilevel.twins.rules import FIRST, RULES, Moments, Rule
 
-Moments: TypeAlias = dict[str, Any]
-Rule: TypeAlias = Callable[[Tensor, Tensor, Moments, dict[str, Any]], tuple[Tensor, Moments]]
-
-
-_MOVING = frozenset({"lr", "momentum", "weight_decay", "betas"})
-_FIXED = ("eps", "dampening", "nesterov", "amsgrad", "maximize", "decoupled_weight_decay")
+_MOVING = frozenset({"lr", "momentum", "weight_decay", "betas", "alpha", "lr_decay"})
+_FIXED = (
+    "eps",
+    "dampening",
+    "nesterov",
+    "amsgrad",
+    "centered",
+    "maximize",
+    "decoupled_weight_decay",
+    "initial_accumulator_value",
+)
 
 
 @final
@@ -51,7 +52,8 @@ class RunningTwin(Twin):
     """Branches from the current state of running optimizers; they are read, never stepped.
 
     Args:
-        optimizers: the lower level's optimizer(s): `SGD`, `Adam` or `AdamW`, any parameter groups.
+        optimizers: the lower level's optimizer(s): `SGD`, `Adam`, `AdamW`, `RMSprop` or `Adagrad`, any
+            parameter groups.
         variables: the lower level's module parameters by name.
         tree: the point at which to branch.
         used: names of the variables the lower loss uses; torch skips the others.
@@ -92,7 +94,8 @@ class RunningTwin(Twin):
         return [dict(cell.state) for cell in self._cells]
 
     def whole(self, points: list[Tensor]) -> list[Moments] | None:
-        states = [_whole(cell, y) for cell, y in zip(self._cells, points, strict=True)]
+        cells = zip(self._cells, points, strict=True)
+        states = [FIRST[cell.rule](y, cell.state, cell.settings) for cell, y in cells]
         found = [state for state in states if state is not None]
         return found if len(found) == len(states) else None
 
@@ -137,13 +140,12 @@ def rule_of(optimizer: Optimizer) -> Rule:
     Raises:
         TypeError: if there is none for its class.
     """
-    rules: dict[type, Rule] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
-    rule = rules.get(type(optimizer))
+    rule = RULES.get(type(optimizer))
     if rule is None:
         raise TypeError(
             f"`Unrolled` has no differentiable twin of `{type(optimizer).__name__}`; use "
-            "`torch.optim.SGD`, `Adam` or `AdamW` for the lower level, or unroll a torchopt "
-            "transformation: `Unrolled(num_steps, optimizer=torchopt.rmsprop(...))`"
+            "`torch.optim.SGD`, `Adam`, `AdamW`, `RMSprop` or `Adagrad` for the lower level, or unroll "
+            "a torchopt transformation: `Unrolled(num_steps, optimizer=torchopt.radam(...))`"
         )
     return rule
 
@@ -196,19 +198,6 @@ def _cell(
     return _Cell(named, members, optimizer, layout, settings, rule, state)
 
 
-def _whole(cell: _Cell, y: Tensor) -> Moments | None:
-    """The state with all that the rule keeps; `None` if the first step differs from all others."""
-    settings, state = cell.settings, dict(cell.state)
-    if cell.rule is _sgd:
-        if not _on(settings["momentum"]):
-            return {}
-        if settings["dampening"] and "momentum_buffer" not in state:
-            return None
-        return {"momentum_buffer": torch.zeros_like(y), **state}
-    names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(settings["amsgrad"])]
-    return {"step": 0.0, **{name: torch.zeros_like(y) for name in names}, **state}
-
-
 def move(optimizers: Optimizers, variables: Tree, gradients: Mapping[str, Tensor | None]) -> None:
     """A step of the optimizers by their rules, written where they keep things: what a graph can hold.
 
@@ -236,46 +225,3 @@ def _settings(group: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     if isinstance(optimizer, AdamW):
         settings["decoupled_weight_decay"] = True
     return settings
-
-
-def _on(setting: Any) -> bool:
-    """Whether an option is not 0; a tensor stands for one that is not."""
-    return isinstance(setting, Tensor) or bool(setting)
-
-
-def _sgd(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[Tensor, Moments]:
-    """torch.optim.SGD: momentum, dampening, Nesterov, weight decay, maximize."""
-    g = -g if group["maximize"] else g
-    if _on(group["weight_decay"]):
-        g = g + group["weight_decay"] * y
-    if _on(group["momentum"]):
-        buffer = state.get("momentum_buffer")
-        mu = group["momentum"]
-        fresh = (1 - group["dampening"]) * g if _on(group["dampening"]) else g
-        buffer = g if buffer is None else mu * buffer + fresh
-        state = {"momentum_buffer": buffer}
-        g = g + mu * buffer if group["nesterov"] else buffer
-    return y - group["lr"] * g, state
-
-
-def _adam(y: Tensor, g: Tensor, state: Moments, group: dict[str, Any]) -> tuple[Tensor, Moments]:
-    """torch.optim.Adam and AdamW: coupled or decoupled weight decay, AMSGrad, maximize."""
-    beta1, beta2 = group["betas"]
-    lr, decay = group["lr"], group["weight_decay"]
-    step = state.get("step", 0.0) + 1
-    count = step.double() if isinstance(step, Tensor) else step
-    g = -g if group["maximize"] else g
-    if _on(decay) and group.get("decoupled_weight_decay", False):
-        y = y * (1 - lr * decay)
-    elif _on(decay):
-        g = g + decay * y
-    fresh = 1 - beta1
-    fresh = fresh.to(y.dtype) if isinstance(fresh, Tensor) else fresh
-    m = torch.lerp(state.get("exp_avg", torch.zeros_like(y)), g, fresh)
-    v = beta2 * state.get("exp_avg_sq", torch.zeros_like(y)) + (1 - beta2) * g * g
-    new: Moments = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-    if group["amsgrad"]:
-        v = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(v)), v)
-        new["max_exp_avg_sq"] = v
-    denominator = safe_sqrt(v) / (1 - beta2**count) ** 0.5 + group["eps"]
-    return y - lr / (1 - beta1**count) * m / denominator, new

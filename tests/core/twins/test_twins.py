@@ -10,7 +10,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from bilevel import Problem, Unrolled, check_hypergradient
+from bilevel import Compiled, Problem, Unrolled, check_hypergradient
 from bilevel.oracles import Oracles
 from bilevel.solvers.unrolled import MODES
 from bilevel.twins import RunningTwin
@@ -19,6 +19,7 @@ from tests.problems import NetProblem, Quadratic, mlp, normal, regression, seede
 BATCH = regression(seed=9)
 UPPER = regression(seed=7)
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+RMSprop, Adagrad = torch.optim.RMSprop, torch.optim.Adagrad
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: SGD(p, 0.1),
@@ -35,6 +36,13 @@ OPTIMIZERS: dict[str, Make] = {
     "adam large epsilon": lambda p: Adam(p, 0.05, eps=0.1),
     "adamw": lambda p: AdamW(p, 0.05, weight_decay=0.1),
     "adamw amsgrad": lambda p: AdamW(p, 0.05, amsgrad=True),
+    "rmsprop": lambda p: RMSprop(p, 0.02),
+    "rmsprop centered": lambda p: RMSprop(p, 0.02, alpha=0.9, centered=True),
+    "rmsprop momentum": lambda p: RMSprop(p, 0.02, momentum=0.8, weight_decay=0.1, eps=1e-3),
+    "rmsprop maximize": lambda p: RMSprop(p, 0.01, centered=True, momentum=0.5, maximize=True),
+    "adagrad": lambda p: Adagrad(p, 0.1),
+    "adagrad decays": lambda p: Adagrad(p, 0.1, lr_decay=0.2, weight_decay=0.1, eps=1e-3),
+    "adagrad starts": lambda p: Adagrad(p, 0.1, initial_accumulator_value=0.5, maximize=True),
 }
 
 
@@ -80,6 +88,23 @@ def test_running_twin_follows_torch(name: str, warm: int) -> None:
     optimizer = OPTIMIZERS[name](problem.lower.parameters())
     real_steps(problem, [optimizer], warm)
     assert_twin_follows(problem, [optimizer])
+
+
+@pytest.mark.parametrize("name", ["rmsprop maximize", "adagrad decays"])
+def test_a_compiled_twin_is_the_same_also_at_another_rate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    problem = Quadratic()
+    optimizer = OPTIMIZERS[name](problem.lower.parameters())
+    compiled = Compiled(Unrolled(2))
+    for rate in (0.1, 0.05):
+        optimizer.param_groups[0]["lr"] = rate
+        grads = [
+            solver.hypergradient(problem, lower_optimizer=optimizer).grad["x"]
+            for solver in (compiled, compiled.solver)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -190,8 +215,13 @@ def test_torchopt_transformations(name: str, clip: float | None) -> None:
     assert check.passed, check.verdict
 
 
+LIKE_OTHERS = {"rmsprop", "rmsprop centered", "rmsprop momentum", "adagrad", "adagrad starts"}
+
+
 @pytest.mark.parametrize("mode", ["recompute", "forward"])
-@pytest.mark.parametrize("name", [*TRANSFORMATIONS, *OPTIMIZERS])
+@pytest.mark.parametrize(
+    "name", [*TRANSFORMATIONS, *(n for n in OPTIMIZERS if n not in LIKE_OTHERS)]
+)
 def test_modes_agree(name: str, mode: Any) -> None:
     problem = net()
     make = TRANSFORMATIONS.get(name, lambda: None)
@@ -241,8 +271,17 @@ def test_highers_adam_is_another_one() -> None:
     assert abs(ours["l2.log"] / theirs - 1) > 1e-3
 
 
+DIVIDING: dict[str, Make] = {
+    "rmsprop": lambda p: RMSprop(p, 0.02, eps=1e-2),
+    "rmsprop centered": lambda p: RMSprop(p, 0.02, eps=1e-2, centered=True, momentum=0.5),
+    "adagrad": lambda p: Adagrad(p, 0.1, eps=1e-2),
+}
+
+
 @pytest.mark.parametrize("mode", ["reverse", "recompute", "forward"])
-@pytest.mark.parametrize("twin", ["running", "torchopt adam", "torchopt rmsprop", "clipped"])
+@pytest.mark.parametrize(
+    "twin", ["running", "torchopt adam", "torchopt rmsprop", "clipped", *DIVIDING]
+)
 def test_a_second_moment_of_zero(twin: str, mode: Any) -> None:
     """A dead input: its weights' gradient is exactly 0, where Adam's root has no derivative."""
     inputs, targets = BATCH
@@ -255,7 +294,8 @@ def test_a_second_moment_of_zero(twin: str, mode: Any) -> None:
         "torchopt adam": torchopt.adam(0.05, eps=1e-2),
         "torchopt rmsprop": torchopt.rmsprop(0.05, eps=1e-2),
     }.get(twin)
-    optimizer = Adam(problem.lower.parameters(), 0.05, eps=1e-2)
+    make = DIVIDING.get(twin, lambda p: Adam(p, 0.05, eps=1e-2))
+    optimizer = make(problem.lower.parameters())
     solver = Unrolled(
         3, transformation, mode=mode, max_grad_norm=1.0 if twin == "clipped" else None
     )
