@@ -15,6 +15,7 @@ import torchopt
 from bilevel import (
     BDA,
     BOME,
+    DARTS,
     F2BA,
     F2SA,
     FSLA,
@@ -24,7 +25,9 @@ from bilevel import (
     MEHA,
     MINRES,
     MRBO,
+    PZOBO,
     SABA,
+    SAMA,
     SOBA,
     SRBA,
     SUSTAIN,
@@ -35,6 +38,7 @@ from bilevel import (
     BiCGStab,
     Cholesky,
     ConjugateGradient,
+    EvolutionStrategies,
     F2SAp,
     FixedPoint,
     Identity,
@@ -229,6 +233,8 @@ ROWS: dict[str, SolverRow] = {
         adam,
         law=Falls((steps(40, "mixed"), steps(60, "mixed")), GEOMETRIC),
     ),
+    "darts": SolverRow(DARTS(), adam),
+    "sama running adam": SolverRow(SAMA(), adam),
     # ------------------------------------------------------------------ first order and penalty
     # begun at the lower solution, so that the copies of it are all that has to settle
     "f2sa": SolverRow(
@@ -303,4 +309,7 @@ ROWS: dict[str, SolverRow] = {
         law=Exact(solver=AmIGO(num_steps=20, step_size=0.2)),
     ),
     # ------------------------------------------------------------------ zero order
+    # the laws of their errors are means over many seeds: `test_small_memory`
+    "evolution strategies": SolverRow(EvolutionStrategies(3, 0.05, num_pairs=2)),
+    "pzobo": SolverRow(PZOBO(3, 0.05, num_directions=2)),
 }

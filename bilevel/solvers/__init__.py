@@ -13,6 +13,7 @@ from bilevel.solvers.base import (
 from bilevel.solvers.compiled import Compiled
 from bilevel.solvers.first_order import BDA, BOME, F2BA, F2SA, GPBGD, MEHA, VPBGD, F2SAp
 from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.one_step import DARTS, SAMA
 from bilevel.solvers.single_loop import (
     FSLA,
     MASOBA,
@@ -26,10 +27,12 @@ from bilevel.solvers.single_loop import (
     StocBiO,
 )
 from bilevel.solvers.unrolled import Unrolled
+from bilevel.solvers.zero_order import PZOBO, EvolutionStrategies
 
 __all__ = [
     "BDA",
     "BOME",
+    "DARTS",
     "F2BA",
     "F2SA",
     "FSLA",
@@ -37,7 +40,9 @@ __all__ = [
     "MASOBA",
     "MEHA",
     "MRBO",
+    "PZOBO",
     "SABA",
+    "SAMA",
     "SOBA",
     "SRBA",
     "SUSTAIN",
@@ -47,6 +52,7 @@ __all__ = [
     "AmIGO",
     "Compiled",
     "Directions",
+    "EvolutionStrategies",
     "F2SAp",
     "Hypergradient",
     "Implicit",

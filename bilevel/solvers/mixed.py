@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
 from bilevel.problem import Problem
-from bilevel.solvers.tangents import precision, random_like
+from bilevel.solvers.tangents import random_like, roundoff
 from bilevel.twins.base import Gradients
 from bilevel.twins.moments import map_moments, moments_of
 
@@ -69,7 +69,7 @@ def _verify(steps: "Unrolling", here: Here) -> None:
         means = mean_over_ranks(found), mean_over_ranks(truth)
         apart = sum(float((a - b).abs().sum()) for a, b in zip(*means, strict=True))
         size = sum(float(a.abs().sum()) + float(b.abs().sum()) for a, b in zip(*means, strict=True))
-        if apart > size * precision(steps) ** 0.4:
+        if apart > size * roundoff(steps) ** 0.4:
             done.discard(key)
             raise ValueError(
                 f"`{steps.settings}`: torch's forward mode gives another second derivative of this "

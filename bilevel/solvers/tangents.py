@@ -79,7 +79,7 @@ def _verify(steps: "Unrolling", start: Start) -> None:
         one, other = _inner(tangents, target), _inner([reverse], [direction])
         size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
         size = size + _inner([reverse.abs()], [direction.abs()])
-        if bool((one - other).abs() > size * precision(steps) ** 0.4):
+        if bool((one - other).abs() > size * roundoff(steps) ** 0.4):
             raise ValueError(
                 f"`{steps.settings}`: torch's forward mode gives another derivative of this lower "
                 f"loss in `{name}` than its reverse mode ({float(one):.3g} and {float(other):.3g} "
@@ -88,7 +88,7 @@ def _verify(steps: "Unrolling", start: Start) -> None:
     done.add(key)
 
 
-def precision(steps: "Unrolling") -> float:
+def roundoff(steps: "Unrolling") -> float:
     """The coarsest machine epsilon among the variables and the losses."""
     dtypes = [v.dtype for v in (*steps.upper.values(), *steps.oracles.lower.values())]
     dtypes += [steps.oracles.precision] if steps.oracles.precision else []

@@ -56,7 +56,13 @@ def stepped(points: Tree, grads: Tree, step_sizes: Rates) -> Tree:
 
 
 def lower_run(
-    oracles: Oracles, points: Tree, step_sizes: Rates, num_steps: int, *, pull: float = 0.0
+    oracles: Oracles,
+    points: Tree,
+    step_sizes: Rates,
+    num_steps: int,
+    *,
+    pull: float = 0.0,
+    upper: Tree | None = None,
 ) -> tuple[Tree, Tree]:
     """Gradient descent from `points` on G(x, .), or on G(x, .) + pull F(x, .), in the lower variables.
 
@@ -66,11 +72,12 @@ def lower_run(
         step_sizes: of each variable.
         num_steps: how many; step t sees lower batch t, from the first again where there are fewer.
         pull: the weight of the upper loss, in units of the lower one.
+        upper: other upper variables than those that the problem has now.
 
     Returns:
         Where it ended, and dF/dy where it began (nothing without pull).
     """
-    upper = oracles.upper
+    upper = oracles.upper if upper is None else upper
     first: Tree = {}
     for t in range(num_steps):
         _, _, grads = oracles.partials("lower", upper, points, t % len(oracles.lower_batches))
