@@ -11,8 +11,10 @@ from torch import nn
 
 from bilevel import Problem, Solver, compare
 from bilevel.cards import as_plain
-from bilevel.check.cases import CASES, Case
-from bilevel.cli.options import Parser, UsageError, integer
+from bilevel.check.cases import CASES, MORE_CASES, Case, case_named
+from bilevel.check.curve_solvers import TRAINED
+from bilevel.cli.bench_curves import run_curves
+from bilevel.cli.options import Parser, UsageError, integer, number
 from bilevel.files import write_text
 from bilevel.methods.catalogue import called, make_solver, of_own
 from bilevel.plugins import entry_points, imported, is_address, plugged
@@ -37,6 +39,7 @@ _SOLVERS: Mapping[str, Mapping[str, Any]] = {
 _HEAD = ("solver", "relative error", "cosine", "ms per call", "products")
 _EXACT = 1e-5  # a relative error that counts as right
 _CALLS = 15  # of each solver, timed in turns
+_SECONDS = 2.0  # of each training
 Record: TypeAlias = dict[str, Any]
 _NOTES = (
     "The error is that of the hypergradient at the lower level's solution, against finite differences, "
@@ -49,6 +52,7 @@ _SUMMARY = "compare solvers: how far their hypergradients are from the truth, an
 _EXAMPLES = """  bilevel bench solvers
   bilevel bench solvers --problems quadratic ridge --solvers cholesky gmres
   bilevel bench solvers --solvers cholesky mine.solvers:Mine --seeds 0 1 2
+  bilevel bench solvers --train --problems quadratic:100:1e3 breast-cancer
 """
 _OF_EBLVM = (
     *("preset", "config", "data", "models", "methods", "only", "show", "num-steps", "batch-size"),
@@ -62,14 +66,30 @@ _ELSEWHERE = {
 
 def _parser() -> Parser:
     parser = Parser("bench solvers", _SUMMARY, "[options]", _EXAMPLES)
-    own = "or package.module:Name (default: all of these)"
-    for name, known in (("problems", CASES), ("solvers", _SOLVERS)):
-        parser.add_argument(
-            f"--{name}",
-            nargs="+",
-            metavar=name.rstrip("s").upper(),
-            help=f"{', '.join(known)}; {own}",
-        )
+    own = "or package.module:Name"
+    more = [f"{name}:{about}" if about else name for name, (about, _) in MORE_CASES.items()]
+    parser.add_argument(
+        "--problems",
+        nargs="+",
+        metavar="PROBLEM",
+        help=f"{', '.join(CASES)} (default: all of these); {', '.join(more)}; {own}",
+    )
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        metavar="SOLVER",
+        help=f"{', '.join(_SOLVERS)} (default: all of these, with `--train` all that follow, too); "
+        f"{', '.join(TRAINED)}; {own}",
+    )
+    parser.add_argument(
+        "--train",
+        type=number,
+        nargs="?",
+        const=_SECONDS,
+        metavar="SECONDS",
+        help="train with each solver for so long at each of two or three learning rates, and go on "
+        f"where the last call stopped (default: {_SECONDS:g})",
+    )
     parser.add_argument(
         "--seeds", type=integer, nargs="+", metavar="N", help="of the problems (default: 0)"
     )
@@ -82,13 +102,21 @@ def run_solvers(arguments: list[str]) -> int:
     """Measure every solver on every problem, print and write what came out."""
     args = _parser().read(arguments, _ELSEWHERE)
     problems = getattr(args, "problems", list(CASES))
-    solvers = {_short(name): _solver(name) for name in getattr(args, "solvers", list(_SOLVERS))}
+    usual = [*_SOLVERS, *(TRAINED if "train" in args else ())]
+    solvers = {_short(name): _solver(name) for name in getattr(args, "solvers", usual)}
     seeds = getattr(args, "seeds", [0])
     cases = {(name, seed): _case(name, seed) for name in problems for seed in seeds}
     if "list" in args:
         print("\n".join(f"{_short(name)}/{solver}" for name in problems for solver in solvers))
         return 0
     folder = Path(getattr(args, "out", "runs/solvers"))
+    if "train" in args:
+        if not args.train > 0:
+            raise UsageError(f"`--train` takes a positive number of seconds, got {args.train:g}")
+        run_curves(
+            {(_short(n), s): case for (n, s), case in cases.items()}, solvers, args.train, folder
+        )
+        return 0
     records: list[Record] = []
     for name in problems:
         for seed in seeds:
@@ -107,6 +135,8 @@ def run_solvers(arguments: list[str]) -> int:
 
 
 def _short(name: str) -> str:
+    if name.partition(":")[0] in MORE_CASES:
+        return name
     return name.rpartition(":")[2] if is_address(name) else name
 
 
@@ -126,8 +156,10 @@ def _found(what: str, name: str, known: Iterable[str]) -> Any:
 def _solver(name: str) -> Solver:
     if name in _SOLVERS:
         return make_solver(_SOLVERS[name])
+    if name in TRAINED:
+        return TRAINED[name]
     base: Any = Solver
-    solver: Solver = of_own(name, base, _found("solver", name, _SOLVERS), {})
+    solver: Solver = of_own(name, base, _found("solver", name, [*_SOLVERS, *TRAINED]), {})
     return solver
 
 
@@ -137,9 +169,13 @@ def _case(name: str, seed: int) -> Case:
     Raises:
         UsageError: if it is no problem.
     """
-    if name in CASES:
-        return CASES[name](seed)
-    found = _found("problem", name, CASES)
+    try:
+        known = case_named(name, seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if known is not None:
+        return known
+    found = _found("problem", name, [*CASES, *MORE_CASES])
     if not isinstance(found, (nn.Module, tuple)):
         if not callable(found) or (inspect.isclass(found) and not issubclass(found, nn.Module)):
             found = (found,)
