@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from bilevel.check.problems.case import Case
 from bilevel.check.problems.cleaning import cleaning
-from bilevel.check.problems.penalties import breast_cancer, digits, drawn, libsvm
+from bilevel.check.problems.penalties import breast_cancer, drawn_rows, even_digits, libsvm
 from bilevel.check.problems.quadratic import quadratic
 from bilevel.check.problems.toy import toy
 
@@ -20,8 +20,8 @@ __all__ = ["CASES", "MORE_CASES", "Case", "case_named"]
 
 CASES: Mapping[str, Callable[[int], Case]] = {
     "quadratic": quadratic,
-    "ridge": partial(drawn, logistic=False),
-    "logistic": partial(drawn, logistic=True),
+    "ridge": partial(drawn_rows, logistic=False),
+    "logistic": partial(drawn_rows, logistic=True),
 }
 """Cases by name, each a function of the seed."""
 
@@ -48,7 +48,7 @@ def _mlp(seed: int, path: str | None = None) -> Case:
 MORE_CASES: Mapping[str, tuple[str, Callable[..., Case]]] = {
     "quadratic": ("SIZE:CONDITION", _sized),
     "breast-cancer": ("", breast_cancer),
-    "digits": ("", digits),
+    "digits": ("", even_digits),
     "libsvm": ("FILE[:UPPER_FILE]", libsvm),
     "cleaning": ("[FILE.npz]", cleaning),
     "cleaning-mlp": ("[FILE.npz]", _mlp),
@@ -62,7 +62,7 @@ def case_named(name: str, seed: int) -> Case | None:
 
     Args:
         name: of the case, and its arguments after colons.
-        seed: what it is drawn from.
+        seed: what it is drawn_rows from.
 
     Raises:
         ValueError: if its arguments make no sense.

@@ -1,8 +1,8 @@
-"""`counted`: the oracle calls of whatever is done with a problem, as autograd itself takes them.
+"""`counting`: the oracle calls of whatever is done with a problem, as autograd itself takes them.
 
 Each evaluation of a loss gets its variables through an identity whose backward pass is noticed, and so
 is the backward pass of that: the first is a gradient, the second a product of a second derivative with
-a vector. Nobody has to report anything, so that solvers of one's own are counted as ours are.
+a vector. Nobody has to report anything, so that solvers of one's own are counting as ours are.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, final
 import optree
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from bilevel.problem import Level, Problem
 
@@ -80,7 +81,7 @@ _Place: TypeAlias = tuple[_Note, Level, int]
 
 @final
 class Tally:
-    """Counts the oracle calls of a problem while it is `counted`."""
+    """Counts the oracle calls of a problem while it is `counting`."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -127,7 +128,7 @@ class Tally:
 
 
 @contextlib.contextmanager
-def counted(problem: Problem) -> Iterator[Tally]:
+def counting(problem: Problem) -> Iterator[Tally]:
     """Count the oracle calls of the problem inside; evaluations get slower, numbers stay the same.
 
     Not for compiled solvers, whose graphs call no code of the problem, and recurrent layers, which keep
@@ -141,7 +142,7 @@ def counted(problem: Problem) -> Iterator[Tally]:
         ... )
         >>> solver = Implicit(Neumann(num_steps=4, step_size=0.1))
         >>> _ = solver.hypergradient(problem, throw=False)  # looks at the losses, once
-        >>> with counted(problem) as tally:
+        >>> with counting(problem) as tally:
         ...     _ = solver.hypergradient(problem, throw=False)
         >>> tally.calls().hessian_products, tally.calls().cross_products
         (4, 1)
@@ -188,8 +189,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         note, level, number = ctx.place
         note.reached(level, number, _times(gradient))
+        if forward_ad.unpack_dual(gradient).tangent is not None:  # forward over reverse
+            note.passes["product", level, number] += 1
         if torch.is_grad_enabled():
-            gradient = _Turn.apply(gradient, note, level, number)  # type: ignore[no-untyped-call]
+            gradient = _Turn.apply(gradient, note)  # type: ignore[no-untyped-call]
         return gradient, None
 
     @staticmethod
@@ -202,19 +205,18 @@ class _Turn(torch.autograd.Function):
     """The identity on a gradient; notices that it is differentiated."""
 
     @staticmethod
-    def forward(gradient: Tensor, note: _Note, level: Level, number: int) -> Tensor:
+    def forward(gradient: Tensor, note: _Note) -> Tensor:
         return gradient.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.note, ctx.level, ctx.number = inputs[1:]
+        ctx.note = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         ctx.note.turned = True
-        return cotangent, None, None, None
+        return cotangent, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *others: None) -> Tensor:
-        ctx.note.passes["product", ctx.level, ctx.number] += 1
+    def jvp(ctx: Any, tangent: Tensor, note: None) -> Tensor:
         return tangent.clone()

@@ -105,7 +105,7 @@ def sentences_of(records: Sequence[Record], problem: str) -> list[str]:
     return list(said)
 
 
-def draw_curves(records: Sequence[Record], problem: str) -> "Figure":
+def draw_trainings(records: Sequence[Record], problem: str) -> "Figure":
     """Errors against time and oracle calls, and the value coming down to the truth; or the measures.
 
     Raises:

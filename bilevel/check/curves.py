@@ -11,7 +11,7 @@ from typing import final
 import torch
 
 from bilevel.check.comparing import said
-from bilevel.check.counting import OracleCalls, Tally, counted
+from bilevel.check.counting import OracleCalls, Tally, counting
 from bilevel.check.problems.case import Case
 from bilevel.check.value import Value
 from bilevel.loop.step import Step
@@ -79,7 +79,7 @@ class Curve:
 
 
 @final
-class Judge:
+class CurveJudge:
     """What trainings on one problem are judged by, and the learning rates they try.
 
     Args:
@@ -137,10 +137,10 @@ def factors(solver: Solver) -> list[tuple[float, float]]:
     return [*smaller, (0.1, 0.1)] if solver.moves_lower else smaller
 
 
-def follow(judge: Judge, solver: Solver, rates: tuple[float, float], seconds: float) -> Curve:
+def train_curve(judge: CurveJudge, solver: Solver, rates: tuple[float, float], seconds: float) -> Curve:
     """Train with a solver for some seconds, looking at where it is; what went wrong is in the curve.
 
-    The time counts steps only. Oracle calls are counted in a second run that takes the same steps.
+    The time counts steps only. Oracle calls are counting in a second run that takes the same steps.
 
     Args:
         judge: of the problem.
@@ -160,7 +160,7 @@ def follow(judge: Judge, solver: Solver, rates: tuple[float, float], seconds: fl
         problem.load_state_dict(start)
         found, end = _timed(judge, problem, solver, rates, seconds)
         problem.load_state_dict(start)
-        with counted(problem) as tally:
+        with counting(problem) as tally:
             told, calls = _count(judge.case, problem, solver, rates, [*points, *found], tally)
     remark = next((str(w.message) for w in caught if w.category is RuntimeWarning), "")
     remark = remark.partition(". ")[0]  # what is so, not what to do
@@ -187,7 +187,7 @@ def _steps(
 
 
 def _timed(
-    judge: Judge, problem: Problem, solver: Solver, rates: tuple[float, float], seconds: float
+    judge: CurveJudge, problem: Problem, solver: Solver, rates: tuple[float, float], seconds: float
 ) -> tuple[list[Point], str]:
     """The points of a training, and why it ended."""
     clock = time.process_time if problem.device.type == "cpu" else time.perf_counter

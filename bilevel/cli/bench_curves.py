@@ -12,8 +12,8 @@ import torch
 from bilevel import Solver
 from bilevel.cards import as_plain
 from bilevel.check.cases import Case
-from bilevel.check.curve_pages import NOTES, Record, draw_curves, sentences_of, table_of
-from bilevel.check.curves import Curve, Judge, factors, follow
+from bilevel.check.curve_pages import NOTES, Record, draw_trainings, sentences_of, table_of
+from bilevel.check.curves import Curve, CurveJudge, factors, train_curve
 from bilevel.cli.options import UsageError
 from bilevel.files import append_text, read_text, write_text
 
@@ -81,11 +81,11 @@ def _missing(
     if not wanted:
         return
     try:
-        judge = Judge(case)
+        judge = CurveJudge(case)
     except ValueError as error:
         raise UsageError(f"`{problem}`: {error}") from None
     for name, solver, attempt in wanted:
-        curve = follow(judge, solver, judge.tried(solver)[attempt], seconds)
+        curve = train_curve(judge, solver, judge.tried(solver)[attempt], seconds)
         about = {"problem": problem, "solver": name, "method": repr(solver), "seed": seed}
         about |= {"attempt": attempt, "budget": seconds, "least": judge.least}
         yield _records(curve, about)
@@ -129,7 +129,7 @@ def _read(path: Path) -> list[Record]:
 def _write(folder: Path, records: Sequence[Record]) -> None:
     """Tables, and a figure for each problem where matplotlib is installed."""
     parts = []
-    draw: Callable[..., Any] | None = draw_curves
+    draw: Callable[..., Any] | None = draw_trainings
     for problem in dict.fromkeys(record["problem"] for record in records):
         head, lines = table_of(records, problem)
         rows = [list(head), ["---"] + ["---:"] * (len(head) - 1), *lines]

@@ -159,7 +159,7 @@ def _solver(name: str) -> Solver:
     if name in TRAINED:
         return TRAINED[name]
     base: Any = Solver
-    solver: Solver = of_own(name, base, _found("solver", name, [*_SOLVERS, *TRAINED]), {})
+    solver: Solver = of_own(name, base, _found("solver", name, [*TRAINED, *_SOLVERS]), {})
     return solver
 
 

@@ -63,7 +63,7 @@ class Cleaning(Problem):
 
 
 @final
-class Judge(NamedTuple):
+class TestItems(NamedTuple):
     """What a cleaning is judged by.
 
     Attributes:
@@ -118,12 +118,12 @@ def cleaning(
     noisy, kept = _polluted(labels[train], generator, released=released)
     model = _network(network, images.shape[1], int(labels.max()) + 1, generator)
     lower = images[train], noisy, torch.arange(len(train))
-    judge = Judge(images[test], labels[test], kept)
+    held = TestItems(images[test], labels[test], kept)
     return Case(
         Cleaning(len(train), model),
         (images[valid], labels[valid]),
         [lower],
-        measures=judge.measures,
+        measures=held.measures,
         rates=(_UPPER_RATE, _LOWER_RATE),
     )
 

@@ -49,7 +49,7 @@ class Penalties(Problem):
         return self.upper_loss(batch) + 0.1 * penalty.sum()
 
 
-def drawn(seed: int, *, logistic: bool) -> Case:
+def drawn_rows(seed: int, *, logistic: bool) -> Case:
     """On rows that are drawn, of which three features count."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,7 +68,7 @@ def breast_cancer(seed: int) -> Case:
     return _classified(seed, _table(*load_breast_cancer(return_X_y=True)))
 
 
-def digits(seed: int) -> Case:
+def even_digits(seed: int) -> Case:
     """1,797 images of 8 x 8: even or odd."""
     from sklearn.datasets import load_digits
 

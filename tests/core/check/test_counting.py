@@ -1,4 +1,4 @@
-"""Oracle calls, counted as autograd takes them, against what the algorithms say of themselves."""
+"""Oracle calls, counting as autograd takes them, against what the algorithms say of themselves."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from bilevel import (
     Unrolled,
 )
 from bilevel.check.cases import CASES, case_named
-from bilevel.check.counting import OracleCalls, counted
+from bilevel.check.counting import OracleCalls, counting
 
 QUADRATIC = 20  # its lower variables
 
@@ -51,6 +51,8 @@ ROWS: list[tuple[Solver, OracleCalls]] = [
     (Unrolled(5, mode="recompute"), OracleCalls(11, 0, 11, 5, 5, 21)),
     # a run for each of the five entries of x
     (Unrolled(3, mode="forward"), OracleCalls(19, 0, 19, 15, 0, 34)),
+    # gradients with tangents: two sweeps and the products of a third
+    (Unrolled(5, mode="mixed"), OracleCalls(15, 5, 15, 5, 5, 30)),
     (Twice(), OracleCalls(2, 0, 2, 2, 0, 4)),
 ]
 
@@ -63,7 +65,7 @@ def test_every_derivative_is_counted_and_no_number_changes(
     given = case.problem, case.upper_batch, case.lower_batches
     plain = solver.hypergradient(*given, lower_optimizer=case.lower_optimizer, throw=False)
     before = case.problem.state_dict()
-    with counted(case.problem) as tally:
+    with counting(case.problem) as tally:
         same = solver.hypergradient(*given, lower_optimizer=case.lower_optimizer, throw=False)
     assert tally.calls() == calls
     assert all(torch.equal(same.grad[name], g) for name, g in plain.grad.items())
@@ -79,7 +81,7 @@ def test_samples_are_the_rows_of_the_batches() -> None:
     assert case is not None
     solver = Implicit(Identity())
     solver.hypergradient(case.problem, case.upper_batch, case.lower_batches)
-    with counted(case.problem) as tally:
+    with counting(case.problem) as tally:
         solver.hypergradient(case.problem, case.upper_batch, case.lower_batches)
     assert tally.calls().samples == 30 * tally.calls().total == 90
 
@@ -91,7 +93,7 @@ def test_variables_are_put_back_after_a_loss_that_fails() -> None:
     start = {"x": torch.ones(1)}, {"y": torch.ones(1)}
     problem = Problem.from_functions(fails, fails, *start)
     held = dict(problem.named_parameters())
-    with counted(problem) as tally, pytest.raises(RuntimeError, match="no"):
+    with counting(problem) as tally, pytest.raises(RuntimeError, match="no"):
         problem("upper", None)
     assert tally.calls().forward == 1
     assert all(held[name] is value for name, value in problem.named_parameters())
