@@ -62,7 +62,7 @@ def case_named(name: str, seed: int) -> Case | None:
 
     Args:
         name: of the case, and its arguments after colons.
-        seed: what it is drawn_rows from.
+        seed: what it is drawn from.
 
     Raises:
         ValueError: if its arguments make no sense.

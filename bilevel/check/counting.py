@@ -2,7 +2,7 @@
 
 Each evaluation of a loss gets its variables through an identity whose backward pass is noticed, and so
 is the backward pass of that: the first is a gradient, the second a product of a second derivative with
-a vector. Nobody has to report anything, so that solvers of one's own are counting as ours are.
+a vector. Nobody has to report anything, so that solvers of one's own are counted as ours are.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ _Place: TypeAlias = tuple[_Note, Level, int]
 
 @final
 class Tally:
-    """Counts the oracle calls of a problem while it is `counting`."""
+    """Counts the oracle calls of a problem, inside `counting`."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem

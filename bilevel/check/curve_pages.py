@@ -50,7 +50,9 @@ def _score(run: Run) -> float:
     return float("inf") if failed and len(run) == 1 else kept
 
 
-def table_of(records: Sequence[Record], problem: str) -> tuple[tuple[str, ...], list[list[str]]]:
+def training_table(
+    records: Sequence[Record], problem: str
+) -> tuple[tuple[str, ...], list[list[str]]]:
     """The head and the lines of a problem's table, a solver each, the best first."""
     found = runs_of(records, problem)
     known = any(run[-1]["error"] is not None for runs in found.values() for run in runs)

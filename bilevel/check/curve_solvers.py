@@ -2,7 +2,26 @@
 
 from collections.abc import Mapping
 
-from bilevel.solvers import BOME, F2BA, F2SA, GPBGD, MEHA, VPBGD, F2SAp, Solver
+from bilevel.solvers import (
+    BOME,
+    F2BA,
+    F2SA,
+    FSLA,
+    GPBGD,
+    MASOBA,
+    MEHA,
+    MRBO,
+    SABA,
+    SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    VPBGD,
+    AmIGO,
+    F2SAp,
+    Solver,
+    StocBiO,
+)
 
 TRAINED: Mapping[str, Solver] = {
     "f2sa": F2SA(),
@@ -12,5 +31,15 @@ TRAINED: Mapping[str, Solver] = {
     "v-pbgd": VPBGD(),
     "g-pbgd": GPBGD(),
     "meha": MEHA(),
+    "soba": SOBA(),
+    "saba": SABA(batch_size=16),
+    "srba": SRBA(batch_size=16),
+    "ma-soba": MASOBA(),
+    "fsla": FSLA(),
+    "mrbo": MRBO(),
+    "sustain": SUSTAIN(),
+    "amigo": AmIGO(),
+    "stocbio": StocBiO(),
+    "ttsa": TTSA(),
 }
 """By the name they have on the command line."""

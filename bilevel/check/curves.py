@@ -28,7 +28,7 @@ _STEPS = 1_000_000
 
 @final
 @dataclass(frozen=True)
-class Point:
+class TrainingPoint:
     """Where a training is after some steps.
 
     Attributes:
@@ -55,7 +55,7 @@ class Point:
 
 @final
 @dataclass(frozen=True)
-class Curve:
+class TrainingCurve:
     """A training.
 
     Attributes:
@@ -67,7 +67,7 @@ class Curve:
     """
 
     rates: tuple[float, float]
-    points: tuple[Point, ...]
+    points: tuple[TrainingPoint, ...]
     end: str
     calls: OracleCalls
     remark: str = ""
@@ -137,7 +137,9 @@ def factors(solver: Solver) -> list[tuple[float, float]]:
     return [*smaller, (0.1, 0.1)] if solver.moves_lower else smaller
 
 
-def train_curve(judge: CurveJudge, solver: Solver, rates: tuple[float, float], seconds: float) -> Curve:
+def train_curve(
+    judge: CurveJudge, solver: Solver, rates: tuple[float, float], seconds: float
+) -> TrainingCurve:
     """Train with a solver for some seconds, looking at where it is; what went wrong is in the curve.
 
     The time counts steps only. Oracle calls are counting in a second run that takes the same steps.
@@ -150,13 +152,13 @@ def train_curve(judge: CurveJudge, solver: Solver, rates: tuple[float, float], s
     """
     problem = copy.deepcopy(judge.case.problem)
     start = copy.deepcopy(problem.state_dict())
-    points = [Point(0, 0.0, 0, 0, *judge.look(problem))]
+    points = [TrainingPoint(0, 0.0, 0, 0, *judge.look(problem))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         try:
             next(_steps(judge.case, problem, solver, rates, 1))  # the losses are examined, once
         except Exception as raised:  # of a solver of the user's: the others go on
-            return Curve(rates, tuple(points), said(raised), OracleCalls())
+            return TrainingCurve(rates, tuple(points), said(raised), OracleCalls())
         problem.load_state_dict(start)
         found, end = _timed(judge, problem, solver, rates, seconds)
         problem.load_state_dict(start)
@@ -164,7 +166,7 @@ def train_curve(judge: CurveJudge, solver: Solver, rates: tuple[float, float], s
             told, calls = _count(judge.case, problem, solver, rates, [*points, *found], tally)
     remark = next((str(w.message) for w in caught if w.category is RuntimeWarning), "")
     remark = remark.partition(". ")[0]  # what is so, not what to do
-    return Curve(rates, tuple(told), end, calls, remark)
+    return TrainingCurve(rates, tuple(told), end, calls, remark)
 
 
 def _steps(
@@ -188,10 +190,10 @@ def _steps(
 
 def _timed(
     judge: CurveJudge, problem: Problem, solver: Solver, rates: tuple[float, float], seconds: float
-) -> tuple[list[Point], str]:
+) -> tuple[list[TrainingPoint], str]:
     """The points of a training, and why it ended."""
     clock = time.process_time if problem.device.type == "cpu" else time.perf_counter
-    points: list[Point] = []
+    points: list[TrainingPoint] = []
     steps = _steps(judge.case, problem, solver, rates, _STEPS)
     mark, spent, number = 1, 0.0, 0
     while spent < seconds:
@@ -210,7 +212,7 @@ def _timed(
             return points, f"it went where the lower level cannot be solved, within {number} steps"
         if not all(math.isfinite(x) for x in seen[:3] if x is not None):
             return points, f"it diverged within {number} steps"
-        points.append(Point(number, spent, 0, 0, *seen))
+        points.append(TrainingPoint(number, spent, 0, 0, *seen))
         if seen[2] is not None and seen[2] < _SOLVED:
             return points, "solved"
     return points, "time"
@@ -221,9 +223,9 @@ def _count(
     problem: Problem,
     solver: Solver,
     rates: tuple[float, float],
-    points: Sequence[Point],
+    points: Sequence[TrainingPoint],
     tally: Tally,
-) -> tuple[list[Point], OracleCalls]:
+) -> tuple[list[TrainingPoint], OracleCalls]:
     """The points with the oracle calls up to each."""
     at: dict[int, OracleCalls] = {0: OracleCalls()}
     marks, last = {point.step for point in points}, points[-1].step

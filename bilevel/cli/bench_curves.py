@@ -12,8 +12,8 @@ import torch
 from bilevel import Solver
 from bilevel.cards import as_plain
 from bilevel.check.cases import Case
-from bilevel.check.curve_pages import NOTES, Record, draw_trainings, sentences_of, table_of
-from bilevel.check.curves import Curve, CurveJudge, factors, train_curve
+from bilevel.check.curve_pages import NOTES, Record, draw_trainings, sentences_of, training_table
+from bilevel.check.curves import CurveJudge, TrainingCurve, factors, train_curve
 from bilevel.cli.options import UsageError
 from bilevel.files import append_text, read_text, write_text
 
@@ -50,7 +50,7 @@ def run_curves(
                     append_text(path, "".join(json.dumps(record) + "\n" for record in run))
                     records += run
         shown = [r for r in records if r["problem"] == problem and _asked(r, solvers, seconds)]
-        head, lines = table_of(shown, problem)
+        head, lines = training_table(shown, problem)
         print(f"{problem}\n{as_plain(head, lines)}\n", flush=True)
         for sentence in sentences_of(shown, problem):
             print(f"{sentence}\n")
@@ -97,7 +97,7 @@ def _key(record: Record) -> Key:
     return problem, solver, method, seed, attempt, budget
 
 
-def _records(curve: Curve, about: Mapping[str, Any]) -> list[Record]:
+def _records(curve: TrainingCurve, about: Mapping[str, Any]) -> list[Record]:
     """A record for each point; the last says how the training ended, and where it was made."""
     upper, lower = curve.rates
     lines: list[dict[str, Any]] = [
@@ -131,7 +131,7 @@ def _write(folder: Path, records: Sequence[Record]) -> None:
     parts = []
     draw: Callable[..., Any] | None = draw_trainings
     for problem in dict.fromkeys(record["problem"] for record in records):
-        head, lines = table_of(records, problem)
+        head, lines = training_table(records, problem)
         rows = [list(head), ["---"] + ["---:"] * (len(head) - 1), *lines]
         drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         said = "".join(f"- {sentence}\n" for sentence in sentences_of(records, problem))
