@@ -18,6 +18,7 @@ from benchmarks.pages.images import image_speed_table, images_table
 from benchmarks.pages.likelihood import ais_table, reverse_table, small_tables_table, suite_table
 from benchmarks.pages.peers import peers_table
 from benchmarks.pages.speed import speed_table
+from benchmarks.pages.toy import toy_table
 
 PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder of the records
     "digits.jsonl": ("Digits", digits_table),
@@ -31,6 +32,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder
     "reverse_kl.jsonl": ("The reverse KL of a machine", reverse_table),
     "check_seeds.jsonl": ("The check of hypergradients over many seeds", seeds_table),
     "certificate.jsonl": ("Certificates over many seeds, and of a transformer", certificate_table),
+    "toy_starts.jsonl": ("The toy of penalty methods from a thousand starts", toy_table),
     "small_tables.jsonl": ("Default settings on small tables", small_tables_table),
     "checkerboard": ("Checkerboard", suite_table),
     "digits_rbm": ("Digits and an RBM", suite_table),
