@@ -17,6 +17,8 @@ from benchmarks.measuring.records import RESULTS, append, newest, read
 from benchmarks.measuring.turns import in_turns
 from benchmarks.pages.images import image_speed_table
 from benchmarks.table import everything
+from benchmarks.toy_starts import slip, starts, summary
+from bilevel.check.penalty_toy import PenaltyToy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +109,17 @@ def test_the_pages_of_steps_say_what_was_not_timed_and_whether_the_goal_is_met(
     page = image_speed_table(tmp_path / "steps.jsonl")
     assert "met by recorded bfloat16" in page
     assert "- compiled float32: not done within 120 s" in page
+
+
+def test_the_toy_of_penalty_methods_is_the_published_one() -> None:
+    x, y = (t.requires_grad_() for t in starts(50))
+    wave, valley = (4 * y + 2).cos() / (1 + (2 - 4 * x).exp()), ((4 * x - 2) ** 2 + 1).log() / 2
+    toy = PenaltyToy(x.detach(), y.detach())
+    torch.testing.assert_close(toy.upper_loss(None), (wave + valley).sum())
+    e = (2 - 4 * x).exp()
+    released = 4 * e * (4 * y + 2).cos() / (1 + e**2) + (16 * x - 8) / ((4 * x - 2) ** 2 + 1)
+    (true,) = torch.autograd.grad((wave + valley).sum(), [x])
+    torch.testing.assert_close(slip(x, y), released - true)
+    found = summary(torch.tensor([4, -1, 6]), torch.tensor([[1.0, 0.0, 2.0], [-1.0, 0.0, -1.5]]))
+    assert (found["stopped"], found["steps"], found["residual"]) == (2, 5.0, 0.25)
+    assert found["ends"] == {"1.00": 1, "2.00": 1}

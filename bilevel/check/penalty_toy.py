@@ -48,7 +48,8 @@ class PenaltyToy(Problem):
     def upper_loss(self, batch: Any) -> Tensor:
         x, y = self.upper["x"], self.lower["y"]
         wave: Tensor = (4 * y + 2).cos() * torch.sigmoid(4 * x - 2)
-        return (wave + (4 * x - 2).square().add(1).log() / 2).sum()
+        loss: Tensor = (wave + (4 * x - 2).square().add(1).log() / 2).sum()
+        return loss
 
     def lower_loss(self, batch: Any) -> Tensor:
         x, gap = self.upper["x"], self.upper["x"] + self.lower["y"]
