@@ -33,7 +33,14 @@ from bilevel.linear import (
     SciPy,
 )
 from bilevel.loop.step import Step
-from bilevel.lower import LowerLevel, best_response, hyperobjective
+from bilevel.lower import (
+    Hypergradients,
+    LowerLevel,
+    Tasks,
+    best_response,
+    hypergradients,
+    hyperobjective,
+)
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
@@ -119,6 +126,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientError",
+    "Hypergradients",
     "Identity",
     "Implicit",
     "LinearSolver",
@@ -137,6 +145,7 @@ __all__ = [
     "Stats",
     "Step",
     "StocBiO",
+    "Tasks",
     "Unrolled",
     "best_response",
     "certify",
@@ -144,6 +153,7 @@ __all__ = [
     "check_second_order",
     "compare",
     "explain",
+    "hypergradients",
     "hyperobjective",
     "train",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
+from bilevel.linear.blockwise import SideBySide
 from bilevel.tree import Layout, Tree
 
 
@@ -43,14 +44,19 @@ class Hessian:
         gradient: the lower gradient, with its graph.
         leaves: the lower variables.
         layout: how they lie in a vector.
+        separate: number of independent problems side by side, which the first dimensions count.
 
     Attributes:
         at_once: products are numbers as soon as they are returned, and have no graph.
+        blocks: the blocks of the matrix, if it is that of several problems.
     """
 
     at_once: ClassVar[bool] = True
 
-    def __init__(self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout) -> None:
+    def __init__(
+        self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout, separate: int = 1
+    ) -> None:
+        self.blocks = SideBySide(separate, layout.sizes) if separate > 1 else None
         self._gradient = gradient
         self._leaves = leaves
         self._layout = layout

@@ -39,7 +39,8 @@ from bilevel.losses.true_gradient import refuse_untrue
 from bilevel.problem import Level, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.tree import Layout, Tree, leaves, norm
+from bilevel.tree import Layout, Tree, norm
+from bilevel.tree import leaves as leaves
 
 _EAGER = EagerUnits()
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch
@@ -359,7 +360,7 @@ class Oracles:
         gradient = filled[0]
         if count > 1:
             gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
-        hessian = Hessian(gradient, points, layout)
+        hessian = Hessian(gradient, points, layout, self.problem.separate)
         whole = mean_over_ranks([layout.ravel(gradient).detach()])[0]
         return Linearization(
             gradient=whole,

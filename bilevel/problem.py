@@ -39,6 +39,7 @@ class Problem(nn.Module, ABC):
             where the lower loss stops a gradient, and what to do ("it is stopped at the posterior;
             use variant='complete'"; a refusal adds ", or `Alternating()`"). The lower gradient is
             then not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
+        separate: how many independent lower levels stand side by side (`Tasks`).
 
     Example:
         >>> class Ridge(Problem):
@@ -59,6 +60,7 @@ class Problem(nn.Module, ABC):
     upper: nn.Module
     lower: nn.Module
     stops_lower_gradient: str | None = None
+    separate: int = 1
 
     @abstractmethod
     def upper_loss(self, batch: Any) -> Loss:
@@ -129,7 +131,7 @@ class Problem(nn.Module, ABC):
     def best_response(self, batch: Any) -> Tree | None:
         """The lower solution y*(x) in closed form, where the problem has one; `None` otherwise.
 
-        Used by `check_hypergradient` and by the benchmarks, never by a solver.
+        What `bilevel.best_response`, `LowerLevel.solution` and the checks take for the truth.
         """
         return None
 
@@ -203,8 +205,7 @@ class Problem(nn.Module, ABC):
             return Card(f"{type(self).__name__}, before `super().__init__()`")
         lines = [line.partition(": ") for line in self.extra_repr().splitlines()]
         rows = [(name, value) if colon else ("settings", name) for name, colon, value in lines]
-        for name in ("upper", "lower"):
-            module = modules.get(name)
+        for name, module in ((name, modules.get(name)) for name in ("upper", "lower")):
             rows.append((name, parameters_of(module) if module is not None else "not set yet"))
         if self.stops_lower_gradient is not None:
             rows.append(("solvers", f"first order only: {self.stops_lower_gradient}"))

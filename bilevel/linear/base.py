@@ -49,6 +49,10 @@ class LinearSolver(ABC):
     warm_start: bool = False
     approximate: ClassVar[bool] = False
 
+    def separates(self) -> bool:
+        """Whether systems side by side, a block diagonal matrix, are solved as each would be alone."""
+        return False
+
     @abstractmethod
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None

@@ -62,6 +62,9 @@ class Cholesky(LinearSolver):
         whole("max_size", self.max_size)
         check_rtol(self.rtol)
 
+    def separates(self) -> bool:
+        return True
+
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:

@@ -24,7 +24,8 @@ from bilevel.linear.base import (
     refuse_no_system,
     tolerance,
 )
-from bilevel.linear.scalars import Number, Scalars, scalars_for
+from bilevel.linear.blockwise import solve_blocks
+from bilevel.linear.scalars import Number, Scalars, bent_or_flat, scalars_for
 from bilevel.refusals import callable_or_none, flag, positive, whole
 
 
@@ -86,6 +87,9 @@ class ConjugateGradient(LinearSolver):
         if self.rtol is not None:
             check_rtol(self.rtol)
 
+    def separates(self) -> bool:
+        return self.preconditioner is None
+
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:
@@ -93,6 +97,11 @@ class ConjugateGradient(LinearSolver):
         s = scalars_for(operator, rhs)
         goal = 0.0 if self.rtol is None else tolerance(self.rtol, rhs.dtype)
         key = type(self), self.damping, self.preconditioner, goal
+        blocks = getattr(operator, "blocks", None)
+        if blocks is not None and self.preconditioner is None:  # independent systems side by side
+            return solve_blocks(
+                blocks, self, goal, operator, rhs, guess if self.warm_start else None
+            )
         warm = self.warm_start and guess is not None and guess.shape == rhs.shape
         given = (rhs, guess) if warm else (rhs,)
         made, spent = self._prepared(operator, rhs)
@@ -221,7 +230,7 @@ class ConjugateGradient(LinearSolver):
         with s.quiet():
             stopped = (here.length <= enough) | here.negative | here.flat
             reach = s.larger(here.reach, stretched / pp)
-            bent, level = _judge(s, curvature, pp, stretched, reach, eps)
+            bent, level = bent_or_flat(s, curvature, pp, stretched, reach, eps)
             negative, flat = here.negative | (bent & ~stopped), here.flat | (level & ~stopped)
             # alpha = 0 freezes the iterate: after such a direction, and at the solution, where the
             # recurrence would go on until it underflows
@@ -255,19 +264,3 @@ class _Place(NamedTuple):
     reach: Number  # squared, of the largest |A p| / |p|: at most |A|
     negative: Number
     flat: Number
-
-
-def _judge(
-    s: Scalars, curvature: Number, pp: Number, stretched: Number, reach: Number, eps: float
-) -> tuple[Number, Number]:
-    """Whether the curvature p^T A p is negative, and whether it is zero to rounding.
-
-    The product A p carries an error of about eps |A| |p|, so a smaller |p^T A p| / |p|^2 is zero as
-    far as one can tell. If A is positive semidefinite, then |A p|^2 <= |A| p^T A p is about
-    eps |A|^2 |p|^2: where A p is far longer than that, some other direction is one of negative
-    curvature.
-    """
-    noise = s.constant(eps) * s.root(reach) * pp
-    zero = abs(curvature) <= noise
-    short = stretched <= s.constant(100 * eps) * reach * pp
-    return (curvature < -noise) | (zero & ~short), zero & short

@@ -41,6 +41,9 @@ class Identity(LinearSolver):
     def __post_init__(self) -> None:
         positive("scale", self.scale)
 
+    def separates(self) -> bool:
+        return True
+
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None
     ) -> LinearSolution:

@@ -173,3 +173,19 @@ def scalars_for(operator: Any, vector: Tensor) -> Scalars:
     """
     at_once = getattr(operator, "at_once", False) and vector.device.type == "cpu"
     return AtHand(vector.dtype) if at_once and vector.dtype in _KINDS else OnDevice()
+
+
+def bent_or_flat(
+    s: Scalars, curvature: Number, pp: Number, stretched: Number, reach: Number, eps: float
+) -> tuple[Number, Number]:
+    """Whether the curvature p^T A p is negative, and whether it is zero to rounding.
+
+    The product A p carries an error of about eps |A| |p|, so a smaller |p^T A p| / |p|^2 is zero as
+    far as one can tell. If A is positive semidefinite, then |A p|^2 <= |A| p^T A p is about
+    eps |A|^2 |p|^2: where A p is far longer than that, some other direction is one of negative
+    curvature.
+    """
+    noise = s.constant(eps) * s.root(reach) * pp
+    zero = abs(curvature) <= noise
+    short = stretched <= s.constant(100 * eps) * reach * pp
+    return (curvature < -noise) | (zero & ~short), zero & short

@@ -66,7 +66,8 @@ class Slots:
         for parameters, tree in pairs:
             for name, parameter in parameters.items():
                 value = tree[name]
-                value = value if value.requires_grad else value.detach().requires_grad_()
+                if not (value.requires_grad or torch._C._functorch.is_batchedtensor(value)):
+                    value = value.detach().requires_grad_()
                 places = self._parameters[id(parameter)]
                 slots += places
                 values += [value] * len(places)

@@ -117,6 +117,10 @@ class Solver(ABC):
         """Whether the response term is an approximation on purpose, even with exact arithmetic."""
         return self.drops_response
 
+    def separates(self) -> bool:
+        """Whether independent problems side by side get what each of them would get alone."""
+        return self.drops_response
+
     @final
     def hypergradient(
         self,

@@ -111,6 +111,9 @@ class Implicit(Solver):
     def approximates(self) -> bool:
         return as_linear_solver(self.linear_solver).approximate
 
+    def separates(self) -> bool:
+        return as_linear_solver(self.linear_solver).separates()
+
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         return oracles.differentiated_twice(type(self).__name__)
 
