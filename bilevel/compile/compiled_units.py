@@ -9,7 +9,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.compile.cuda_graph import Capture
+from bilevel.compile.graphs import Graphs, Unit
 from bilevel.compile.guards import Guard, reading
-from bilevel.compile.lowering import Traced, compiled, direct, is_stale, trace
+from bilevel.compile.lowering import Traced, compiled, direct, trace
 from bilevel.compile.prepared import (
     Prepared,
     all_tensors,
@@ -27,7 +27,7 @@ from bilevel.compile.prepared import (
     tensors_in,
     trees_with,
 )
-from bilevel.compile.split import TwoParts, split
+from bilevel.compile.split import split
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import flatten, kinds, laid_out, modes, signature
 from bilevel.compile.units import EagerStage, Rest, Stage, UnitRunner
@@ -36,46 +36,6 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 _MOST = 8  # sets of decisions that graphs are kept for
-_FEW = 4  # graphs of one unit in such a set
-
-
-@final
-@dataclass(eq=False)
-class _Graphs:
-    """The graphs for one set of decisions."""
-
-    modes: Any
-    guard: Guard
-    units: dict[Any, "_Unit | None"] = field(default_factory=dict)
-    counts: dict[Any, int] = field(default_factory=dict)
-    facts: dict[Hashable, Any] = field(default_factory=dict)
-    constants: list[tuple[Tensor, int]] = field(default_factory=list)
-    full: bool = False  # no more graphs are made
-    settled: bool = False  # a whole hypergradient has run, and nothing as it is
-    extra: list[tuple[Tensor, Any]] = field(default_factory=list)
-    whole: bool = True  # whether all units could be compiled
-
-    def holds(self) -> bool:
-        laid_out = all(signature(tensor) == was for tensor, was in self.extra)
-        return laid_out and not is_stale(self.constants) and self.guard.holds()
-
-
-@final
-@dataclass(eq=False)
-class _Unit:
-    """A compiled unit: `before(fixed)` and, of a stage, `after(residuals, moving)`."""
-
-    extra: list[Tensor]
-    answer: list[Any]
-    structure: Any
-    before: Callable[..., Any]
-    parts: TwoParts | None = None
-    after: Callable[..., Any] | None = None
-    late_answer: list[Any] = field(default_factory=list)
-    late_structure: Any = None
-    strides: tuple[Any, ...] = ()
-    steady: bool | None = None  # whether the first part leads to what it takes; not known yet
-    steps: dict[Any, Callable[..., Any] | None] = field(default_factory=dict)
 
 
 @final
@@ -98,15 +58,15 @@ class CompiledUnits(UnitRunner):
         self._capture = capture
         self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._said = set() if said is None else said
-        self._kept: list[_Graphs] = []
-        self._works: bool | None = None  # the compiler; not known yet
+        self._kept: list[Graphs] = []
+        self._worked = self._broken = False  # the compiler, if it has been tried
         self._device = next(module.parameters()).device
-        self._graphs = _Graphs(None, Guard(module))
+        self._graphs = Graphs(None, Guard(module))
 
     def begin(self) -> None:
         """Find the graphs that fit things as they are now; to be called before a hypergradient."""
-        if self._works is False:
-            self._graphs = _Graphs(None, self._graphs.guard, full=True)
+        if self._broken:
+            self._graphs = Graphs(None, self._graphs.guard, full=True)
             return
         self._device = next(self.module.parameters()).device
         now = modes(self._device.type)
@@ -122,15 +82,18 @@ class CompiledUnits(UnitRunner):
                     "every step a buffer (`register_buffer`) or part of the batch"
                 )
             )
-            self._graphs = _Graphs(now, self._kept[-1].guard, full=True)
+            self._graphs = Graphs(now, self._kept[-1].guard, full=True)
             return
-        self._graphs = _Graphs(now, Guard(self.module))
+        self._graphs = Graphs(now, Guard(self.module))
         self._kept.append(self._graphs)
 
-    def end(self) -> None:
+    def settle(self) -> None:
         """A hypergradient has been computed; to be called after it."""
         self._graphs.settled = not self._graphs.full and None not in self._graphs.units.values()
-        self._context = nullcontext  # it holds the batches
+
+    def end(self) -> None:
+        """Let the batches go; to be called at the end, whatever happened."""
+        self._context = nullcontext
 
     def prepared(
         self, context: Callable[[], AbstractContextManager[Any]]
@@ -156,10 +119,19 @@ class CompiledUnits(UnitRunner):
         if unit is None:
             with self._context():
                 return function(*(part.tree for part in given))
-        tensors = [t for part in given for t in part.tensors]
-        with torch.no_grad():
-            new = unit.before(*tensors, *unit.extra)
-        return filled_with(unit.answer, unit.structure, new)
+        return unit.answered(given)
+
+    def attempt(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        graphs, make = self._graphs, partial(self._whole, key, function)
+        if graphs.full or self._broken:
+            return None
+        try:
+            unit = graphs.unit(graphs.attempts, key, arguments, make)
+        except Exception as error:  # any failure of the tracer or the compiler
+            if self._broken:  # the other way would fail, too
+                self.warn(error)
+            return None
+        return None if unit is None else unit.answered(arguments)
 
     def ready(self, tree: Any) -> Any:
         return Prepared(tree)
@@ -189,27 +161,19 @@ class CompiledUnits(UnitRunner):
             warnings.warn(words, RuntimeWarning, stacklevel=5)
 
     def _unit(
-        self, key: Hashable, given: list[Prepared], make: Callable[[list[Prepared]], _Unit]
-    ) -> _Unit | None:
+        self,
+        key: Hashable,
+        given: Sequence[Prepared],
+        make: Callable[[Sequence[Prepared]], Unit],
+    ) -> Unit | None:
         """The unit for these arguments, compiled if it is new; `None` if it cannot be."""
-        if self._graphs.full or self._works is False:
+        graphs = self._graphs
+        if graphs.full or self._broken:
             return None
-        units = self._graphs.units
         try:
-            full = key, *[part.kinds() for part in given]
-            if full not in units:
-                count = self._graphs.counts.get(key, 0)
-                if count >= _FEW:
-                    raise ValueError(
-                        f"there are {_FEW} graphs of it and shapes or constants of the batch have "
-                        "changed; pad the batches to few shapes, and make numbers tensors"
-                    )
-                self._graphs.counts[key] = count + 1
-                units[full] = None
-                units[full] = make(given)
-            return units[full]
+            return graphs.unit(graphs.units, key, given, make)
         except Exception as error:  # any failure of the tracer or the compiler
-            self._graphs.whole = False
+            graphs.whole = False
             self.warn(error)
             return None
 
@@ -236,12 +200,14 @@ class CompiledUnits(UnitRunner):
         try:
             run = compiled(graph, inputs)
         except Exception:
-            self._works = self._works or False  # none has worked: do not try unit after unit
+            self._broken = not self._worked  # none has worked: do not try unit after unit
             raise
-        self._works = True
+        self._worked = True
         return direct(run, inputs)
 
-    def _whole(self, key: Hashable, function: Callable[..., Any], given: list[Prepared]) -> _Unit:
+    def _whole(
+        self, key: Hashable, function: Callable[..., Any], given: Sequence[Prepared]
+    ) -> Unit:
         """Compile a unit without a second part."""
         answer: dict[str, Any] = {}
 
@@ -253,15 +219,15 @@ class CompiledUnits(UnitRunner):
         with self._tracing(key):
             found = self._traced(flat, inputs)
         run = self._made(found.graph, [*inputs, *found.extra])
-        return _Unit(found.extra, hollow(answer["leaves"]), answer["structure"], run)
+        return Unit(found.extra, hollow(answer["leaves"]), answer["structure"], run)
 
     def _halves(
         self,
         key: Hashable,
         function: Callable[..., tuple[Any, Rest]],
         like: tuple[Any, ...],
-        given: list[Prepared],
-    ) -> _Unit:
+        given: Sequence[Prepared],
+    ) -> Unit:
         """Compile a stage."""
         more, moving = flatten(like)
         inputs, others = [t for part in given for t in part.tensors], tensors_in(more)
@@ -282,7 +248,7 @@ class CompiledUnits(UnitRunner):
         residuals = parts.residuals(fixed, before(*fixed)[parts.count :])
         after = self._made(parts.after, [*residuals, *others])
         (early, shape), (late, late_shape) = answer["early"], answer["late"]
-        return _Unit(
+        return Unit(
             found.extra,
             hollow(early),
             shape,
@@ -296,7 +262,7 @@ class CompiledUnits(UnitRunner):
 
     def compose(
         self,
-        unit: _Unit,
+        unit: Unit,
         residuals: list[Tensor],
         key: Hashable,
         step: Callable[..., Any],
@@ -324,7 +290,7 @@ class _CompiledStage(Stage):
     """A stage whose rest runs as a graph."""
 
     def __init__(
-        self, units: CompiledUnits, unit: _Unit, given: list[Tensor], again: Callable[..., Stage]
+        self, units: CompiledUnits, unit: Unit, given: list[Tensor], again: Callable[..., Stage]
     ) -> None:
         assert unit.parts is not None
         self._units = units

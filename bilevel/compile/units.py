@@ -69,6 +69,16 @@ class UnitRunner(ABC):
         """
 
     @abstractmethod
+    def attempt(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`call` if that runs as a graph, else `None`, without a warning: there is another way.
+
+        Args:
+            key: as in `call`.
+            function: as in `call`.
+            arguments: as in `call`.
+        """
+
+    @abstractmethod
     def stage(
         self,
         key: Hashable,
@@ -162,6 +172,9 @@ class EagerUnits(UnitRunner):
 
     def call(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
+
+    def attempt(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        return None
 
     def stage(
         self,

@@ -1,12 +1,13 @@
 """What a solver answers: the lower level's answer with its derivative, or directions of both levels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, final
 
 from torch import Tensor
 
 from bilevel.autodiff import fill
+from bilevel.compile import EagerUnits
 from bilevel.errors import Result
 from bilevel.losses.purity import unused
 from bilevel.oracles import Evaluation, Oracles
@@ -149,6 +150,44 @@ class UnrolledSteps(NamedTuple):
 
 
 Answer: TypeAlias = Response | Directions
+
+
+@final
+class AtOnce(NamedTuple):
+    """A hypergradient as one piece of work.
+
+    Attributes:
+        key: what tells it from others; it holds all that it depends on besides batches, variables and
+            what is given.
+        given: a tree of tensors and numbers that it reads.
+        respond: `(oracles, given, sure) -> Answer`, which looks at no values. To the list `sure` it
+            appends truth values that must all hold, or the answer is not used.
+    """
+
+    key: Hashable
+    given: Any
+    respond: Callable[[Oracles, Any, list[Tensor]], Answer]
+
+    def hypergradient(self, oracles: Oracles) -> Hypergradient | None:
+        """The answer of one graph; `None` where there is none, or it was not sure."""
+
+        def piece(
+            upper_batch: Any, lower_batches: list[Any], upper: Tree, lower: Tree, given: Any
+        ) -> tuple[Hypergradient, list[Tensor]]:
+            here = oracles.at(upper_batch, lower_batches, upper, lower)
+            sure: list[Tensor] = []
+            return self.respond(here, given, sure).hypergradient(here), sure
+
+        arguments = (
+            oracles.upper_batch,
+            list(oracles.lower_batches),
+            oracles.upper,
+            oracles.lower,
+            self.given,
+        )
+        key, units = ("at once", self.key, oracles.precision), oracles.units
+        found = units.attempt(key, piece, *map(units.ready, arguments))
+        return found[0] if found is not None and all(map(bool, found[1])) else None
 
 
 def _summed(

@@ -28,10 +28,18 @@ from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem
 from bilevel.refusals import SEEDS, flag, whole
-from bilevel.solvers.answers import Answer, Directions, Response, ResponseProduct, UnrolledSteps
+from bilevel.solvers.answers import (
+    Answer,
+    AtOnce,
+    Directions,
+    Response,
+    ResponseProduct,
+    UnrolledSteps,
+)
 from bilevel.solvers.hypergradient import Hypergradient, Stats
 
 __all__ = [
+    "AtOnce",
     "Directions",
     "Hypergradient",
     "Response",
@@ -75,6 +83,18 @@ class Solver(ABC):
 
         Lower runs of a solver's own, a linear system's running solution, tables of gradients. `train`
         keeps them with the rest of a run: saved, resumed to the bit, the same on all ranks.
+        """
+        return None
+
+    def at_once(
+        self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
+    ) -> AtOnce | None:
+        """The same as one piece of work, which is compiled whole; `None` where it would be too long.
+
+        Args:
+            oracles: as in `respond`.
+            state: as in `respond`.
+            lower_optimizer: as in `respond`.
         """
         return None
 
@@ -187,10 +207,21 @@ class Solver(ABC):
         with attentive, self.context(oracles), torch.enable_grad():
             if state is None:
                 state = self.begin(oracles)
-            answer = self.respond(oracles, state, lower_optimizer).hypergradient(oracles)
+            answer = self._in_one_piece(oracles, state, lower_optimizer)
+            if answer is None:
+                answer = self.respond(oracles, state, lower_optimizer).hypergradient(oracles)
         if throw and answer.result is not Result.SUCCESS:
             raise HypergradientError(_explain(self, answer), answer)
         return answer
+
+    def _in_one_piece(
+        self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
+    ) -> Hypergradient | None:
+        """The answer of one graph; `None` where there is none, or it was not sure."""
+        if not oracles.units.compiled:
+            return None
+        at_once = self.at_once(oracles, state, lower_optimizer)
+        return None if at_once is None else at_once.hypergradient(oracles)
 
 
 def _explain(solver: Solver, answer: Hypergradient) -> str:

@@ -17,7 +17,7 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem, refuse_no_problem
 from bilevel.refusals import one_of
-from bilevel.solvers.answers import Answer, UnrolledSteps
+from bilevel.solvers.answers import Answer, AtOnce, UnrolledSteps
 from bilevel.solvers.base import Solver
 from bilevel.solvers.given import given_solver
 
@@ -85,6 +85,11 @@ class Compiled(Solver):
     def begin(self, oracles: Oracles) -> Any:
         return self.solver.begin(oracles)
 
+    def at_once(
+        self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
+    ) -> AtOnce | None:
+        return self.solver.at_once(oracles, state, lower_optimizer)
+
     def bound(
         self, problem: Problem, upper_batch: Any, lower_batches: Sequence[Any], seed: int
     ) -> Oracles:
@@ -102,9 +107,12 @@ class Compiled(Solver):
         if oracles.units is not units:
             units.begin()
             oracles.units = units
-        with self.solver.context(oracles):
-            yield
-        units.end()
+        try:
+            with self.solver.context(oracles):
+                yield
+                units.settle()
+        finally:
+            units.end()
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         self.solver.check(oracles, lower_optimizer)

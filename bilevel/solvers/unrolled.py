@@ -23,7 +23,7 @@ from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
-from bilevel.solvers.base import Response, Solver, UnrolledSteps
+from bilevel.solvers.base import AtOnce, Response, Solver, UnrolledSteps
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.twins import (
     NOT_LEARNED,
@@ -33,6 +33,7 @@ from bilevel.twins import (
     rule_of,
 )
 
+AT_ONCE = 8  # steps up to which a compiled hypergradient is one graph: each takes time to compile
 MODES = ("reverse", "recompute", "checkpoint", "mixed", "forward")
 
 
@@ -130,6 +131,13 @@ class Unrolled(Solver):
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         return Unrolling(self, oracles, self._running(oracles, lower_optimizer)).run()
+
+    def at_once(
+        self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
+    ) -> AtOnce | None:
+        if self.num_steps > AT_ONCE or self.mode != "reverse":  # others are there to save memory
+            return None
+        return Unrolling(self, oracles, self._running(oracles, lower_optimizer)).at_once()
 
     def _running(
         self, oracles: Oracles, lower_optimizer: Optimizers | None

@@ -11,7 +11,7 @@ from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
 from bilevel.oracles import Oracles
-from bilevel.solvers.base import Response, ResponseProduct
+from bilevel.solvers.base import AtOnce, Response, ResponseProduct
 from bilevel.solvers.segments import checkpointed
 from bilevel.solvers.tangents import tangent_product
 from bilevel.tree import Tree, leaves, norm
@@ -52,16 +52,18 @@ class Unrolling:
         """Take the steps; the answer and its vector-Jacobian product."""
         if self.settings.mode in ("checkpoint", "mixed"):
             return checkpointed(self)
-        if self.compiled:
-            return self._unit_by_unit()
+        return self._unit_by_unit() if self.compiled else self._in_one_go()
+
+    def _in_one_go(self, begun: tuple[Twin, Any] | None = None) -> Response:
+        """The same; from a twin and its state, if they are known already."""
         steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
         first = self.first
         lower = self.oracles.lower
         grads = self.gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
-        self.twin = self._make_twin(lower)
+        self.twin = self._make_twin(lower) if begun is None else begun[0]
         self._held = self.twin.held()
         points = self.twin.pack(lower)
-        state = self.twin.start(points)
+        state = self.twin.start(points) if begun is None else begun[1]
         saved = []
         for t in range(steps):
             graph = reverse and t >= first
@@ -127,6 +129,18 @@ class Unrolling:
             return points, map_moments(Tensor.detach, self.twin.start(points))
         self._held = live(held)
         return points, count_tensors(self.twin.start(points) if whole is None else whole)
+
+    def at_once(self) -> AtOnce:
+        """All steps and the way back as one piece of work."""
+        _, state = self.prepared()
+
+        def respond(oracles: Oracles, given: Any, sure: list[Tensor]) -> Response:
+            held, state = given
+            other = Unrolling(self.settings, oracles, [])
+            other.used = self.used
+            return other._in_one_go((self.twin.holding(held), state))
+
+        return AtOnce(self._key(), (self._held, state), respond)
 
     def _used(self, lower: Tree) -> set[str]:
         _, grads = self.oracles.lower_gradient(self.upper, lower, 0)
