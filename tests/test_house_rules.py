@@ -243,6 +243,7 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
     "VariationalJoint": {"exact_draws", "visible_mean", "rewriting", "code_noise", "bound"},
     "LinearSolver": {"separates"},
     "Solver": {
+        "at_once",
         "begin",
         "bound",
         "context",

@@ -174,7 +174,8 @@ class AtOnce(NamedTuple):
         def piece(
             upper_batch: Any, lower_batches: list[Any], upper: Tree, lower: Tree, given: Any
         ) -> tuple[Hypergradient, list[Tensor]]:
-            here = oracles.at(upper_batch, lower_batches, upper, lower)
+            here = oracles.on(upper_batch, lower_batches).at(upper, lower)
+            here.units = EagerUnits()
             sure: list[Tensor] = []
             return self.respond(here, given, sure).hypergradient(here), sure
 

@@ -1,7 +1,9 @@
 """`Compiled`: the same hypergradients as the solver it wraps, and no graph more than needed."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -691,3 +693,52 @@ def test_a_run_without_a_compiler_warns_once(monkeypatch: pytest.MonkeyPatch) ->
         found = _run(Plain(), True, Unrolled(2))
     assert len(said) == 1
     torch.testing.assert_close(found, wanted, **EXACT)
+
+
+# ------------------------------------------------------------------ short ones as one graph
+
+
+def test_a_short_hypergradient_is_one_graph(graphs: list[Any]) -> None:
+    problem = Quadratic()
+    for solver, whole in (
+        (Unrolled(8, torchopt.sgd(0.1)), True),
+        (Unrolled(9, torchopt.sgd(0.1)), False),
+        (Unrolled(2, torchopt.sgd(0.1), mode="recompute"), False),  # it is chosen to save memory
+    ):
+        graphs.clear()
+        assert_same(Compiled(solver).hypergradient(problem), solver.hypergradient(problem))
+        assert (len(graphs) == 1) is whole
+
+
+def test_what_is_no_single_graph_is_several(graphs: list[Any]) -> None:
+    """The upper loss draws: the steps are compiled all the same, and one warning says what is not."""
+    problem, solver = Drops(), Unrolled(2, torchopt.sgd(0.1))
+    batch = normal(4, 2)
+    compiled = Compiled(solver)
+    wanted = solver.hypergradient(problem, batch, [batch], seed=3)
+    with pytest.warns(RuntimeWarning, match="draws random numbers") as said:
+        found = [compiled.hypergradient(problem, batch, [batch], seed=3) for _ in range(2)]
+    assert len(said) == 1
+    assert len(graphs) == 3  # a step, its adjoint, the sum
+    torch.testing.assert_close([h.grad for h in found], [wanted.grad] * 2, **EXACT)
+
+
+def test_what_fails_lets_go_of_its_batches(graphs: list[Any]) -> None:
+    class Fails(Quadratic):
+        fails = False
+
+        def upper_loss(self, batch: Any) -> Tensor:
+            if self.fails:
+                raise KeyError("bad")
+            return super().upper_loss(batch)
+
+    problem, batch = Fails(), torch.ones(2)
+    alive = weakref.ref(batch)
+    compiled = Compiled(Unrolled(2, torchopt.sgd(0.1)))
+    compiled.hypergradient(problem)
+    problem.fails = True
+    with pytest.warns(RuntimeWarning, match="not compiled"), pytest.raises(KeyError):
+        compiled.hypergradient(problem, batch)
+    del batch
+    gc.collect()
+    assert alive() is None
