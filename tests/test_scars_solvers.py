@@ -438,15 +438,21 @@ def test_moments_that_require_grad_are_no_learned_settings(make: Any) -> None:
     assert torch.equal(*answers)
 
 
-def test_learned_rates_are_refused_by_name() -> None:
+def test_learned_rates_are_differentiated_or_refused_by_name() -> None:
     """Their hypergradient was exactly 0, and the check agreed."""
     problem = learned(torch.tensor(0.1))
     rate = problem.variables("upper")["lr"]
     for option in ("lr", "weight_decay"):
         settings = {"lr": 0.1, option: rate}
         optimizer = torch.optim.SGD(problem.lower.parameters(), **settings)
-        with pytest.raises(ValueError, match=f"`{option}` of the lower optimizer"):
-            Unrolled(2).hypergradient(problem, lower_optimizer=optimizer)
+        assert Unrolled(2).hypergradient(problem, lower_optimizer=optimizer).grad["lr"] != 0
+        for other in (
+            rate * 1,
+            rate.detach(),
+        ):  # what is computed from it, or only shares its memory
+            optimizer = torch.optim.SGD(problem.lower.parameters(), **{**settings, option: other})
+            with pytest.raises(ValueError, match=f"`{option}` of the lower optimizer"):
+                Unrolled(2).hypergradient(problem, lower_optimizer=optimizer)
     with pytest.raises(ValueError, match="`step_size` of the transformation"):
         Unrolled(2, torchopt.sgd(rate))
     with pytest.raises(ValueError, match="requires grad"):

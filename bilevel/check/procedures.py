@@ -21,6 +21,7 @@ from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.solvers import Solver, UnrolledSteps
 from bilevel.tree import Tree
+from bilevel.twins import transformation_at
 
 
 @final
@@ -218,7 +219,8 @@ def stepper(
     """A function that moves the modules' lower variables by one step with given gradients."""
     lower = oracles.problem.variables("lower")
     if steps.optimizer is not None:
-        move = _transformation(lower, steps.optimizer)
+        upper = {n: x.detach() for n, x in oracles.problem.variables("upper").items()}
+        move = _transformation(lower, transformation_at(steps.optimizer, upper))
     else:
         assert optimizers is not None
         move = _running(list(oracles.problem.parameters()), listed(optimizers))

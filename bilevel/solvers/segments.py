@@ -101,6 +101,7 @@ def checkpointed(steps: "Unrolling") -> Response:
 
 def _graph(steps: "Unrolling", segment: _Checkpoint) -> _Taken:
     """The segment's steps with one graph, which the way back uses up."""
+    steps = steps.afresh()
     points = [p.detach().requires_grad_() for p in segment.points]
     state = map_moments(lambda s: s.detach().requires_grad_(), segment.state)
     inputs = [*steps.upper.values(), *points, *moments_of(state)]

@@ -29,8 +29,11 @@ from bilevel.twins import (
     NOT_LEARNED,
     as_transformation,
     describe,
+    learns,
+    makes_transformation,
     refuse_learned,
     rule_of,
+    transformation_at,
 )
 
 AT_ONCE = 8  # steps up to which a compiled hypergradient is one graph: each takes time to compile
@@ -95,7 +98,7 @@ class Unrolled(Solver):
             )
         if self.mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}")
-        if self.optimizer is not None:
+        if self.optimizer is not None and not makes_transformation(self.optimizer):
             refuse_learned(as_transformation(self.optimizer))
         if self.max_grad_norm is not None:
             positive("max_grad_norm", self.max_grad_norm)
@@ -144,6 +147,9 @@ class Unrolled(Solver):
     ) -> list[torch.optim.Optimizer]:
         """The optimizers to branch from, if it is they that are unrolled; all must have a twin."""
         if self.optimizer is not None:
+            as_transformation(transformation_at(self.optimizer, oracles.upper))
+            if makes_transformation(self.optimizer):
+                refuse_learned_in_graphs(oracles)
             return []
         if not lower_optimizer:
             raise ValueError(
@@ -158,9 +164,27 @@ class Unrolled(Solver):
                     f"`{type(optimizer).__name__}` has step hooks (a projection?), which `Unrolled` "
                     "does not follow; remove them, or choose `Implicit`"
                 )
+            learned = learns(optimizer, oracles.slots.variables("upper"))
+            if learned:
+                refuse_learned_in_graphs(oracles)
             for option in learned_options(optimizer, oracles.problem.parameters()):
+                if option in learned:
+                    continue
                 raise ValueError(
                     f"`{option}` of the lower optimizer is a tensor that is learned or belongs to the "
-                    f"problem, and `Unrolled` takes it for a constant: {NOT_LEARNED}"
+                    f"problem, and `Unrolled` would take it for a constant: {NOT_LEARNED}"
                 )
         return running
+
+
+def refuse_learned_in_graphs(oracles: Oracles) -> None:
+    """Refuse to make graphs of an optimizer with learned settings.
+
+    Raises:
+        ValueError: if pieces of work are compiled.
+    """
+    if oracles.units.compiled:
+        raise ValueError(
+            "settings of the lower optimizer are learned, and a compiled step takes them for numbers; "
+            "use `Unrolled` without `Compiled`, and `train(compile=False)`"
+        )

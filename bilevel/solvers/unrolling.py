@@ -22,6 +22,8 @@ from bilevel.twins import (
     Twin,
     as_transformation,
     clip,
+    made_at,
+    makes_transformation,
 )
 from bilevel.twins.moments import count_tensors, live, map_moments, moments_of
 
@@ -142,14 +144,25 @@ class Unrolling:
 
         return AtOnce(self._key(), (self._held, state), respond)
 
+    def afresh(self) -> "Unrolling":
+        """The same with a graph of its own where settings are learned."""
+        other = copy.copy(self)
+        other.twin = self.twin.reading(self.upper)
+        return other
+
     def _used(self, lower: Tree) -> set[str]:
         _, grads = self.oracles.lower_gradient(self.upper, lower, 0)
         return {name for name, g in grads.items() if g is not None}
 
     def _make_twin(self, lower: Tree) -> Twin:
-        if self.settings.optimizer is not None:
-            return TransformationTwin(as_transformation(self.settings.optimizer), lower, self.used)
-        return RunningTwin(self.running, self.oracles.slots.variables("lower"), lower, self.used)
+        given, slots = self.settings.optimizer, self.oracles.slots
+        if given is None:
+            levels = slots.variables("lower"), slots.variables("upper")
+            twin = RunningTwin(self.running, levels[0], lower, self.used, levels[1])
+            return twin.reading(self.upper)
+        make = given if makes_transformation(given) else None
+        now = made_at(make, self.upper) if make else as_transformation(given)
+        return TransformationTwin(now, lower, self.used, make)
 
     def gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
         index = 0 if self.one_batch else t
@@ -170,7 +183,7 @@ class Unrolling:
     ) -> tuple[list[Tensor], Any]:
         """A step that is differentiated in reverse (`create_graph`) or carries tangents."""
         grads = self.gradients(upper, self.twin.unpack(points), t, create_graph=create_graph)
-        return self.moved(points, state, grads)
+        return self.moved(points, state, grads, upper)
 
     def taken(
         self, points: list[Tensor], state: Any, t: int
@@ -180,10 +193,11 @@ class Unrolling:
         return *self.moved(points, state, grads), grads
 
     def moved(
-        self, points: list[Tensor], state: Any, gradients: Gradients
+        self, points: list[Tensor], state: Any, gradients: Gradients, upper: Tree | None = None
     ) -> tuple[list[Tensor], Any]:
         """What the optimizer makes of a gradient."""
-        return self.twin.step(points, self._clipped(gradients), state)
+        twin = self.twin if upper is None else self.twin.reading(upper)
+        return twin.step(points, self._clipped(gradients), state)
 
     def _clipped(self, gradients: Gradients) -> Gradients:
         most = self.settings.max_grad_norm
@@ -312,7 +326,8 @@ class Unrolling:
         """The same at step t, with these tensors in the places of its own."""
         other = copy.copy(self)
         other.oracles = self.oracles.on(None, [batch], 0 if self.one_batch else t)
-        other.upper, other.twin, other.one_batch = leaves(upper), self.twin.holding(held), True
+        other.upper, other.one_batch = leaves(upper), True
+        other.twin = self.twin.holding(held).reading(other.upper)
         other._ready = None
         return other
 

@@ -13,9 +13,10 @@ from bilevel.tree import Tree
 Gradients = dict[str, Tensor | None]
 
 NOT_LEARNED = (
-    "learned settings of the lower optimizer are not supported, no gradient would come back. Give a "
-    "number (`float(...)`), or enter what is to be learned through the lower loss: a factor in it "
-    "scales a rate of plain gradient descent"
+    "no gradient would come back. Learn a setting by making the transformation of the upper variables, "
+    '`Unrolled(num_steps, optimizer=lambda x: torchopt.sgd(x["log_lr"].exp()))`; or give a running '
+    "optimizer the upper variable itself as `lr`, `momentum` or `weight_decay`; or give a number "
+    "(`float(...)`)"
 )
 
 
@@ -52,6 +53,10 @@ class Twin(ABC):
     @abstractmethod
     def holding(self, held: Any) -> "Twin":
         """The same optimizer that reads these instead."""
+
+    @abstractmethod
+    def reading(self, upper: Tree) -> "Twin":
+        """The same optimizer, with the settings that are upper variables as they are there."""
 
     @abstractmethod
     def key(self) -> Hashable:

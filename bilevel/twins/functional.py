@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext, suppress
 from functools import partial
 from types import FunctionType
@@ -34,10 +34,18 @@ class TransformationTwin(Twin):
         transformation: any torchopt transformation, e.g. `torchopt.adam(1e-3)`.
         tree: the point at which to start.
         used: names of the variables the lower loss uses; the others stay where they are.
+        make: what makes it of the upper variables, if its settings are learned.
     """
 
-    def __init__(self, transformation: Transformation, tree: Tree, used: set[str]) -> None:
+    def __init__(
+        self,
+        transformation: Transformation,
+        tree: Tree,
+        used: set[str],
+        make: Callable[[Tree], Any] | None = None,
+    ) -> None:
         self._transformation = transformation
+        self._make = make
         self._tree = {name: value.detach() for name, value in tree.items()}
         self._names = [name for name in tree if name in used]
 
@@ -59,6 +67,13 @@ class TransformationTwin(Twin):
     def holding(self, held: Any) -> "TransformationTwin":
         other = copy.copy(self)
         other._tree = held
+        return other
+
+    def reading(self, upper: Tree) -> "TransformationTwin":
+        if self._make is None:
+            return self
+        other = copy.copy(self)
+        other._transformation = made_at(self._make, upper)
         return other
 
     def key(self) -> Hashable:
@@ -96,6 +111,30 @@ class _SafeSqrt(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def makes_transformation(optimizer: Any) -> bool:
+    """Whether it is a function of the upper variables that makes a transformation."""
+    made = isinstance(optimizer, (type, Transformation)) or not callable(optimizer)
+    return not made and not isinstance(optimizer, torch.optim.Optimizer)
+
+
+def transformation_at(optimizer: Any, upper: Tree) -> Any:
+    """The transformation that was given, or that a function of the upper variables makes."""
+    return optimizer(upper) if makes_transformation(optimizer) else optimizer
+
+
+def made_at(make: Callable[[Tree], Any], upper: Tree) -> Transformation:
+    """What the function makes of the upper variables, ready for any step.
+
+    torchopt's momentum keeps outside of its state whether it was called before, and forgets its first
+    moment if not: a call that counts for nothing comes first.
+    """
+    transformation = as_transformation(make(upper))
+    probe = {"y": torch.zeros(1)}
+    with torch.no_grad(), suppress(Exception):  # it may want particular variables
+        transformation.update(probe, transformation.init(probe), params=probe, inplace=False)
+    return transformation
+
+
 def as_transformation(optimizer: Any) -> Transformation:
     """A torchopt transformation as it can be differentiated.
 
@@ -113,8 +152,8 @@ def as_transformation(optimizer: Any) -> Transformation:
         )
     if not isinstance(optimizer, Transformation):
         raise TypeError(
-            "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)`, got "
-            f"{optimizer!r}"
+            "`optimizer` must be a torchopt transformation such as `torchopt.sgd(0.1)` (or a function "
+            f"of the upper variables that makes one), got {optimizer!r}"
         )
     if _dampened(optimizer.update):
         raise ValueError(
@@ -238,6 +277,8 @@ def describe(transformation: Transformation) -> str:
         >>> describe(torchopt.sgd(0.1, momentum=0.9))
         'trace(dampening=0.0, momentum=0.9, nesterov=False), scale(step_size=-0.1)'
     """
+    if makes_transformation(transformation):
+        return getattr(transformation, "__qualname__", type(transformation).__name__)
     return ", ".join(_described(transformation.update))
 
 

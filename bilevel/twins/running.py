@@ -21,6 +21,7 @@ from bilevel.twins.base import Gradients, Twin, moved
 from bilevel.twins.rules import FIRST, RULES, Moments, Rule
 
 _MOVING = frozenset({"lr", "momentum", "weight_decay", "betas", "alpha", "lr_decay"})
+LEARNED = ("lr", "momentum", "weight_decay")
 _FIXED = (
     "eps",
     "dampening",
@@ -57,6 +58,7 @@ class RunningTwin(Twin):
         variables: the lower level's module parameters by name.
         tree: the point at which to branch.
         used: names of the variables the lower loss uses; torch skips the others.
+        upper: the upper level's module parameters by name; one that is a setting is learned.
 
     Raises:
         TypeError: for an optimizer without a twin.
@@ -69,6 +71,7 @@ class RunningTwin(Twin):
         variables: Tree,
         tree: Tree,
         used: set[str],
+        upper: Tree | None = None,
     ) -> None:
         names = {id(p): name for name, p in variables.items()}
         self._tree = {name: value.detach() for name, value in tree.items()}
@@ -80,6 +83,11 @@ class RunningTwin(Twin):
                 for same_step in _by_step(members, optimizer):
                     self._cells.append(_cell(same_step, names, group, rule, optimizer))
         _check_moves([name for cell in self._cells for name in cell.names])
+        mine = {id(p): name for name, p in (upper or {}).items()}
+        self._learned = [
+            {o: mine[id(v)] for o, v in cell.settings.items() if o in LEARNED and id(v) in mine}
+            for cell in self._cells
+        ]
 
     def pack(self, tree: Tree) -> list[Tensor]:
         return [cell.layout.ravel([tree[name] for name in cell.names]) for cell in self._cells]
@@ -112,6 +120,16 @@ class RunningTwin(Twin):
         other._cells = [
             replace(cell, settings={**cell.settings, **given})
             for cell, given in zip(self._cells, numbers, strict=True)
+        ]
+        return other
+
+    def reading(self, upper: Tree) -> "RunningTwin":
+        if not any(self._learned):
+            return self
+        other = copy.copy(self)
+        other._cells = [
+            replace(cell, settings={**cell.settings, **{o: upper[n] for o, n in learned.items()}})
+            for cell, learned in zip(self._cells, self._learned, strict=True)
         ]
         return other
 
@@ -196,6 +214,13 @@ def _cell(
     settings = _settings(group, optimizer)
     named = [names[id(p)] for p in members]
     return _Cell(named, members, optimizer, layout, settings, rule, state)
+
+
+def learns(optimizer: Optimizer, upper: Tree) -> list[str]:
+    """The settings that are upper variables themselves, which the twin can differentiate."""
+    mine = {id(p) for p in upper.values()}
+    settings = [item for group in optimizer.param_groups for item in group.items()]
+    return [name for name, value in settings if name in LEARNED and id(value) in mine]
 
 
 def move(optimizers: Optimizers, variables: Tree, gradients: Mapping[str, Tensor | None]) -> None:
