@@ -1,0 +1,78 @@
+"""The table of `benchmarks.convex` and of `benchmarks.convex_jax`, from their newest records."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measuring.records import Record, newest
+from benchmarks.pages.markdown import formatted
+
+LEVELS = (1e-3, 1e-6, 1e-9)
+COLUMNS = (
+    ("solver", "{solver}"),
+    ("step size", "{step_size:g}"),
+    ("ratio", "{ratio:g}"),
+    ("seeds", "{seeds}"),
+    ("calls to 1e-3", "{calls[0]}"),
+    ("to 1e-6", "{calls[1]}"),
+    ("to 1e-9", "{calls[2]}"),
+    ("error at the end", "{error:.1e}"),
+    ("worst seed", "{worst:.1e}"),
+    ("ms a step", "{ms:.2f}"),
+)
+
+
+def runs(path: Path) -> dict[str, list[Record]]:
+    """The newest records of every solver's best setting: those with the most calls."""
+    names = ("solver", "seed", "step_size", "ratio", "calls")
+    found = newest(path, lambda r: tuple(r[name] for name in names)).values()
+    most = max(r["calls"] for r in found)
+    by_solver: dict[str, list[Record]] = {}
+    for record in found:
+        if record["calls"] == most:
+            by_solver.setdefault(record["solver"], []).append(record)
+    return by_solver
+
+
+def reached(record: Record, level: float) -> float:
+    """The oracle calls after which the error is below a level and stays there; infinite for never."""
+    calls = float("inf")
+    for _, at, _, error in reversed(record["points"]):
+        if not error < level:
+            break
+        calls = at
+    return calls
+
+
+def row(solver: str, records: list[Record]) -> dict[str, Any]:
+    """One solver's line."""
+    errors = [r["points"][-1][3] for r in records]
+    calls = [median(reached(r, level) for r in records) for level in LEVELS]
+    per_step = [1e3 * r["points"][-1][2] / r["points"][-1][0] for r in records]
+    return {
+        "solver": solver,
+        "step_size": records[0]["step_size"],
+        "ratio": records[0]["ratio"],
+        "seeds": len(records),
+        "calls": ["-" if c == float("inf") else f"{c:,.0f}" for c in calls],
+        "error": median(errors),
+        "worst": max(errors),
+        "ms": median(per_step),
+    }
+
+
+def convex_table(path: Path) -> str:
+    """Calls to reach an error, the error at the end, time."""
+    found = runs(path)
+    rows = sorted((row(*item) for item in found.items()), key=lambda r: float(r["error"]))
+    one = next(iter(found.values()))[0]
+    floor = median(r["floor"] for records in found.values() for r in records)
+    return "\n".join(
+        [
+            f"{one['calls']:,} oracle calls, medians over the seeds; the solution in single precision "
+            f"has {floor:.1e}; one thread, {one['device']}, torch {one['versions']['torch']}, commit "
+            f"{one['commit']}",
+            "",
+            *formatted(COLUMNS, rows, left=(0,)),
+        ]
+    )
