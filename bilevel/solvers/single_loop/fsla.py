@@ -16,11 +16,11 @@ from torch import Tensor
 
 from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
-from bilevel.oracles import Oracles, leaves
+from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
 from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
-from bilevel.tree import Tree
+from bilevel.tree import Tree, leaves
 
 
 @final

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from bilevel.oracles import Oracles, leaves
+from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
 from bilevel.solvers.single_loop.samples import (
     OfLower,
@@ -19,7 +19,7 @@ from bilevel.solvers.single_loop.samples import (
     recursive,
     zeros,
 )
-from bilevel.tree import Tree
+from bilevel.tree import Tree, leaves
 
 Inverse: TypeAlias = Callable[[tuple[Tree, Tree], Tensor], Tensor]
 

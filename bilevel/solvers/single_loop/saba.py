@@ -52,8 +52,7 @@ class SABA(Solver):
     References:
         A framework for bilevel optimization that enables stochastic and global variance reduction
         algorithms (Dagreou, Ablin, Vaiter, Moreau, 2022), https://arxiv.org/abs/2201.13409, Eq. 14.
-        Differs from the paper in: tables begin at zero, blocks come in shuffled passes (as in the
-        authors' benchmark).
+        Differs from the paper in: tables begin at zero; blocks come in shuffled passes.
     """
 
     moves_lower: ClassVar[bool] = True

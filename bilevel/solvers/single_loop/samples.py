@@ -19,11 +19,11 @@ from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.base import relative
 from bilevel.optimizers import Optimizers, listed
-from bilevel.oracles import Evaluation, Oracles, leaves
+from bilevel.oracles import Evaluation, Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import positive
 from bilevel.solvers.answers import Directions
-from bilevel.tree import Layout, Tree
+from bilevel.tree import Layout, Tree, leaves
 
 Told: TypeAlias = tuple[Tensor, dict[str, Tensor], Tree]  # a loss, its logs, the buffers it left
 R = TypeVar("R")
