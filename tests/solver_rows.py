@@ -21,6 +21,7 @@ from bilevel import (
     FSLA,
     GMRES,
     GPBGD,
+    IAPTT,
     MASOBA,
     MEHA,
     MINRES,
@@ -233,6 +234,7 @@ ROWS: dict[str, SolverRow] = {
         adam,
         law=Falls((steps(40, "mixed"), steps(60, "mixed")), GEOMETRIC),
     ),
+    "iaptt": SolverRow(IAPTT(3, torchopt.sgd(0.05), step_size=0.1)),
     "darts": SolverRow(DARTS(), adam),
     "sama running adam": SolverRow(SAMA(), adam),
     # ------------------------------------------------------------------ first order and penalty

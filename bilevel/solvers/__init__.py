@@ -12,6 +12,7 @@ from bilevel.solvers.base import (
 )
 from bilevel.solvers.compiled import Compiled
 from bilevel.solvers.first_order import BDA, BOME, F2BA, F2SA, GPBGD, MEHA, VPBGD, F2SAp
+from bilevel.solvers.iaptt import IAPTT
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.one_step import DARTS, SAMA
 from bilevel.solvers.single_loop import (
@@ -37,6 +38,7 @@ __all__ = [
     "F2SA",
     "FSLA",
     "GPBGD",
+    "IAPTT",
     "MASOBA",
     "MEHA",
     "MRBO",

@@ -70,7 +70,7 @@ def _verify(steps: "Unrolling", start: Start) -> None:
         points, state = [p.detach() for p in after], map_moments(Tensor.detach, state)
         path.append((t + 1, points, state))
     try:
-        product = mean_over_ranks(steps.adjoint(path[:-1], target))  # as `_product` does
+        product = mean_over_ranks(steps.adjoint(path[:-1], target)[0])  # as `_product` does
     except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
         return
     for (name, x), reverse in zip(steps.upper.items(), product, strict=True):

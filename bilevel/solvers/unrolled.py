@@ -130,19 +130,19 @@ class Unrolled(Solver):
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         with self.context(oracles):
-            self._running(oracles, lower_optimizer)
+            self.running(oracles, lower_optimizer)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        return Unrolling(self, oracles, self._running(oracles, lower_optimizer)).run()
+        return Unrolling(self, oracles, self.running(oracles, lower_optimizer)).run()
 
     def at_once(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> AtOnce | None:
         if self.num_steps > AT_ONCE or self.mode != "reverse":  # others are there to save memory
             return None
-        return Unrolling(self, oracles, self._running(oracles, lower_optimizer)).at_once()
+        return Unrolling(self, oracles, self.running(oracles, lower_optimizer)).at_once()
 
-    def _running(
+    def running(
         self, oracles: Oracles, lower_optimizer: Optimizers | None
     ) -> list[torch.optim.Optimizer]:
         """The optimizers to branch from, if it is they that are unrolled; all must have a twin."""

@@ -1,7 +1,7 @@
 """One unrolling of `Unrolled`: the steps of a twin, and their products in each mode."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -36,12 +36,17 @@ class Unrolling:
     """One unrolling: the iterates of a twin at the oracles' upper variables."""
 
     def __init__(
-        self, settings: "Unrolled", oracles: Oracles, running: list[torch.optim.Optimizer]
+        self,
+        settings: "Unrolled",
+        oracles: Oracles,
+        running: list[torch.optim.Optimizer],
+        lower: Tree | None = None,
     ) -> None:
         self.settings = settings
         self.oracles = oracles
         self.running = running
         self.upper = oracles.upper
+        self.lower = leaves({**oracles.lower, **(lower or {})})
         self.first = settings.num_steps - (settings.truncate or settings.num_steps)
         self.compiled = oracles.units.compiled
         self.one_batch = len(oracles.lower_batches) == 1
@@ -60,7 +65,7 @@ class Unrolling:
         """The same; from a twin and its state, if they are known already."""
         steps, reverse = self.settings.num_steps, self.settings.mode == "reverse"
         first = self.first
-        lower = self.oracles.lower
+        lower = self.lower
         grads = self.gradients(self.upper, lower, 0, create_graph=reverse and first == 0)
         self.twin = self._make_twin(lower) if begun is None else begun[0]
         self._held = self.twin.held()
@@ -117,7 +122,7 @@ class Unrolling:
 
     def prepared(self) -> tuple[list[Tensor], Any]:
         """Make the twin; the points and the state before the first step, without a graph."""
-        units, lower = self.oracles.units, self.oracles.lower
+        units, lower = self.oracles.units, self.lower
         self.used = units.once(
             "used", lambda: self._used(lower), units.ready(self.oracles.lower_batches[0])
         )
@@ -215,20 +220,21 @@ class Unrolling:
         self, saved: list[tuple[int, list[Tensor], Any]]
     ) -> Callable[[Tree], ResponseProduct]:
         def vjp(cotangent: Tree) -> ResponseProduct:
-            return self.product(self.adjoint(saved, self.twin.pack(cotangent)))
+            total, _ = self.adjoint(saved, self.twin.pack(cotangent))
+            return self.product(total)
 
         return vjp
 
     def adjoint(
-        self, saved: list[tuple[int, list[Tensor], Any]], adjoint: list[Tensor]
-    ) -> list[Tensor]:
-        """The product of the saved steps' transposed Jacobian in x with a vector of points."""
+        self, saved: Sequence[tuple[int, list[Tensor], Any]], adjoint: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The products of the saved steps' transposed Jacobian, in x and in the first points."""
         total = [torch.zeros_like(x) for x in self.upper.values()]
         moments: list[Tensor] | None = None  # after the last step nothing depends on the state
         for t, points, state in reversed(saved):
             given = points, state, adjoint, moments, total
             adjoint, moments, total = self.unit("adjoint", Unrolling.pull_back, t, *given)
-        return total
+        return total, adjoint
 
     def pull_back(
         self,
@@ -331,9 +337,18 @@ class Unrolling:
         other._ready = None
         return other
 
-    def product(self, product: list[Tensor]) -> ResponseProduct:
-        """The record of a product, averaged over the ranks."""
-        steps = self.settings.truncate or self.settings.num_steps
+    def path(self) -> list[tuple[int, list[Tensor], Any]]:
+        """The points and states before every step and after the last, none differentiated."""
+        found = [(0, *self.prepared())]
+        for t in range(self.settings.num_steps):
+            _, points, state = found[-1]
+            after, state, self.residual = self.unit("step", Unrolling.plain, t, points, state)
+            found.append((t + 1, after, state))
+        return found
+
+    def product(self, product: list[Tensor], steps: int | None = None) -> ResponseProduct:
+        """The record of a product through so many steps, averaged over the ranks."""
+        steps = steps or self.settings.truncate or self.settings.num_steps
         # the cotangents that the ranks sent back differ, their average is the adjoint
         product = mean_over_ranks(product)
         return ResponseProduct(dict(zip(self.upper, product, strict=True)), num_products=steps)

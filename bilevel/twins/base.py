@@ -36,6 +36,10 @@ class Twin(ABC):
         """The points as variables; those that the optimizer does not move are constants."""
 
     @abstractmethod
+    def moves(self) -> list[str]:
+        """The names of the variables that the optimizer moves, all that the points hold."""
+
+    @abstractmethod
     def start(self, points: list[Tensor]) -> Any:
         """The state before the first step: a pytree of tensors and numbers."""
 

@@ -55,6 +55,9 @@ class TransformationTwin(Twin):
     def unpack(self, points: list[Tensor]) -> Tree:
         return {**self._tree, **dict(zip(self._names, points, strict=True))}
 
+    def moves(self) -> list[str]:
+        return self._names
+
     def start(self, points: list[Tensor]) -> Any:
         return self._transformation.init(dict(zip(self._names, points, strict=True)))
 

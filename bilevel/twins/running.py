@@ -98,6 +98,9 @@ class RunningTwin(Twin):
             tree.update(zip(cell.names, cell.layout.unravel(vector), strict=True))
         return tree
 
+    def moves(self) -> list[str]:
+        return [name for cell in self._cells for name in cell.names]
+
     def start(self, points: list[Tensor]) -> list[Moments]:
         return [dict(cell.state) for cell in self._cells]
 
