@@ -18,7 +18,9 @@ from bilevel.check import (
 from bilevel.check.explaining import Explanation, explain
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import (
+    EKFAC,
     GMRES,
+    KFAC,
     MINRES,
     T1T2,
     BiCGStab,
@@ -90,12 +92,14 @@ __all__ = [
     "BDA",
     "BOME",
     "DARTS",
+    "EKFAC",
     "F2BA",
     "F2SA",
     "FSLA",
     "GMRES",
     "GPBGD",
     "IAPTT",
+    "KFAC",
     "MASOBA",
     "MEHA",
     "MINRES",

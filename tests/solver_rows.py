@@ -16,12 +16,14 @@ from bilevel import (
     BDA,
     BOME,
     DARTS,
+    EKFAC,
     F2BA,
     F2SA,
     FSLA,
     GMRES,
     GPBGD,
     IAPTT,
+    KFAC,
     MASOBA,
     MEHA,
     MINRES,
@@ -139,6 +141,19 @@ def steps(count: int, mode: str = "reverse", truncate: int | None = None) -> Unr
 # The smallest eigenvalue of the quadratic is 1/2: a step of 0.2 shrinks the error by 0.9.
 GEOMETRIC = 0.9**20
 
+# problems whose lower loss calls no layer with a lower variable as its weight
+NO_LAYERS = dict.fromkeys(
+    (
+        "quadratic",
+        "ridge",
+        "nested dicts",
+        "mixed dtypes",
+        "spectral norm (parametrization)",
+        "spectral norm (old style)",
+    ),
+    "found no layer",
+)
+
 ROWS: dict[str, SolverRow] = {
     # ------------------------------------------------------------------ alternating
     "alternating": SolverRow(Alternating(), silent=True),
@@ -218,6 +233,8 @@ ROWS: dict[str, SolverRow] = {
         Implicit(ConjugateGradient(5, damping=1.0, preconditioner=Nystrom(rank=4))),
         law=Exact(solver=Implicit(ConjugateGradient(rtol=1e-12, preconditioner=Nystrom(rank=2)))),
     ),
+    "implicit kfac": SolverRow(Implicit(KFAC(damping=1.0)), refuses=NO_LAYERS),
+    "implicit ekfac": SolverRow(Implicit(EKFAC(damping=1.0)), refuses=NO_LAYERS),
     "implicit scipy": SolverRow(
         Implicit(SciPy(scipy.sparse.linalg.lsmr, options={"maxiter": 5})),
         law=Exact(solver=Implicit(SciPy(scipy.sparse.linalg.gmres, rtol=1e-12))),

@@ -228,6 +228,7 @@ ELSEWHERE = Path(
     "benchmarks", "in_jax"
 )  # runs in JAX's environment: cannot be imported in this one
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
+    "LinearSolver": {"prepared", "separates"},
     "Problem": {
         "draw",
         "begin_draw",
@@ -241,7 +242,6 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
     "LatentModel": {"abilities"},
     "VariationalPosterior": {"mean", "exact", "known_score", "rewriting"},
     "VariationalJoint": {"exact_draws", "visible_mean", "rewriting", "code_noise", "bound"},
-    "LinearSolver": {"separates"},
     "Solver": {
         "at_once",
         "begin",

@@ -4,13 +4,16 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import Result
 from bilevel.refusals import positive, shown
+
+if TYPE_CHECKING:
+    from bilevel.oracles import Oracles
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -67,6 +70,14 @@ class LinearSolver(ABC):
         Returns:
             The solution and how the solve ended.
         """
+
+    def prepared(self, oracles: "Oracles") -> "LinearSolver":
+        """The solver for one linearization of the lower level.
+
+        Args:
+            oracles: the problem at its current variables, for a solver that looks at more than products.
+        """
+        return self
 
 
 class Preconditioner(Protocol):

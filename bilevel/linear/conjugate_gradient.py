@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from bilevel.linear.base import (
 from bilevel.linear.blockwise import solve_blocks
 from bilevel.linear.scalars import Number, Scalars, bent_or_flat, scalars_for
 from bilevel.refusals import callable_or_none, flag, positive, whole
+
+if TYPE_CHECKING:
+    from bilevel.oracles import Oracles
 
 
 @final
@@ -79,7 +82,7 @@ class ConjugateGradient(LinearSolver):
 
     def __post_init__(self) -> None:
         flag("warm_start", self.warm_start)
-        if getattr(self.preconditioner, "prepare", None) is None:
+        if getattr(self.preconditioner, "prepared", self.preconditioner) is self.preconditioner:
             callable_or_none("preconditioner", self.preconditioner, "preconditioner(residual)")
         whole("max_steps", self.max_steps)
         positive("damping", self.damping, zero=True)
@@ -89,6 +92,10 @@ class ConjugateGradient(LinearSolver):
 
     def separates(self) -> bool:
         return self.preconditioner is None
+
+    def prepared(self, oracles: "Oracles") -> LinearSolver:
+        inner = getattr(self.preconditioner, "prepared", None)
+        return self if inner is None else replace(self, preconditioner=inner(oracles))
 
     def solve(
         self, operator: Operator, rhs: Tensor, *, guess: Tensor | None = None

@@ -60,8 +60,8 @@ class FixedPoint(LinearSolver):
 
     References:
         On the Iteration Complexity of Hypergradient Computation (Grazzi, Franceschi, Pontil, Salzo,
-        2020), https://arxiv.org/abs/2006.16218, section 4.1 (the fixed-point method). Differs from the
-        paper in: it stops at a tolerance.
+        2020), https://arxiv.org/abs/2006.16218 (the fixed-point method). Differs from the paper in: it
+        stops at a tolerance.
     """
 
     max_steps: int = 1000

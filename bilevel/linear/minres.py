@@ -45,8 +45,8 @@ class MINRES(Krylov):
 
     References:
         Solution of Sparse Indefinite Systems of Linear Equations (Paige, Saunders, 1975),
-        https://doi.org/10.1137/0712047, section 6. Differs from the paper in: passes start again from
-        the true residual, and the signs of the pivots of the Lanczos matrix are watched.
+        https://doi.org/10.1137/0712047. Differs from the paper in: passes start again from the true
+        residual, and the signs of the pivots of the Lanczos matrix are watched.
     """
 
     products: ClassVar[int] = 1

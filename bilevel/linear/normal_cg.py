@@ -46,8 +46,8 @@ class NormalCG(Krylov):
 
     References:
         Methods of Conjugate Gradients for Solving Linear Systems (Hestenes, Stiefel, 1952),
-        https://doi.org/10.6028/jres.049.044, section 10, in the form known as CGLS: the residual that
-        is kept is b - B w, and not that of the normal equations.
+        https://doi.org/10.6028/jres.049.044, in the form known as CGLS: the residual that is kept is
+        b - B w, and not that of the normal equations.
     """
 
     products: ClassVar[int] = 2

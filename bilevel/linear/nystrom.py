@@ -60,7 +60,7 @@ class Nystrom(LinearSolver):
 
     References:
         Nystrom Method for Accurate and Scalable Implicit Differentiation (Hataya, Yamada, 2023),
-        https://arxiv.org/abs/2302.09726, Eqs. 5 and 6 (`sketch="columns"`), and Randomized Nystrom
+        https://arxiv.org/abs/2302.09726 (`sketch="columns"`), and Randomized Nystrom
         Preconditioning (Frangella, Tropp, Udell, 2023), https://arxiv.org/abs/2110.02820, Algorithm 2.1
         and Eq. 1.3. Differs from the papers in: the eigenvalues come from an eigendecomposition of W in
         place of Woodbury's identity and of a shifted Cholesky factor, so that A may be indefinite.

@@ -120,6 +120,7 @@ class Implicit(Solver):
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         lower, solver = oracles.lower, as_linear_solver(self.linear_solver)
         linear = oracles.linearize_lower(oracles.upper, lower)
+        solver = solver.prepared(oracles)
 
         def vjp(cotangent: Tree) -> ResponseProduct:
             rhs = linear.layout.ravel(list(cotangent.values()))
