@@ -18,6 +18,7 @@ from bilevel.loop.settings import TurnSettings
 from bilevel.loop.step import Step, merged
 from bilevel.loop.turn import Turn
 from bilevel.loop.watch import Watch
+from bilevel.lower.level import LowerSolver
 from bilevel.optimizers import (
     LevelUpdate,
     Optimizers,
@@ -56,6 +57,7 @@ def train(
     num_steps: int,
     solver: Solver | None = None,
     lower_steps: int | None = None,
+    lower_solver: LowerSolver | None = None,
     upper_data: Any = None,
     batch_size: int | None = None,
     order: Literal["lower_first", "upper_first"] = "lower_first",
@@ -91,6 +93,8 @@ def train(
         solver: how the hypergradient is computed; `Alternating()` by default.
         lower_steps: lower steps per upper step; 1 by default. A solver that moves both levels at once
             (`Solver.moves_lower`) takes none.
+        lower_solver: solves the lower level in every turn, instead of lower steps: a function of a
+            `LowerLevel`, at the current lower variables, that returns y. `LowerLevel.solution` is one.
         upper_data: data of the upper level, if different.
         batch_size: rows per batch where data are tensors; all rows by default.
         order: whether a turn begins with the lower or with the upper step.
@@ -150,17 +154,16 @@ def train(
     """
     outside_inference_mode()
     solver = given_solver(solver)
-    num_steps, lower_steps = whole("num_steps", num_steps), _lower_steps(lower_steps, solver)
+    lower_steps = _lower_steps(lower_steps, lower_solver, solver)
+    num_steps = whole("num_steps", num_steps)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
     turns = TurnSettings(
-        lower_steps, order == "upper_first", throw, compile, precision, move_batches
+        lower_steps, order == "upper_first", throw, compile, precision, move_batches, lower_solver
     )
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
-    updates: dict[Level, LevelUpdate] = {
-        "upper": _update("upper", optimizers, upper_scheduler, clip_upper),
-        "lower": _update("lower", optimizers, lower_scheduler, clip_lower),
-    }
+    schedulers = {"upper": upper_scheduler, "lower": lower_scheduler}
+    updates = _updates(optimizers, schedulers, {"upper": clip_upper, "lower": clip_lower})
     state = State(
         problem,
         updates,
@@ -170,17 +173,21 @@ def train(
             problem,
             solver,
             updates,
-            order=order,
-            lower_steps=lower_steps,
-            batch_size=str(batch_size),
             clipping={n: update.max_norm for n, update in updates.items()},
+            **{"order": order, "lower_steps": lower_steps, "batch_size": str(batch_size)},
             **{"seed": seed, "compile": compile, "precision": precision, "ema": ema},
+            **({} if lower_solver is None else {"lower_solver": _named(lower_solver)}),
         ),
         ema,
     )
     _begin(state, resume, num_steps)
     certifier = _certifier(state, solver, turns, certify_every, certify_steps)
     return _loop(Turn(state, solver, turns, certifier), num_steps, check_every, seed)
+
+
+def _named(function: Any) -> str:
+    """A function by its name, which is the same in the next run."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def _certifier(
@@ -194,9 +201,15 @@ def _certifier(
     return None
 
 
-def _lower_steps(given: int | None, solver: Solver) -> int:
+def _lower_steps(given: int | None, lower_solver: Any, solver: Solver) -> int:
     """The lower steps of a turn, the usual number where none was given."""
-    steps = whole("lower_steps", (0 if solver.moves_lower else 1) if given is None else given, 0)
+    usual = 0 if solver.moves_lower or lower_solver is not None else 1
+    steps = whole("lower_steps", usual if given is None else given, 0)
+    if lower_solver is not None and (steps or solver.moves_lower):
+        by = f"`lower_steps={steps}`" if steps else f"`{type(solver).__name__}`, which moves them"
+        raise ValueError(
+            f"the lower variables are moved by `lower_solver`, and by {by}; leave one of the two out"
+        )
     if steps and solver.moves_lower:
         raise ValueError(
             f"`{type(solver).__name__}` moves the lower variables together with the upper ones, so "
@@ -240,14 +253,18 @@ def _owned(
     return optimizers
 
 
-def _update(
-    level: Level,
+def _updates(
     optimizers: Mapping[Level, list[torch.optim.Optimizer]],
-    schedulers: Schedulers | None,
-    max_norm: float | None,
-) -> LevelUpdate:
-    checked = schedulers_of(f"{level}_scheduler", schedulers, optimizers[level])
-    return LevelUpdate(optimizers[level], checked, max_norm)
+    schedulers: Mapping[str, Schedulers | None],
+    max_norms: Mapping[str, float | None],
+) -> dict[Level, LevelUpdate]:
+    """How each level is moved."""
+    return {
+        level: LevelUpdate(
+            group, schedulers_of(f"{level}_scheduler", schedulers[level], group), max_norms[level]
+        )
+        for level, group in optimizers.items()
+    }
 
 
 def _begin(state: State, resume: Any, num_steps: int) -> None:

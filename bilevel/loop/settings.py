@@ -7,6 +7,8 @@ import torch
 
 from bilevel.choices import Choice, check_choice
 from bilevel.devices import usable_precision
+from bilevel.distributed import world_size
+from bilevel.lower.level import LowerSolver, checked_solver
 from bilevel.refusals import flag
 
 
@@ -22,9 +24,10 @@ class TurnSettings:
         compile: how the steps are made into graphs, if at all (`bilevel.choices`).
         precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
         move_batches: bring each batch to the problem's device.
+        lower_solver: solves the lower level in each turn, instead of steps.
 
     Raises:
-        ValueError: for a precision that would go wrong.
+        ValueError: for a precision that would go wrong, or a lower solver in several processes.
         TypeError: if a switch is neither `True` nor `False`; `compile` has two words besides.
     """
 
@@ -34,9 +37,23 @@ class TurnSettings:
     compile: Choice = False
     precision: torch.dtype | None = None
     move_batches: bool = True
+    lower_solver: LowerSolver | None = None
 
     def __post_init__(self) -> None:
         for name in ("throw", "move_batches"):
             flag(name, getattr(self, name))
         check_choice(self.compile)
         usable_precision(self.precision)
+        if self.lower_solver is None:
+            return
+        checked_solver("lower_solver", self.lower_solver)
+        if world_size() > 1:
+            raise ValueError(
+                f"`lower_solver` solves in one process, but {world_size()} train together; use "
+                "`lower_steps`, whose gradients are averaged over them"
+            )
+
+    @property
+    def lower_moves(self) -> bool:
+        """Whether a turn moves the lower variables, in steps or by a solver."""
+        return self.lower_steps > 0 or self.lower_solver is not None

@@ -19,12 +19,13 @@ from bilevel.distributed import rank, world_size
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
+from bilevel.lower.level import LowerLevel
 from bilevel.optimizers import LevelUpdate
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
 from bilevel.solvers import Compiled, Hypergradient, Solver
 from bilevel.state import State
-from bilevel.tree import Tree, norm
+from bilevel.tree import Tree, leaves, norm
 from bilevel.twins import clip, move
 
 _APART = 2**10  # seeds between two evaluations: one for each unrolled step
@@ -165,6 +166,22 @@ class TurnSteps:
         residual = norm([g for g in grads.values() if g is not None]) if watched else None
         writes.apply("lower", grads)
         self._slots.commit(evaluation.buffers)
+        return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
+
+    def solve_lower(self, batch: Any) -> LowerOutcome:
+        """Put the answer of the lower solver into the lower variables."""
+        oracles = self._oracles(self._eager, None, [batch])
+        level = LowerLevel(oracles)
+        solve = self._settings.lower_solver
+        with torch.enable_grad():
+            solution = level.tree(solve(level) if solve is not None else level.start)
+            constants = {name: x.detach() for name, x in oracles.upper.items()}
+            evaluation, grads = oracles.lower_gradient(constants, leaves(solution))
+        with torch.no_grad():
+            for name, y in self._slots.variables("lower").items():
+                y.copy_(solution[name])
+        self._slots.commit(evaluation.buffers)
+        residual = norm([g for g in grads.values() if g is not None])
         return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
 
     def _upper(

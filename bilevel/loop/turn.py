@@ -76,7 +76,7 @@ class Turn:
     @property
     def _in_parts(self) -> bool:
         """Whether the end of a draw belongs to the upper step, in one graph with it."""
-        alone = self._one_source and not self._settings.lower_steps and world_size() == 1
+        alone = self._one_source and not self._settings.lower_moves and world_size() == 1
         at_once = self._solver.drops_response and not self._solver.num_lower_batches()
         in_graph = bool(self._settings.compile) and self.state.problem.draws_in_parts
         return in_graph and alone and at_once and self.certifier is None
@@ -101,8 +101,8 @@ class Turn:
         if self._begun is not None:
             self._batch = self._steps.rehearsed(self._begun)
         uses_lower = self._solver.num_lower_batches() > 0
-        lower_steps = self._settings.lower_steps
-        if not self._one_source and (lower_steps or uses_lower):
+        lower_moves = self._settings.lower_moves
+        if not self._one_source and (lower_moves or uses_lower):
             self._ahead.append(self._draw("data"))
         lower_batch = self._batch if self._one_source else (self._ahead or [None])[0]
         generator, problem = self.state.generator.clone_state(), self.state.problem
@@ -116,7 +116,7 @@ class Turn:
             refuse_graphs(problem, batch, f"what `{name}.{by}` returns")
         batches = self._own(self._batch), [self._own(drawn)]
         oracles = Oracles(problem, *batches, precision=self._settings.precision)
-        levels: list[Level] = ["upper", "lower"] if lower_steps or uses_lower else ["upper"]
+        levels: list[Level] = ["upper", "lower"] if lower_moves or uses_lower else ["upper"]
         examined = examine(oracles, levels, whole=uses_lower)
         for level in levels:
             if level not in examined:
@@ -186,6 +186,8 @@ class Turn:
         return self._ahead.pop() if self._ahead else self._draw("data")
 
     def _solver_batches(self) -> list[Any]:
+        if self._settings.lower_solver is not None and not self._settings.upper_first:
+            return [self._moved_on]  # where the lower variables are a solution
         one_for_all = self._one_source and self._first_is_the_turns
         count = 1 if one_for_all else self._solver.num_lower_batches()
         return [self._lower_batch(0) for _ in range(count)] or [None]
@@ -198,6 +200,8 @@ class Turn:
     # ------------------------------------------------------------------ steps
 
     def _lower(self, first: int = 0) -> None:
+        if self._settings.lower_solver is not None:
+            self._note(self._steps.solve_lower(self._lower_batch(0)))
         for step in range(first, self._settings.lower_steps):
             batch = self._own(self._lower_batch(step))
             self._note(self._steps.lower(batch, self._watched(step)))

@@ -415,3 +415,50 @@ def test_three_levels_train_towards_the_minimum_of_their_closed_form() -> None:
     for _ in train(problem, num_steps=10, lower_steps=2, solver=Implicit(), **run):  # type: ignore[arg-type]
         above.append(float(problem.truth(problem.upper["x"].detach())[0] - least))
     assert above[-1] < above[0] / 10
+
+
+# ---------------------------------------------------------------------- own solvers in training
+
+
+class Noisy(Sines):
+    """A lower loss that sees noise, solved by SciPy from where the last turn ended."""
+
+    def draw(self, data: Any, generator: torch.Generator) -> Tensor:
+        return 0.1 * torch.randn(3, generator=generator, dtype=torch.float64)
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        return (self.lower["y"] - 0.5).square().sum()
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        return (self.lower["y"] - self.upper["x"].sin() - batch).cosh().sum()
+
+
+def trained(num_steps: int, resume: Any = None, **settings: Any) -> tuple[Noisy, Any]:
+    problem = Noisy()
+    adam = torch.optim.Adam(problem.upper.parameters(), 0.1)
+    run = {"upper_optimizer": adam, "num_steps": num_steps, "resume": resume}
+    settings = {"solver": Implicit(), "lower_solver": by_scipy} | settings
+    *_, last = train(problem, **run, **settings)  # type: ignore[arg-type]
+    return problem, last
+
+
+def test_train_solves_the_lower_level_by_a_solver_of_ones_own_and_resumes(tmp_path: Any) -> None:
+    problem, step = trained(6)
+    assert float(step.lower_residual) < 1e-6
+    assert float(step.hypergradient.stats.lower_residual) < 1e-6  # at the batch it was solved at
+    _, halfway = trained(3)
+    halfway.state.save(tmp_path / "run.pt")
+    again, _ = trained(6, resume=tmp_path / "run.pt")
+    assert torch.equal(again.upper["x"], problem.upper["x"])
+    assert torch.equal(again.lower["y"], problem.lower["y"])
+    _, first = trained(2, order="upper_first", lower_solver=LowerLevel.solution)
+    assert float(first.lower_residual) < 1e-6
+
+
+def test_a_lower_solver_stands_in_the_place_of_lower_steps() -> None:
+    with pytest.raises(ValueError, match=r"by `lower_solver`, and by `lower_steps=2`"):
+        trained(1, lower_steps=2)
+    with pytest.raises(TypeError, match="`lower_solver` must be a function of a `LowerLevel`"):
+        trained(1, lower_solver="newton")
+    with pytest.raises(ValueError, match="NaN or infinite numbers for `y`"):
+        trained(1, lower_solver=lambda level: level.start["y"] / 0)
