@@ -65,7 +65,7 @@ def measure(
             if number:
                 taken[name].append(seconds)
     costs = {
-        name: CallCost(statistics.median(taken[name]), _peak(call, device))
+        name: CallCost(statistics.median(taken[name]), peak_bytes_of(call, device))
         for name, call in calls.items()
         if name not in failed
     }
@@ -80,7 +80,8 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _peak(call: Call, device: torch.device) -> int | None:
+def peak_bytes_of(call: Call, device: torch.device) -> int | None:
+    """The most that torch holds at a time during a call, beyond what was there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -24,7 +24,7 @@ from bilevel.solvers import (
 )
 
 TRAINED: Mapping[str, Solver] = {
-    "f2sa": F2SA(),
+    "f2sa": F2SA(num_steps=10),
     "f2ba": F2BA(),
     "f2sa-p": F2SAp(),
     "bome": BOME(),
