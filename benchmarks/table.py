@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.measuring.records import RESULTS
 from benchmarks.pages.certificate import certificate_table
 from benchmarks.pages.check import seeds_table
+from benchmarks.pages.cleaning import cleaning_table
 from benchmarks.pages.compiled import compiled_table
 from benchmarks.pages.digits import digits_table
 from benchmarks.pages.dropped_tables import dropped_table
@@ -33,6 +34,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder
     "check_seeds.jsonl": ("The check of hypergradients over many seeds", seeds_table),
     "certificate.jsonl": ("Certificates over many seeds, and of a transformer", certificate_table),
     "toy_starts.jsonl": ("The toy of penalty methods from a thousand starts", toy_table),
+    "hyper_cleaning.jsonl": ("Hyper-cleaning of MNIST", cleaning_table),
     "small_tables.jsonl": ("Default settings on small tables", small_tables_table),
     "checkerboard": ("Checkerboard", suite_table),
     "digits_rbm": ("Digits and an RBM", suite_table),
