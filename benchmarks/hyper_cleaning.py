@@ -28,7 +28,7 @@ from bilevel.check.problems.case import Case
 from bilevel.check.problems.cleaning import cleaning
 
 CLEAN_ONLY = "clean items alone"
-CLEAN_STEPS = 600  # of SGD
+CLEAN_STEPS = 300  # of SGD
 
 
 def trained(entrant: Entrant, case: Case) -> Record:
