@@ -14,7 +14,9 @@ from typing import Any, TypeAlias, TypeVar, final
 import torch
 
 from bilevel import (
+    EKFAC,
     GMRES,
+    KFAC,
     MINRES,
     Alternating,
     BiCGStab,
@@ -126,6 +128,8 @@ LINEAR_SOLVERS: Mapping[str, type[LinearSolver]] = {
     "normal_cg": NormalCG,
     "fixed_point": FixedPoint,
     "nystrom": Nystrom,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
     "identity": Identity,
     "cholesky": Cholesky,
 }

@@ -109,7 +109,7 @@ def test_every_public_method_machine_and_linear_solver_has_a_name() -> None:
     machines = {kind for kind in classes if issubclass(kind, BoltzmannMachine)}
     assert {method.kind for method in METHODS.values()} == methods
     assert set(MACHINES.values()) == machines
-    assert len(LINEAR_SOLVERS) == 10
+    assert len(LINEAR_SOLVERS) == 12
 
 
 def test_a_method_can_be_built_for_images_or_for_a_machine() -> None:

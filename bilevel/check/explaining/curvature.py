@@ -68,7 +68,8 @@ def _negative(scene: Scene) -> Diagnosis:
     bad = _implicit(scene) and not covered
     change = (
         f"take lower steps until it is gone; if it stays (a saddle: move the lower variables off it), "
-        f"add a penalty or `damping` above {-found.smallest:.2g}, or use `Unrolled`"
+        f"add a penalty or `damping` above {-found.smallest:.2g}, or use `Unrolled`; `MINRES` and "
+        "`GMRES` differentiate the stationary point as it is"
     )
     if not _implicit(scene):
         change = "nothing, for this solver; `Implicit` would need a minimum, or damping"
