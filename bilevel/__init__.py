@@ -16,6 +16,8 @@ from bilevel.check import (
     compare,
 )
 from bilevel.check.explaining import Explanation, explain
+from bilevel.condition import ConditionProblem
+from bilevel.constraints import L1, Affine, Box, Constraint, Simplex
 from bilevel.errors import CheckpointError, DivergenceError, HypergradientError, Result
 from bilevel.linear import (
     EKFAC,
@@ -100,6 +102,7 @@ __all__ = [
     "GPBGD",
     "IAPTT",
     "KFAC",
+    "L1",
     "MASOBA",
     "MEHA",
     "MINRES",
@@ -113,16 +116,20 @@ __all__ = [
     "T1T2",
     "TTSA",
     "VPBGD",
+    "Affine",
     "Alternating",
     "AmIGO",
     "Batches",
     "BiCGStab",
+    "Box",
     "Certificate",
     "CheckpointError",
     "Cholesky",
     "Comparison",
     "Compiled",
+    "ConditionProblem",
     "ConjugateGradient",
+    "Constraint",
     "Directions",
     "DivergenceError",
     "EvolutionStrategies",
@@ -146,6 +153,7 @@ __all__ = [
     "ResponseProduct",
     "Result",
     "SciPy",
+    "Simplex",
     "Solver",
     "State",
     "Stats",

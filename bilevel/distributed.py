@@ -20,6 +20,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, cast, final
 
+import optree
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -214,3 +215,35 @@ def _watched() -> Iterator[None]:
     except RuntimeError as error:
         reason = f" ({str(error).strip().splitlines()[0]})"
         raise LostRankError(_LOST.format(rank(), world_size(), reason)) from error
+
+
+def share_of(batch: Any, rank: int, ranks: int, owner: str) -> Any:
+    """One rank's rows of every tensor of a batch.
+
+    Args:
+        batch: a pytree of tensors; those without dimensions go to every rank.
+        rank: number of the process.
+        ranks: number of processes.
+        owner: name of the problem's class.
+
+    Raises:
+        ValueError: if the tensors differ in their number of rows, or it is not a multiple of `ranks`.
+    """
+    leaves: list[Any] = optree.tree_leaves(batch)
+    rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim} - {0}
+    if len(rows) > 1:
+        raise ValueError(
+            f"the tensors of a batch of `{owner}` have {sorted(rows)} rows, so they "
+            "cannot be shared out among processes; override `shard`"
+        )
+    if rows and (n := rows.pop()) % ranks:
+        raise ValueError(
+            f"a batch of {n} rows cannot be shared out equally among {ranks} processes; use "
+            f"a batch size of {max(n // ranks, 1) * ranks}"
+        )
+
+    def share(leaf: Any) -> Any:
+        cut = isinstance(leaf, Tensor) and leaf.ndim and len(leaf)
+        return leaf.chunk(ranks)[rank] if cut else leaf
+
+    return optree.tree_map(share, batch)

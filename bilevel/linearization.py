@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, final
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.blockwise import SideBySide
-from bilevel.tree import Layout, Tree
+from bilevel.tree import Layout, Tree, norm
+
+if TYPE_CHECKING:
+    from bilevel.oracles import Oracles
 
 
 @final
@@ -45,6 +48,7 @@ class Hessian:
         leaves: the lower variables.
         layout: how they lie in a vector.
         separate: number of independent problems side by side, which the first dimensions count.
+        symmetric: whether it is the derivative of a gradient, as of a loss, and not of any field.
 
     Attributes:
         at_once: products are numbers as soon as they are returned, and have no graph.
@@ -54,21 +58,33 @@ class Hessian:
     at_once: ClassVar[bool] = True
 
     def __init__(
-        self, gradient: list[Tensor], leaves: list[Tensor], layout: Layout, separate: int = 1
+        self,
+        gradient: list[Tensor],
+        leaves: list[Tensor],
+        layout: Layout,
+        separate: int = 1,
+        *,
+        symmetric: bool = True,
     ) -> None:
         self.blocks = SideBySide(separate, layout.sizes) if separate > 1 else None
         self._gradient = gradient
         self._leaves = leaves
         self._layout = layout
+        self._symmetric = symmetric
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Product with a vector of shape (n,)."""
         return self._layout.ravel(self.product(vector, self._leaves))
 
-    @property
-    def transposed(self) -> "Hessian":
+    @cached_property
+    def transposed(self) -> "Hessian | Jacobian":
         """The transposed matrix: the second derivative of a loss is symmetric."""
-        return self
+        return self if self._symmetric else Jacobian(self._gradient, self._leaves, self)
+
+    @property
+    def layout(self) -> Layout:
+        """How the lower variables lie in a vector."""
+        return self._layout
 
     def product(self, vector: Tensor, wrt: list[Tensor]) -> list[Tensor]:
         """The vector times the derivative of the gradient in other variables, too."""
@@ -110,6 +126,38 @@ class Hessian:
 
 
 @final
+class Jacobian:
+    """The derivative of a field itself: what a `Hessian` that is not symmetric is the transpose of.
+
+    Its products are the derivative of the transposed products, which are linear in their vector.
+
+    Args:
+        field: the field, with its graph.
+        leaves: the lower variables.
+        transposed: the transposed products.
+    """
+
+    def __init__(self, field: list[Tensor], leaves: list[Tensor], transposed: Hessian) -> None:
+        self.transposed = transposed
+        self._at = [torch.zeros_like(c).requires_grad_() for c in field]
+        found = [(c, z) for c, z in zip(field, self._at, strict=True) if c.requires_grad]
+        self._products = torch.autograd.grad(
+            [c for c, _ in found],
+            leaves,
+            [z for _, z in found],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Product with a vector of shape (n,)."""
+        layout = self.transposed.layout
+        found = vector_jacobian_product(self._products, self._at, layout.unravel(vector))
+        return layout.ravel(mean_over_ranks(found))
+
+
+@final
 class CompiledHessian:
     """The same products by graphs; what does not depend on the vector has been computed.
 
@@ -117,11 +165,13 @@ class CompiledHessian:
         stage: its rest takes a vector v of shape (n,) to the products with the second derivatives,
             (d2G/dy2)^T v and v^T d2G/(dy dx).
         gradient: the lower gradient, shape (n,).
+        symmetric: whether it is the derivative of a gradient.
     """
 
-    def __init__(self, stage: Stage, gradient: Tensor) -> None:
+    def __init__(self, stage: Stage, gradient: Tensor, *, symmetric: bool = True) -> None:
         self._stage = stage
         self._like = gradient
+        self._symmetric = symmetric
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Product with a vector of shape (n,)."""
@@ -130,8 +180,8 @@ class CompiledHessian:
 
     @property
     def transposed(self) -> "CompiledHessian":
-        """The transposed matrix: the second derivative of a loss is symmetric."""
-        return self
+        """The transposed matrix, if it is symmetric; otherwise there is no such attribute."""
+        return _if_symmetric(self, self._symmetric)
 
     def cross(self, vector: Tensor) -> Tree:
         """The vector times the derivative of the gradient in the upper variables."""
@@ -140,7 +190,7 @@ class CompiledHessian:
 
     def iterate(self, key: Hashable, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step(product, *tensors) -> tensors`, to be called many times."""
-        return self._stage.then(key, _OfProduct(step))
+        return self._stage.then(key, _OfProduct(step, self._symmetric))
 
     def matrix(self) -> Tensor:
         """The matrix, shape (n, n)."""
@@ -164,17 +214,19 @@ class _OfProduct:
     """A step that is given the product with the Hessian alone."""
 
     step: Callable[..., Any]
+    symmetric: bool
 
     def __call__(self, rest: Callable[..., Any], *tensors: Tensor) -> Any:
-        return self.step(_Product(rest), *tensors)
+        return self.step(_Product(rest, self.symmetric), *tensors)
 
 
 @final
 class _Product:
     """Products with the Hessian, inside a graph."""
 
-    def __init__(self, rest: Callable[..., Any]) -> None:
+    def __init__(self, rest: Callable[..., Any], symmetric: bool) -> None:
         self._rest = rest
+        self._symmetric = symmetric
 
     def __call__(self, vector: Tensor) -> Tensor:
         product: Tensor = self._rest(vector)[0]
@@ -182,8 +234,74 @@ class _Product:
 
     @property
     def transposed(self) -> "_Product":
-        return self
+        return _if_symmetric(self, self._symmetric)
+
+
+T = TypeVar("T")
+
+
+def _if_symmetric(operator: T, symmetric: bool) -> T:
+    """The operator as its own transpose, if it is.
+
+    Raises:
+        AttributeError: if it is not; a graph of the transposed products would be another one.
+    """
+    if not symmetric:
+        raise AttributeError("transposed")
+    return operator
 
 
 def _columns(product: Callable[[Tensor], Tensor], eye: Tensor) -> list[Tensor]:
     return [torch.vmap(product, out_dims=1)(eye)]
+
+
+def linearize(oracles: "Oracles", upper: Tree, lower: Tree) -> Linearization:
+    """The lower gradient at (upper, lower), its derivatives by one graph.
+
+    With constraints, the field that has the same zeros and a symmetric derivative
+    (`bilevel.lower_field`).
+    """
+    points, sources = list(lower.values()), list(upper.values())
+    layout = Layout(points)
+    face = None
+    if oracles.problem.constrains_lower:
+        smooth = mean_over_ranks(oracles.mean_lower_gradient(upper, lower))
+        smooth_at = dict(zip(lower, smooth, strict=True))
+        face = oracles.constraints(upper, lower).face(lower, smooth_at)
+    # this rank's own: products with its derivatives are averaged one by one
+    at = lower if face is None else face.at
+    gradient = oracles.mean_lower_gradient(upper, at, create_graph=True)
+    gradient = gradient if face is None else face.complete(gradient)
+    symmetric = not oracles.problem.gives_lower_condition
+    hessian = Hessian(gradient, points, layout, oracles.problem.separate, symmetric=symmetric)
+    whole = mean_over_ranks([layout.ravel(gradient).detach()])[0]
+    return Linearization(
+        gradient=whole,
+        hessian=hessian,
+        cross=lambda v: dict(zip(upper, hessian.product(v, sources), strict=True)),
+        layout=layout,
+        residual=norm([whole]),
+    )
+
+
+def refuse_asymmetric(linear: Linearization, solver: str, problem: str) -> None:
+    """Refuse a linear solver for symmetric systems where this one is not symmetric.
+
+    Args:
+        linear: the lower level at a point; two products tell.
+        solver: name of the linear solver.
+        problem: name of the problem's class.
+
+    Raises:
+        ValueError: naming both, with what to use instead.
+    """
+    like = linear.gradient
+    generator = torch.Generator(like.device).manual_seed(0)
+    v, w = torch.randn(2, len(like), generator=generator, device=like.device, dtype=like.dtype)
+    of_v, of_w = linear.hessian(v), linear.hessian(w)
+    size = w.norm() * of_v.norm() + v.norm() * of_w.norm()
+    if bool((w @ of_v - v @ of_w).abs() > torch.finfo(like.dtype).eps ** 0.5 * size):
+        raise ValueError(
+            f"`{solver}` solves symmetric systems, but the Jacobian of the lower condition of "
+            f"`{problem}` is not symmetric; use `GMRES()`, or `Cholesky()` (by LU) where it is small"
+        )

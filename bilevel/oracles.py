@@ -19,7 +19,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -29,17 +29,18 @@ from bilevel.batches import refuse_no_list
 from bilevel.compile import EagerUnits, UnitRunner, is_tracing
 from bilevel.devices import elsewhere, global_generators, usable_precision
 from bilevel.distributed import mean_over_ranks, rank, world_size
-from bilevel.linearization import CompiledHessian, Hessian, Linearization
+from bilevel.linearization import CompiledHessian, Linearization, linearize
 from bilevel.losses.answers import scalar
 from bilevel.losses.in_training import AsInTraining
-from bilevel.losses.notes import RAW, note_on_call
+from bilevel.losses.notes import METHODS, RAW, note_on_call
 from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
-from bilevel.losses.true_gradient import refuse_untrue
-from bilevel.problem import Level, Problem, refuse_no_problem
+from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue, unused_by
+from bilevel.lower_field import Constraints, field, half_square
+from bilevel.problem import Level, Problem, Question, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.tree import Layout, Tree, norm
+from bilevel.tree import Layout, Tree
 from bilevel.tree import leaves as leaves
 
 _EAGER = EagerUnits()
@@ -166,14 +167,14 @@ class Oracles:
         return self._call("share", self.upper_batch, upper, lower, 0)
 
     def _call(
-        self, what: Level | Literal["share"], batch: Any, upper: Tree, lower: Tree, index: int
+        self, what: Question, batch: Any, upper: Tree, lower: Tree, index: int
     ) -> tuple[Any, Tree]:
         """What the problem answers at (upper, lower), and the buffers that this left behind."""
         values = self.slots.substitute((self._upper, upper), (self._lower, lower))
         return self.run(values, what, batch, index)
 
     def run(
-        self, values: Substitution, what: Level | Literal["share"], batch: Any, index: int = 0
+        self, values: Substitution, what: Question, batch: Any, index: int = 0
     ) -> tuple[Any, Tree]:
         """What the problem answers with these values in their places, and the buffers it left."""
         seed = self.seed + index + rank() * _SEEDS_APART
@@ -185,7 +186,7 @@ class Oracles:
                     out = self._answer(what, batch)
         return out, dict(zip(self._buffers, values.buffers, strict=True))
 
-    def _answer(self, what: Level | Literal["share"], batch: Any) -> Any:
+    def _answer(self, what: Question, batch: Any) -> Any:
         try:
             return self.problem(what, batch)
         except RAW as error:  # torch says which kernel, Python which line, but not which batch
@@ -195,7 +196,7 @@ class Oracles:
                 said = elsewhere(self.problem, batch)
                 if said is not None:
                     raise ValueError(said) from error
-            note_on_call(error, self.problem, what if what == "share" else f"{what}_loss", batch)
+            note_on_call(error, self.problem, METHODS[what], batch)
             raise
 
     def gradient(
@@ -224,35 +225,44 @@ class Oracles:
     ) -> tuple[Evaluation, dict[str, Tensor | None]]:
         """The lower loss and its gradient dG/dy; `None` marks variables the loss does not use.
 
+        Where the lower level is no plain loss, the field whose zero is its answer
+        (`bilevel.lower_field`), with half the square of a condition for the loss.
+
         Raises:
             ValueError: if the lower loss uses none of the lower variables.
         """
-        evaluation, own = self._own_lower_gradient(upper, lower, index, create_graph)
-        if world_size() == 1:
-            return evaluation, own
-        evaluation, grads = self.mean_over_ranks(evaluation, list(own.values()))
-        return evaluation, dict(zip(own, grads, strict=True))
+        evaluation, found = self._own_lower_gradient(upper, lower, index, create_graph)
+        if world_size() > 1:
+            evaluation, grads = self.mean_over_ranks(evaluation, list(found.values()))
+            found = dict(zip(found, grads, strict=True))
+        if self.problem.constrains_lower:
+            with torch.set_grad_enabled(create_graph):
+                found = self.constraints(upper, lower).condition(lower, found)
+        return evaluation, found
+
+    def constraints(self, upper: Tree, lower: Tree) -> Constraints:
+        """The constraints on the lower variables, differentiable in the upper ones."""
+        records, _ = self._call("constraints", None, upper, lower, 0)
+        return Constraints(records, self.problem, lower)
 
     def _own_lower_gradient(
         self, upper: Tree, lower: Tree, index: int, create_graph: bool
     ) -> tuple[Evaluation, dict[str, Tensor | None]]:
+        if self.problem.gives_lower_condition:
+            batch = self.lower_batches[index]
+            out, buffers = self._call("condition", batch, upper, lower, index)
+            parts = field(out, self.problem, lower)
+            found = {n: c if create_graph else c.detach() for n, c in parts.items()}
+            return Evaluation(half_square(parts).detach(), {}, buffers), {**found}
         evaluation = self.evaluate("lower", upper, lower, index)
         grads = self.gradient(evaluation.loss, lower, create_graph=create_graph)
         self.refuse_unused(grads.values())
         return evaluation, grads
 
     def refuse_unused(self, grads: Iterable[Tensor | None]) -> None:
-        """Refuse a lower loss whose gradient is missing in all lower variables.
-
-        Raises:
-            ValueError: if it uses none of them.
-        """
+        """Refuse a lower loss whose gradient is missing in all lower variables (`ValueError`)."""
         if all(g is None for g in grads):
-            raise ValueError(
-                f"the lower loss of `{type(self.problem).__name__}` does not depend on any of its "
-                f"{len(self._lower)} lower variables; check for a `.detach()`, a `torch.no_grad()` "
-                "or the wrong module in `lower_loss`"
-            )
+            raise ValueError(unused_by(type(self.problem).__name__, len(self._lower)))
 
     def on(self, upper_batch: Any, lower_batches: Sequence[Any], index: int = 0) -> "Oracles":
         """The same losses on other batches, drawn for the evaluation with this number."""
@@ -323,6 +333,8 @@ class Oracles:
                 }
             return evaluation.loss.detach(), evaluation.logs, evaluation.buffers, of_x, of_y
 
+        if level == "lower":
+            refuse_no_lower_loss(self.problem, "a solver of first order")
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         key = "partials", level, index, self.precision
         given = map(self.units.ready, (batch, upper, lower))
@@ -335,11 +347,11 @@ class Oracles:
         Of several lower batches, the mean.
         """
         if not self.units.compiled:
-            return self._linearization(upper, lower)
+            return linearize(self, upper, lower)
         layout = Layout(list(lower.values()))
 
         def piece(batches: list[Any], upper: Tree, lower: Tree) -> tuple[Any, Any]:
-            found = self.on(None, batches)._linearization(leaves(upper), leaves(lower))
+            found = linearize(self.on(None, batches), leaves(upper), leaves(lower))
             early = found.gradient, found.residual
             return early, lambda vector: (found.hessian(vector), found.cross(vector))
 
@@ -347,28 +359,23 @@ class Oracles:
         fixed = [*map(self.units.ready, (list(self.lower_batches), upper, lower))]
         stage = self.units.stage(("lower", self.precision), piece, fixed, [like])
         gradient, residual = stage.early
-        hessian = CompiledHessian(stage, gradient)
+        symmetric = not self.problem.gives_lower_condition
+        hessian = CompiledHessian(stage, gradient, symmetric=symmetric)
         return Linearization(gradient, hessian, hessian.cross, layout, residual)
 
-    def _linearization(self, upper: Tree, lower: Tree) -> Linearization:
-        points, sources = list(lower.values()), list(upper.values())
-        layout = Layout(points)
-        # this rank's own: products with its derivatives are averaged one by one
+    def mean_lower_gradient(
+        self, upper: Tree, lower: Tree, *, create_graph: bool = False
+    ) -> list[Tensor]:
+        """The gradient of this rank's own lower loss, the mean over the lower batches, zeros filled in.
+
+        Constraints are left aside.
+        """
         count = len(self.lower_batches)
-        own = [self._own_lower_gradient(upper, lower, i, True)[1] for i in range(count)]
-        filled = [fill(list(grads.values()), points) for grads in own]
-        gradient = filled[0]
-        if count > 1:
-            gradient = [torch.stack(parts).mean(dim=0) for parts in zip(*filled, strict=True)]
-        hessian = Hessian(gradient, points, layout, self.problem.separate)
-        whole = mean_over_ranks([layout.ravel(gradient).detach()])[0]
-        return Linearization(
-            gradient=whole,
-            hessian=hessian,
-            cross=lambda v: dict(zip(upper, hessian.product(v, sources), strict=True)),
-            layout=layout,
-            residual=norm([whole]),
-        )
+        own = [self._own_lower_gradient(upper, lower, i, create_graph)[1] for i in range(count)]
+        parts = [fill(list(grads.values()), list(lower.values())) for grads in own]
+        if count == 1:
+            return parts[0]
+        return [torch.stack(part).mean(dim=0) for part in zip(*parts, strict=True)]
 
     def differentiated_twice(self, solver: str) -> contextlib.AbstractContextManager[None]:
         """The context in which a solver takes second derivatives of the lower loss.

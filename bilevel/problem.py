@@ -2,17 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, cast, final
+from typing import Any, Literal, TypeAlias, final
 
-import optree
 import torch
 from torch import Tensor, nn
 
 from bilevel.cards import Card, parameters_of, whereabouts
+from bilevel.constraints import Constraint
+from bilevel.distributed import share_of
 from bilevel.refusals import shown
 from bilevel.tree import Tree
 
 Level = Literal["upper", "lower"]
+Question = Literal["upper", "lower", "share", "condition", "constraints"]
 Loss: TypeAlias = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 TensorDict: TypeAlias = Mapping[str, Any]
 
@@ -40,6 +42,9 @@ class Problem(nn.Module, ABC):
             use variant='complete'"; a refusal adds ", or `Alternating()`"). The lower gradient is
             then not the gradient of any function, and `Implicit` and `Unrolled` refuse the problem.
         separate: how many independent lower levels stand side by side (`Tasks`).
+        proximal_step: step size of the proximal map, for `lower_constraints`. The answer does not depend
+            on it. With that of a plain `torch.optim.SGD` here, each lower step is a proximal step,
+            which ends exactly on bounds and zeros.
 
     Example:
         >>> class Ridge(Problem):
@@ -61,6 +66,7 @@ class Problem(nn.Module, ABC):
     lower: nn.Module
     stops_lower_gradient: str | None = None
     separate: int = 1
+    proximal_step: float = 1.0
 
     @abstractmethod
     def upper_loss(self, batch: Any) -> Loss:
@@ -135,6 +141,29 @@ class Problem(nn.Module, ABC):
         """
         return None
 
+    def lower_condition(self, batch: Any) -> Mapping[str, Tensor] | None:
+        """An equation in place of the lower loss; see `ConditionProblem`, which defines it."""
+        return None
+
+    def lower_constraints(self) -> Mapping[str, Constraint]:
+        """What lower variables must obey besides, by name; the default is nothing.
+
+        A constraint may depend on upper variables, as in `{"w": L1(self.upper["log_l1"].exp())}`.
+        """
+        return {}
+
+    @final
+    @property
+    def gives_lower_condition(self) -> bool:
+        """Whether the lower level is an equation, whose Jacobian need not be symmetric."""
+        return type(self).lower_condition is not Problem.lower_condition
+
+    @final
+    @property
+    def constrains_lower(self) -> bool:
+        """Whether lower variables have constraints."""
+        return type(self).lower_constraints is not Problem.lower_constraints
+
     @final
     @property
     def draws_every_lower_step(self) -> bool:
@@ -153,8 +182,12 @@ class Problem(nn.Module, ABC):
         """Whether the two losses have a computation in common."""
         return type(self).share is not Problem.share
 
-    def forward(self, what: Level | Literal["share"], batch: Any) -> Any:
+    def forward(self, what: Question, batch: Any) -> Any:
         """The loss of one level; what the oracles call."""
+        if what == "constraints":
+            return self.lower_constraints()
+        if what == "condition":
+            return self.lower_condition(batch)
         answers = {"upper": self.upper_loss, "lower": self.lower_loss, "share": self.share}
         return answers[what](batch)
 
@@ -173,24 +206,7 @@ class Problem(nn.Module, ABC):
             ValueError: if the tensors differ in their number of rows, or it is not a multiple of
                 `ranks`.
         """
-        leaves: list[Any] = optree.tree_leaves(batch)
-        rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim} - {0}
-        if len(rows) > 1:
-            raise ValueError(
-                f"the tensors of a batch of `{type(self).__name__}` have {sorted(rows)} rows, so they "
-                "cannot be shared out among processes; override `shard`"
-            )
-        if rows and (n := rows.pop()) % ranks:
-            raise ValueError(
-                f"a batch of {n} rows cannot be shared out equally among {ranks} processes; use "
-                f"a batch size of {max(n // ranks, 1) * ranks}"
-            )
-
-        def share(leaf: Any) -> Any:
-            cut = isinstance(leaf, Tensor) and leaf.ndim and len(leaf)
-            return leaf.chunk(ranks)[rank] if cut else leaf
-
-        return optree.tree_map(share, batch)
+        return share_of(batch, rank, ranks, type(self).__name__)
 
     def __repr__(self) -> str:
         return str(self._card())
@@ -242,6 +258,9 @@ class Problem(nn.Module, ABC):
         lower_loss: Callable[[Any, Any, Any], Loss],
         upper: TensorDict,
         lower: TensorDict,
+        *,
+        constraints: Callable[[Any], Mapping[str, Constraint]] | None = None,
+        proximal_step: float = 1.0,
     ) -> "Problem":
         """A problem from two functions `(upper, lower, batch) -> scalar` and two dicts of tensors.
 
@@ -254,6 +273,8 @@ class Problem(nn.Module, ABC):
             lower_loss: the lower loss G.
             upper: initial upper variables, possibly nested dicts of tensors.
             lower: initial lower variables, given in the same way.
+            constraints: a function `upper -> {name: constraint}` for lower variables that have one.
+            proximal_step: step size of the constraints' proximal map, see `Problem.proximal_step`.
 
         Returns:
             The problem; its variables are named by their path, as in `encoder.weight`.
@@ -272,113 +293,81 @@ class Problem(nn.Module, ABC):
             >>> problem.lower_loss(None)
             tensor(0., grad_fn=<SumBackward0>)
         """
-        return FunctionProblem(upper_loss, lower_loss, upper, lower)
+        from bilevel.functions import (  # which derive from this
+            ConstrainedFunctions,
+            FunctionProblem,
+        )
 
+        if constraints is None:
+            return FunctionProblem(upper_loss, lower_loss, upper, lower)
+        given = upper_loss, lower_loss, upper, lower, constraints, proximal_step
+        return ConstrainedFunctions(*given)
 
-@final
-class Variables(nn.Module):
-    """A module made of a (nested) dict of tensors; `tensors()` gives the dict back.
-
-    The tensors lie in the module's own dicts, so that a name may be that of one of its methods, too.
-    """
-
-    def __init__(self, tensors: TensorDict, path: str) -> None:
-        super().__init__()
-        if not isinstance(tensors, Mapping):
-            module = isinstance(tensors, nn.Module)
-            advice = "; give `dict(module.named_parameters())`" if module else ""
-            raise TypeError(
-                f"`{path}` must be a dict of tensors, got {type(tensors).__name__}{advice}"
-            )
-        self._order = list(tensors)
-        for key, value in tensors.items():
-            where = f"{path}.{key}"
-            if not isinstance(key, str) or not key or "." in key:
-                raise ValueError(
-                    f"a variable of `{path}` is named {key!r}; a name must be a string without dots "
-                    'that is not empty (nested dicts make paths: `{"a": {"b": ...}}` gives `a.b`)'
-                )
-            if isinstance(value, Mapping):
-                self._modules[key] = Variables(value, where)
-            elif isinstance(value, nn.Parameter):
-                self._parameters[key] = value
-            elif isinstance(value, Tensor) and value.is_floating_point():
-                self._parameters[key] = nn.Parameter(value.detach())
-            elif isinstance(value, Tensor) and value.is_complex():
-                raise TypeError(
-                    f"variable `{where}` is complex; keep it as pairs of reals "
-                    "(`torch.view_as_real`) and make it complex in the losses "
-                    "(`torch.view_as_complex`), or let the losses close over a constant"
-                )
-            elif isinstance(value, Tensor):
-                self._buffers[key] = value
-            else:
-                raise TypeError(
-                    f"variable `{where}` must be a tensor or a dict of tensors, "
-                    f"got {type(value).__name__}"
-                )
-
-    def tensors(self) -> dict[str, Any]:
-        """The tensors as they are now, nested as they were given."""
-        nested = {key: cast(Variables, module).tensors() for key, module in self._modules.items()}
-        held = {**nested, **self._parameters, **self._buffers}
-        return {key: held[key] for key in self._order}
-
-
-@final
-class FunctionProblem(Problem):
-    """What `Problem.from_functions` returns."""
-
-    upper: Variables
-    lower: Variables
-
-    def __init__(
-        self,
+    @staticmethod
+    def from_condition(
         upper_loss: Callable[[Any, Any, Any], Loss],
-        lower_loss: Callable[[Any, Any, Any], Loss],
+        lower_condition: Callable[[Any, Any, Any], TensorDict],
         upper: TensorDict,
         lower: TensorDict,
-    ) -> None:
-        super().__init__()
-        for name, loss in (("upper_loss", upper_loss), ("lower_loss", lower_loss)):
-            if not callable(loss):
-                raise TypeError(
-                    f"`{name}` must be a function `(upper, lower, batch) -> scalar`, got {shown(loss)}"
-                )
-        self.upper = Variables(upper, "upper")
-        self.lower = Variables(lower, "lower")
-        self._losses = {"upper": upper_loss, "lower": lower_loss}
+    ) -> "Problem":
+        """A problem whose lower level is an equation c(x, y) = 0; see `ConditionProblem`.
 
-    def _get_name(self) -> str:
-        return "Problem.from_functions"
+        Args:
+            upper_loss: the upper loss F, a function `(upper, lower, batch) -> scalar`.
+            lower_condition: a function `(upper, lower, batch) -> c`, a dict like `lower` with an
+                equation for each entry.
+            upper: initial upper variables, as for `from_functions`; `lower` likewise.
+            lower: initial lower variables.
 
-    def extra_repr(self) -> str:
-        names = [getattr(f, "__name__", type(f).__name__) for f in self._losses.values()]
-        return "losses: {} (upper), {} (lower)".format(*names)
+        Returns:
+            The problem.
 
-    def upper_loss(self, batch: Any) -> Loss:
-        return self._loss("upper", batch)
+        Example:
+            >>> problem = Problem.from_condition(
+            ...     lambda x, y, batch: y["w"].sum(),
+            ...     lambda x, y, batch: {"w": y["w"].exp() - x["a"]},
+            ...     {"a": torch.ones(2)}, {"w": torch.zeros(2)},
+            ... )
+            >>> problem.lower_condition(None)["w"].detach()
+            tensor([0., 0.])
+        """
+        from bilevel.functions import FunctionCondition
 
-    def lower_loss(self, batch: Any) -> Loss:
-        return self._loss("lower", batch)
+        return FunctionCondition(upper_loss, lower_condition, upper, lower)
 
-    def _loss(self, level: Level, batch: Any) -> Loss:
-        upper, lower = self.upper.tensors(), self.lower.tensors()
-        try:
-            return self._losses[level](upper, lower, batch)
-        except (TypeError, KeyError) as error:
-            name = f"{level}_loss"
-            said = (
-                f"`{name}` is called as `{name}(upper, lower, batch)`: `upper` is a dict with "
-                f"{_listed(upper)}, `lower` one with {_listed(lower)}"
-            )
-            if said not in getattr(error, "__notes__", []):
-                error.add_note(said)
-            raise
+    @staticmethod
+    def from_map(
+        upper_loss: Callable[[Any, Any, Any], Loss],
+        lower_map: Callable[[Any, Any, Any], TensorDict],
+        upper: TensorDict,
+        lower: TensorDict,
+    ) -> "Problem":
+        """A problem whose lower answer is a fixed point y = Phi(x, y): the condition y - Phi(x, y).
 
+        `ConditionProblem` says which map may be used where. `torch.optim.SGD` with learning rate 1
+        iterates it.
 
-def _listed(tensors: TensorDict) -> str:
-    return ", ".join(f"`{name}`" for name in tensors) or "nothing"
+        Args:
+            upper_loss: the upper loss F, a function `(upper, lower, batch) -> scalar`.
+            lower_map: a function `(upper, lower, batch) -> Phi`, a dict like `lower`.
+            upper: initial upper variables, as for `from_functions`; `lower` likewise.
+            lower: initial lower variables.
+
+        Returns:
+            The problem.
+
+        Example:
+            >>> problem = Problem.from_map(
+            ...     lambda x, y, batch: y["z"].sum(),
+            ...     lambda x, y, batch: {"z": (x["w"] * y["z"] + 1).tanh()},
+            ...     {"w": torch.zeros(2)}, {"z": torch.zeros(2)},
+            ... )
+            >>> problem.lower_condition(None)["z"].detach()
+            tensor([-0.7616, -0.7616])
+        """
+        from bilevel.functions import FunctionCondition
+
+        return FunctionCondition(upper_loss, lower_map, upper, lower, is_map=True)
 
 
 def refuse_no_problem(problem: Any) -> None:

@@ -14,6 +14,7 @@ from bilevel.tree import Layout, Tree
 
 _DENSE = 1000  # most variables for which the Hessian is made as a matrix
 _ROUNDS = 12  # of Newton steps; they converge in four or five, or not at all
+_HALVINGS = 10  # of a Newton step that does not help
 _SOLVED = 1e-3  # of the gradient may be left; what is left enters the check's noise
 
 
@@ -61,7 +62,7 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
         point = level.layout.ravel([y.detach() for y in oracles.lower.values()])
         start = level.gradient(point).norm()
         if not near:
-            point = level.descend(point, steps)
+            point = level.descend(point, steps) if level.has_loss else level.follow(point, steps)
         point, step, scale = level.polish(point)
         if near and not level.solved(point, torch.maximum(start, scale)):
             return solve_closely(oracles, steps)
@@ -86,7 +87,8 @@ class _Level:
     def __init__(self, oracles: Oracles) -> None:
         self.oracles = oracles
         self.upper = {name: x.detach() for name, x in oracles.upper.items()}
-        lower = oracles.lower
+        problem, lower = oracles.problem, oracles.lower
+        self.has_loss = not problem.gives_lower_condition and not problem.constrains_lower
         self.names = list(lower)
         self.layout = Layout(list(lower.values()))
 
@@ -131,6 +133,26 @@ class _Level:
         end = vector.detach()
         return end if bool(self.gradient(end).isfinite().all()) else start
 
+    def follow(self, point: Tensor, steps: int) -> Tensor:
+        """Newton steps to a zero of a field that is no gradient, each halved until it helps.
+
+        With constraints these are the steps of an active-set method. Where one leads to the wrong face,
+        a proximal step, the plain one of rate s, finds a better one.
+        """
+        here = self.gradient(point)
+        rate = float(self.oracles.problem.proximal_step)
+        for _ in range(steps):
+            step = _newton_step(self.oracles.linearize_lower(self.upper, self.leaves(point)))
+            halves = (step / 2**half for half in range(1, _HALVINGS))
+            for move in (step, rate * here, *halves):
+                after = self.gradient(point - move)
+                if bool(after.norm() < 0.9999 * here.norm()):
+                    break
+            else:
+                break
+            point, here = point - move, after
+        return point
+
     def polish(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Newton steps as long as they help: the point, the step not taken, the gradient's scale."""
         step, scale = torch.zeros_like(point), point.new_zeros(())
@@ -156,6 +178,12 @@ class _Level:
 
     def unsolved(self, point: Tensor, start: Tensor, steps: int) -> str:
         left = float(self.gradient(point).norm())
+        if not self.has_loss:
+            return (
+                f"the lower level of `{type(self.oracles.problem).__name__}` could not be solved: "
+                f"Newton steps end where the norm of its field is {left:.1e} ({float(start):.1e} at the "
+                "start); start nearer to the answer, or compare with `against='procedure'`"
+            )
         return (
             f"the lower level of `{type(self.oracles.problem).__name__}` could not be solved: after "
             f"{steps} steps of L-BFGS and Newton's the norm of its gradient is {left:.1e} "

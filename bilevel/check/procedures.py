@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients
 from bilevel.check.lower_solution import UnsolvedError, solve_closely
 from bilevel.distributed import mean_over_ranks
+from bilevel.lower_field import hold
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.solvers import Solver, UnrolledSteps
@@ -206,6 +207,9 @@ def _lower_gradients(oracles: Oracles, t: int) -> tuple[dict[str, Tensor | None]
     lower = oracles.problem.variables("lower")
     upper = {n: x for n, x in oracles.problem.variables("upper").items() if n not in oracles.shared}
     index = t % len(oracles.lower_batches)  # one for all steps, or one for each
+    if oracles.problem.gives_lower_condition or oracles.problem.constrains_lower:
+        found, lower_grads = oracles.lower_gradient(upper, lower, index)
+        return lower_grads, found.buffers
     evaluation = oracles.evaluate("lower", upper, lower, index)
     grads = gradients(evaluation.loss, list(lower.values()))
     means = iter(mean_over_ranks([g for g in grads if g is not None]))
@@ -233,6 +237,7 @@ def stepper(
         if steps.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(lower.values()), steps.max_grad_norm)
         move()
+        hold(oracles)
 
     return step
 

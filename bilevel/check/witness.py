@@ -14,7 +14,7 @@ from bilevel.check.doubling import Doubled, InDouble, doubled
 from bilevel.check.lower_solution import UnsolvedError, solve_closely
 from bilevel.check.procedures import Site, replayed, solution, write
 from bilevel.errors import HypergradientError
-from bilevel.linear import ConjugateGradient
+from bilevel.linear import GMRES, ConjugateGradient
 from bilevel.oracles import Oracles
 from bilevel.refusals import one_of, positive, whole
 from bilevel.solvers import Alternating, Implicit, Solver, Unrolled, UnrolledSteps
@@ -256,7 +256,9 @@ class Stand:
             )
             guesses[EXACT] = lambda: self._answer(exact, self._start)
         elif found is not None:
-            closely = Implicit(ConjugateGradient(max_steps=_PRODUCTS, rtol=1e-9))
+            symmetric = not self._copy.problem.gives_lower_condition
+            system = ConjugateGradient(max_steps=_PRODUCTS, rtol=1e-9)
+            closely = Implicit(system if symmetric else GMRES(max_steps=_PRODUCTS, rtol=1e-9))
             guesses[EXACT] = lambda: self._answer(closely, found)
             guesses[SOLVED] = lambda: self._answer(self._solver, found)
         return guesses

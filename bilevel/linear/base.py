@@ -47,10 +47,12 @@ class LinearSolver(ABC):
     Attributes:
         warm_start: whether a solve starts from the previous solution.
         approximate: whether the answer is not the solution on purpose, however long the solver runs.
+        needs_symmetry: whether the answer means nothing where A is not symmetric.
     """
 
     warm_start: bool = False
     approximate: ClassVar[bool] = False
+    needs_symmetry: ClassVar[bool] = False
 
     def separates(self) -> bool:
         """Whether systems side by side, a block diagonal matrix, are solved as each would be alone."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class ConjugateGradient(LinearSolver):
         Methods of Conjugate Gradients for Solving Linear Systems (Hestenes, Stiefel, 1952),
         https://doi.org/10.6028/jres.049.044
     """
+
+    needs_symmetry: ClassVar[bool] = True
 
     max_steps: int = 100
     rtol: float | str | None = "auto"

@@ -49,6 +49,7 @@ class MINRES(Krylov):
         residual, and the signs of the pivots of the Lanczos matrix are watched.
     """
 
+    needs_symmetry: ClassVar[bool] = True
     products: ClassVar[int] = 1
     defect: ClassVar[Result] = Result.SINGULAR
 

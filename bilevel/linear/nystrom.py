@@ -66,6 +66,7 @@ class Nystrom(LinearSolver):
         place of Woodbury's identity and of a shifted Cholesky factor, so that A may be indefinite.
     """
 
+    needs_symmetry: ClassVar[bool] = True
     approximate: ClassVar[bool] = True
 
     rank: int = 20

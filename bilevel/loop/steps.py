@@ -20,6 +20,7 @@ from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
 from bilevel.lower.level import LowerLevel
+from bilevel.lower_field import hold
 from bilevel.optimizers import LevelUpdate
 from bilevel.oracles import Oracles
 from bilevel.problem import Level
@@ -164,7 +165,7 @@ class TurnSteps:
         with torch.enable_grad():  # the caller may iterate under `torch.no_grad()`
             evaluation, grads = oracles.lower_gradient(constants, lower)
         residual = norm([g for g in grads.values() if g is not None]) if watched else None
-        writes.apply("lower", grads)
+        writes.move_lower(grads)
         self._slots.commit(evaluation.buffers)
         return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
 
@@ -244,6 +245,7 @@ class _Writes(ABC):
     def __init__(self, state: State, slots: Slots) -> None:
         self._updates = state.updates
         self._slots = slots
+        self._problem = state.problem
 
     @abstractmethod
     def seed(self) -> int | None:
@@ -258,11 +260,17 @@ class _Writes(ABC):
         """Gradients of a record of the caller's, as `apply` may be given them."""
 
     @final
+    def move_lower(self, grads: Mapping[str, Tensor | None]) -> None:
+        """A lower step, which ends where the constraints allow."""
+        self.apply("lower", grads)
+        hold(Oracles(self._problem, None, [None], seed=None, slots=self._slots))
+
+    @final
     def move(self, upper: Tree, lower: Tree | None, buffers: Tree) -> None:
         """An upper step, and a lower one if there is a direction, with gradients of a record."""
         if lower is not None:
             moved = self.own("lower", lower)
-            self.apply("lower", {name: moved.get(name) for name in self._slots.variables("lower")})
+            self.move_lower({name: moved.get(name) for name in self._slots.variables("lower")})
         self.apply("upper", self.own("upper", upper))
         self._slots.commit(buffers)
 

@@ -10,6 +10,10 @@ from bilevel.problem import Problem
 RAW = (RuntimeError, TypeError, KeyError, AttributeError, IndexError)
 """Errors that Python and torch raise by themselves."""
 
+METHODS = {  # what an evaluation asks a problem for, and the method that answers
+    **{"upper": "upper_loss", "lower": "lower_loss", "share": "share"},
+    **{"condition": "lower_condition", "constraints": "lower_constraints"},
+}
 _MOST = 6  # tensors of a batch that are described
 
 

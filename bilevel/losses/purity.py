@@ -53,6 +53,10 @@ def examine(oracles: Oracles, levels: Sequence[Level], *, whole: bool) -> list[L
         done = _examined.setdefault(oracles.problem, {})
         if not done:
             refuse_overlaps(oracles.problem)
+            if oracles.problem.constrains_lower:
+                upper, lower = oracles.upper, oracles.lower
+                inside = "begin inside of it, for example at `constraint.prox(variable, 1.0)`"
+                oracles.constraints(upper, lower).refuse_violated(lower, "at the start", inside)
         new = [level for level in levels if level not in done]
         for level in new:
             examination = _Examination(oracles, level, whole)

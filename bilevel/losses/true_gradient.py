@@ -28,3 +28,35 @@ def refuse_untrue(problem: Problem, lower: Tree, solver: str) -> None:
             f"{problem.stops_lower_gradient}, or `Alternating()`"
         )
     refuse_hooks(lower, solver)
+
+
+def refuse_no_lower_loss(problem: Problem, solver: str, advice: str = "") -> None:
+    """Refuse a lower level that is no plain loss, for solvers that add the loss to the upper one.
+
+    Args:
+        problem: the problem.
+        solver: what needs the loss, as a refusal begins with it.
+        advice: what to use instead, if that is not `Implicit`.
+
+    Raises:
+        ValueError: if the lower level is an equation or has constraints.
+    """
+    name = type(problem).__name__
+    if problem.gives_lower_condition:
+        raise ValueError(
+            f"{solver} needs a lower loss, but the lower level of `{name}` is an equation "
+            f"(`lower_condition`); {advice or 'use `Implicit(GMRES())`, which needs the equation alone'}"
+        )
+    if problem.constrains_lower:
+        raise ValueError(
+            f"{solver} takes the lower loss for all there is, but `{name}` has constraints "
+            f"(`lower_constraints`); {advice or 'use `Implicit()`, which respects them'}"
+        )
+
+
+def unused_by(problem: str, count: int) -> str:
+    """What is said of a lower loss that depends on none of its variables, of which there are `count`."""
+    return (
+        f"the lower loss of `{problem}` does not depend on any of its {count} lower variables; check "
+        "for a `.detach()`, a `torch.no_grad()` or the wrong module in `lower_loss`"
+    )

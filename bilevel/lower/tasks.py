@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.arguments import explained_settings
+from bilevel.functions import Variables
 from bilevel.losses.answers import scalar
 from bilevel.losses.slots import Slots
-from bilevel.problem import Level, Loss, Problem, Variables, refuse_no_problem
+from bilevel.losses.true_gradient import refuse_no_lower_loss
+from bilevel.problem import Level, Loss, Problem, refuse_no_problem
 from bilevel.refusals import flag, whole
 from bilevel.tree import Tree
 
@@ -77,6 +79,7 @@ class Tasks(Problem):
     ) -> None:
         super().__init__()
         refuse_no_problem(problem)
+        refuse_no_lower_loss(problem, "`Tasks`", "solve its tasks one by one")
         self.num_tasks = self.separate = whole("num_tasks", num_tasks)
         self.share_upper = flag("share_upper", share_upper)
         self.share_batch = flag("share_batch", share_batch)

@@ -21,6 +21,7 @@ from torch import Tensor
 from bilevel.arguments import explained_settings
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel.linear.base import Operator, in_own_units, outcome, relative
+from bilevel.linearization import refuse_asymmetric
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Response, ResponseProduct, Solver
@@ -120,6 +121,8 @@ class Implicit(Solver):
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         lower, solver = oracles.lower, as_linear_solver(self.linear_solver)
         linear = oracles.linearize_lower(oracles.upper, lower)
+        if solver.needs_symmetry and oracles.problem.gives_lower_condition:
+            refuse_asymmetric(linear, type(solver).__name__, type(oracles.problem).__name__)
         solver = solver.prepared(oracles)
 
         def vjp(cotangent: Tree) -> ResponseProduct:

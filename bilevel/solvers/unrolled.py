@@ -20,6 +20,7 @@ from typing import Any, Literal, final
 import torch
 
 from bilevel.arguments import explained_settings
+from bilevel.losses.true_gradient import refuse_no_lower_loss
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
@@ -125,6 +126,12 @@ class Unrolled(Solver):
             raise ValueError(
                 f"`Unrolled` takes one lower batch for all steps or one per step: {self.num_steps} "
                 f"are needed, got {count}"
+            )
+        if (
+            self.mode == "mixed"
+        ):  # products with the lower loss's Hessian, for which no field will do
+            refuse_no_lower_loss(
+                oracles.problem, '`Unrolled(mode="mixed")`', 'use `mode="checkpoint"`'
             )
         return oracles.differentiated_twice(type(self).__name__)
 

@@ -200,9 +200,14 @@ class Unrolling:
     def moved(
         self, points: list[Tensor], state: Any, gradients: Gradients, upper: Tree | None = None
     ) -> tuple[list[Tensor], Any]:
-        """What the optimizer makes of a gradient."""
+        """What the optimizer makes of a gradient, put back into the constraints if there are any."""
         twin = self.twin if upper is None else self.twin.reading(upper)
-        return twin.step(points, self._clipped(gradients), state)
+        points, state = twin.step(points, self._clipped(gradients), state)
+        if self.oracles.problem.constrains_lower:
+            lower = twin.unpack(points)
+            constraints = self.oracles.constraints(self.upper if upper is None else upper, lower)
+            points = twin.pack({**lower, **constraints.projected(lower)})
+        return points, state
 
     def _clipped(self, gradients: Gradients) -> Gradients:
         most = self.settings.max_grad_norm

@@ -35,6 +35,15 @@ def curvature(scene: Scene) -> Iterator[Diagnosis]:
             "look for a square root, a logarithm or a norm at 0 in `lower_loss`",
         )
         return
+    if found.asymmetry > 1e3 * scene.rounding**0.5 and scene.problem.gives_lower_condition:
+        yield Diagnosis(
+            CURVATURE,
+            "fine",
+            found.asymmetry,
+            f"the Jacobian of the lower condition is not symmetric (by {found.asymmetry:.1g}): "
+            "`GMRES()` and `Cholesky()`, by LU, solve with it, conjugate gradients do not",
+        )
+        return
     if found.asymmetry > 1e3 * scene.rounding**0.5:
         yield Diagnosis(
             CURVATURE,

@@ -15,6 +15,7 @@ from typing import Any, final
 from bilevel.arguments import explained_settings
 from bilevel.autodiff import fill, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
+from bilevel.losses.true_gradient import refuse_no_lower_loss
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
@@ -74,6 +75,7 @@ class BDA(Solver):
         return True
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        refuse_no_lower_loss(oracles.problem, f"`{type(self).__name__}`")
         return oracles.differentiated_twice(type(self).__name__)
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:

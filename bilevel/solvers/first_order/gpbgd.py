@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from bilevel.arguments import explained_settings
+from bilevel.losses.true_gradient import refuse_no_lower_loss
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
@@ -65,6 +66,7 @@ class GPBGD(Solver):
         return True
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
+        refuse_no_lower_loss(oracles.problem, f"`{type(self).__name__}`")
         return oracles.differentiated_twice(type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:

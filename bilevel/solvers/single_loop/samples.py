@@ -18,6 +18,7 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.base import relative
+from bilevel.losses.true_gradient import refuse_no_lower_loss
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Evaluation, Oracles
 from bilevel.problem import Problem
@@ -281,8 +282,9 @@ def step_size(
         solver: name of the solver.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or the lower level is no plain loss.
     """
+    refuse_no_lower_loss(oracles.problem, f"`{solver}`")
     variables = list(oracles.slots.variables("lower").values())
     like = variables[0]
     if setting is not None:
