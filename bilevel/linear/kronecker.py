@@ -45,6 +45,7 @@ class Kronecker(LinearSolver):
         damping: added to all eigenvalues.
     """
 
+    needs_symmetry: ClassVar[bool] = True
     approximate: ClassVar[bool] = True
 
     damping: float = 0.01
