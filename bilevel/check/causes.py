@@ -14,6 +14,10 @@ DIRECT = "the direct term alone"
 SOLVED = "the same at the lower solution"
 EXACT = "the response differentiated exactly"
 EXCHANGED = "the same with the batches exchanged"
+BOTH = (
+    "moves both levels at once: what it answers becomes the hypergradient when the lower variables and "
+    "its own have settled, in `train`"
+)
 
 _STOPPED = (
     "a `.detach()`, `torch.no_grad()`, `float(...)` or `.item()` in the lower loss, or a buffer that "
@@ -111,6 +115,8 @@ class Suspicion:
             return ""
         if self.solver.drops_response:
             return f"`{self._name}` drops the response term"
+        if self.solver.moves_lower:
+            return f"`{self._name}` {BOTH}"
         return f"it is the direct term alone, no response arrives: look for {_STOPPED}"
 
     def _inexact(self) -> str:

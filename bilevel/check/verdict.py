@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.cards import Card
+from bilevel.check.causes import BOTH
 from bilevel.check.differences import Derivative
 from bilevel.solvers import Solver
 
@@ -234,6 +235,8 @@ def _cause(check: VariableCheck, solver: Solver, tolerance: float, early: bool) 
         return "it was taken before the lower level was solved (`solve_first=False`)"
     if solver.drops_response:
         return f"{solver} drops or approximates the response term"
+    if solver.moves_lower:
+        return f"{solver} {BOTH}"
     rest = float((check.answer - check.direct).norm())
     if rest <= tolerance * max(float(check.direct.norm()), float(check.truth.norm())):
         return (

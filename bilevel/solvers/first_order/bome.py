@@ -94,10 +94,10 @@ class BOME(FirstOrder):
     def _weight(self, downhill: Tensor, length: Tensor, scale: Tensor) -> Tensor:
         """The multiplier lambda, 0 where the constraint's gradient is rounding."""
         noise = _ROUNDING * torch.finfo(length.dtype).eps * scale
-        one = torch.ones_like(length)
-        square = torch.where(length > noise, length, one) ** 2
+        rounding = length <= noise  # false for NaN, which goes on
+        square = torch.where(rounding, torch.ones_like(length), length) ** 2
         weight = (self.barrier - downhill / square).clamp(min=0)
-        return torch.where(length > noise, weight, torch.zeros_like(weight))
+        return torch.where(rounding, torch.zeros_like(weight), weight)
 
 
 def _both(*trees: Tree) -> list[Tensor]:

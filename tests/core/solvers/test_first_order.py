@@ -23,6 +23,7 @@ from bilevel import (
     Problem,
     Solver,
     Unrolled,
+    check_hypergradient,
     train,
 )
 from tests.problems import Quadratic, normal
@@ -313,6 +314,12 @@ def test_without_a_step_size_there_must_be_an_optimizer(solver: Solver) -> None:
         ValueError, match=rf"`{named(solver)}` moves .* give `{named(solver)}` a `step_"
     ):
         solver.hypergradient(Quadratic())
+
+
+def test_a_check_says_what_a_direction_of_both_levels_is() -> None:
+    check = check_hypergradient(Quadratic(), VPBGD(step_size=0.1), num_directions=1)
+    assert not check.passed
+    assert "moves both levels at once" in check.verdict
 
 
 @pytest.mark.parametrize("solver", EVERY, ids=named)
