@@ -271,7 +271,7 @@ ROWS: dict[str, SolverRow] = {
     ),
     "f2sa-3": SolverRow(
         F2SAp(order=3, penalty=100.0, num_steps=2, step_size=0.05),
-        law=Falls(tuple(F2SAp(3, lam, 50, 0.45) for lam in (20.0, 40.0)), 2.0**-3, rtol=0.15),
+        law=Falls(tuple(F2SAp(3, lam, 40, 0.45) for lam in (10.0, 20.0)), 2.0**-3, rtol=0.15),
     ),
     "bome": SolverRow(BOME(num_steps=2), sgd, silent=True),  # where the barrier is not needed
     "v-pbgd": SolverRow(
