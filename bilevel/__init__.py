@@ -47,6 +47,7 @@ from bilevel.lower import (
 )
 from bilevel.moved import follow as _follow
 from bilevel.oracles import Oracles
+from bilevel.pieces import Pieces
 from bilevel.problem import Problem
 from bilevel.second_order import check_second_order
 from bilevel.solvers import (
@@ -148,6 +149,7 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "Oracles",
+    "Pieces",
     "Problem",
     "Response",
     "ResponseProduct",

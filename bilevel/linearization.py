@@ -12,6 +12,7 @@ from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.blockwise import SideBySide
+from bilevel.pieces import HessianInPieces, linearized, pieces_of
 from bilevel.tree import Layout, Tree, norm
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Linearization:
     """
 
     gradient: Tensor
-    hessian: "Hessian | CompiledHessian"
+    hessian: "Hessian | CompiledHessian | HessianInPieces"
     cross: Callable[[Tensor], Tree]
     layout: Layout
     residual: Tensor
@@ -261,6 +262,8 @@ def linearize(oracles: "Oracles", upper: Tree, lower: Tree) -> Linearization:
     With constraints, the field that has the same zeros and a symmetric derivative
     (`bilevel.lower_field`).
     """
+    if any(map(pieces_of, oracles.lower_batches)):
+        return Linearization(*linearized(oracles, upper, lower))
     points, sources = list(lower.values()), list(upper.values())
     layout = Layout(points)
     face = None

@@ -37,6 +37,7 @@ from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue, unused_by
 from bilevel.lower_field import Constraints, field, half_square
+from bilevel.pieces import evaluate_parts, lower_parts, pieces_of, upper_parts
 from bilevel.problem import Level, Problem, Question, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
@@ -145,8 +146,7 @@ class Oracles:
 
     def at(self, upper: Tree, lower: Tree) -> "Oracles":
         """The same losses, with these as the current variables instead of the module's."""
-        other = copy.copy(self)
-        other._here = upper, lower
+        (other := copy.copy(self))._here = upper, lower
         return other
 
     def evaluate(self, level: Level, upper: Tree, lower: Tree, index: int = 0) -> Evaluation:
@@ -158,6 +158,8 @@ class Oracles:
             TypeError: if the loss is neither a scalar nor a pair of a scalar and a dict.
         """
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
+        if parts := pieces_of(batch):
+            return evaluate_parts(self, parts, level, upper, lower, index)
         out, buffers = self._call(level, batch, upper, lower, index)
         loss, logs = scalar(out, level, self.problem)
         return Evaluation(loss if torch.is_grad_enabled() else loss.detach(), logs, buffers)
@@ -231,6 +233,8 @@ class Oracles:
         Raises:
             ValueError: if the lower loss uses none of the lower variables.
         """
+        if not create_graph and (parts := pieces_of(self.lower_batches[index])):
+            return lower_parts(self, parts, upper, lower, index)
         evaluation, found = self._own_lower_gradient(upper, lower, index, create_graph)
         if world_size() > 1:
             evaluation, grads = self.mean_over_ranks(evaluation, list(found.values()))
@@ -281,6 +285,8 @@ class Oracles:
             lower: the lower variables.
             wanted: names of the lower variables that count.
         """
+        if parts := pieces_of(self.upper_batch):
+            return upper_parts(self, parts, upper, lower, wanted)
 
         def piece(batch: Any, upper: Tree, lower: Tree) -> tuple[Any, ...]:
             upper, lower = leaves(upper), leaves(lower)
@@ -346,7 +352,7 @@ class Oracles:
 
         Of several lower batches, the mean.
         """
-        if not self.units.compiled:
+        if not self.units.compiled or any(map(pieces_of, self.lower_batches)):
             return linearize(self, upper, lower)
         layout = Layout(list(lower.values()))
 

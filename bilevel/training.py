@@ -58,6 +58,7 @@ def train(
     solver: Solver | None = None,
     lower_steps: int | None = None,
     lower_solver: LowerSolver | None = None,
+    accumulate: int = 1,
     upper_data: Any = None,
     batch_size: int | None = None,
     order: Literal["lower_first", "upper_first"] = "lower_first",
@@ -95,6 +96,8 @@ def train(
             (`Solver.moves_lower`) takes none.
         lower_solver: solves the lower level in every turn, instead of lower steps: a function of a
             `LowerLevel`, at the current lower variables, that returns y. `LowerLevel.solution` is one.
+        accumulate: evaluate every batch in so many pieces of its rows (`Pieces`), with the memory of
+            one; the answer is the same for losses that are means over rows.
         upper_data: data of the upper level, if different.
         batch_size: rows per batch where data are tensors; all rows by default.
         order: whether a turn begins with the lower or with the upper step.
@@ -158,9 +161,8 @@ def train(
     num_steps = whole("num_steps", num_steps)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
-    turns = TurnSettings(
-        lower_steps, order == "upper_first", throw, compile, precision, move_batches, lower_solver
-    )
+    how = compile, precision, move_batches, lower_solver, accumulate
+    turns = TurnSettings(lower_steps, order == "upper_first", throw, *how)
     optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
     schedulers = {"upper": upper_scheduler, "lower": lower_scheduler}
     updates = _updates(optimizers, schedulers, {"upper": clip_upper, "lower": clip_lower})
@@ -177,6 +179,7 @@ def train(
             **{"order": order, "lower_steps": lower_steps, "batch_size": str(batch_size)},
             **{"seed": seed, "compile": compile, "precision": precision, "ema": ema},
             **({} if lower_solver is None else {"lower_solver": _named(lower_solver)}),
+            **({} if accumulate == 1 else {"accumulate": accumulate}),
         ),
         ema,
     )

@@ -10,6 +10,7 @@ from bilevel.linear import ConjugateGradient
 from bilevel.linear.base import dense
 from bilevel.linearization import Linearization
 from bilevel.oracles import Oracles
+from bilevel.pieces import pieces_of
 from bilevel.tree import Layout, Tree
 
 _DENSE = 1000  # most variables for which the Hessian is made as a matrix
@@ -52,7 +53,8 @@ def solve_closely(oracles: Oracles, steps: int = 500, *, near: bool = False) -> 
     Raises:
         ValueError: as `solve_lower`.
     """
-    several = len(oracles.lower_batches) > 1  # then the lower loss is their mean
+    batches = oracles.lower_batches
+    several = len(batches) > 1 or pieces_of(batches[0])  # then the lower loss is their mean
     closed = None if several else _closed_form(oracles)
     if closed is not None:
         solution = {name: y.detach() for name, y in closed.items()}

@@ -9,7 +9,7 @@ from bilevel.choices import Choice, check_choice
 from bilevel.devices import usable_precision
 from bilevel.distributed import world_size
 from bilevel.lower.level import LowerSolver, checked_solver
-from bilevel.refusals import flag
+from bilevel.refusals import flag, whole
 
 
 @final
@@ -25,6 +25,7 @@ class TurnSettings:
         precision: lower-precision dtype the losses are computed in, `None` for that of the variables.
         move_batches: bring each batch to the problem's device.
         lower_solver: solves the lower level in each turn, instead of steps.
+        accumulate: pieces that each batch is evaluated in.
 
     Raises:
         ValueError: for a precision that would go wrong, or a lower solver in several processes.
@@ -38,12 +39,18 @@ class TurnSettings:
     precision: torch.dtype | None = None
     move_batches: bool = True
     lower_solver: LowerSolver | None = None
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         for name in ("throw", "move_batches"):
             flag(name, getattr(self, name))
         check_choice(self.compile)
         usable_precision(self.precision)
+        if whole("accumulate", self.accumulate) > 1 and self.compile:
+            raise ValueError(
+                "`accumulate` evaluates a batch in pieces, which compiled steps do not know; leave out "
+                "`compile`"
+            )
         if self.lower_solver is None:
             return
         checked_solver("lower_solver", self.lower_solver)

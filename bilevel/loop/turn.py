@@ -17,6 +17,7 @@ from bilevel.losses.purity import examine, refuse_shared_upper
 from bilevel.losses.references import refuse_graphs
 from bilevel.losses.substitution import attentive
 from bilevel.oracles import Oracles
+from bilevel.pieces import cut
 from bilevel.problem import Level
 from bilevel.solvers import Hypergradient, Solver
 from bilevel.state import State
@@ -71,12 +72,14 @@ class Turn:
         """Whether the two losses can have computations in common in this turn."""
         at_once = self._solver.drops_response and self._settings.upper_first
         possible = self.state.problem.shares and self._one_source and at_once
+        possible = possible and self._settings.accumulate == 1
         return possible and self._settings.lower_steps > 0 and self._first_is_the_turns
 
     @property
     def _in_parts(self) -> bool:
         """Whether the end of a draw belongs to the upper step, in one graph with it."""
         alone = self._one_source and not self._settings.lower_moves and world_size() == 1
+        alone = alone and self._settings.accumulate == 1
         at_once = self._solver.drops_response and not self._solver.num_lower_batches()
         in_graph = bool(self._settings.compile) and self.state.problem.draws_in_parts
         return in_graph and alone and at_once and self.certifier is None
@@ -197,13 +200,18 @@ class Turn:
         count = world_size()
         return batch if count == 1 else self.state.problem.shard(batch, rank(), count)
 
+    def _cut(self, batch: Any) -> Any:
+        """A batch in the pieces in which it is evaluated."""
+        count = self._settings.accumulate
+        return batch if count == 1 else cut(batch, count)
+
     # ------------------------------------------------------------------ steps
 
     def _lower(self, first: int = 0) -> None:
         if self._settings.lower_solver is not None:
-            self._note(self._steps.solve_lower(self._lower_batch(0)))
+            self._note(self._steps.solve_lower(self._cut(self._lower_batch(0))))
         for step in range(first, self._settings.lower_steps):
-            batch = self._own(self._lower_batch(step))
+            batch = self._cut(self._own(self._lower_batch(step)))
             self._note(self._steps.lower(batch, self._watched(step)))
 
     def _watched(self, step: int) -> bool:
@@ -227,6 +235,7 @@ class Turn:
         batches = [self._own(batch) for batch in self._solver_batches()]
         batch, solver_state = self._own(self._batch), self.state.solver_state
         witness = self._witness(batch, batches)
+        batch, batches = self._cut(batch), [self._cut(b) for b in batches]
         hypergradient = self._steps.upper(batch, batches, solver_state)
         self._certify(witness, hypergradient)
         return hypergradient

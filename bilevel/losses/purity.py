@@ -24,6 +24,7 @@ from bilevel.losses.answers import scalar
 from bilevel.losses.references import reached, refuse_overlaps, tensors
 from bilevel.losses.substitution import undisturbed
 from bilevel.oracles import Oracles
+from bilevel.pieces import pieces_of
 from bilevel.problem import Level, Problem
 from bilevel.tree import Tree, norm
 
@@ -126,7 +127,8 @@ class _Examination:
         self.oracles = oracles
         self.level = level
         self.who = f"`{type(oracles.problem).__name__}.{level}_loss`"
-        self.batch = oracles.upper_batch if level == "upper" else oracles.lower_batches[0]
+        batch = oracles.upper_batch if level == "upper" else oracles.lower_batches[0]
+        self.batch = (pieces_of(batch) or [(1.0, batch)])[0][1]
         own = {
             "upper": oracles.slots.variables("upper"),
             "lower": oracles.slots.variables("lower"),

@@ -24,6 +24,7 @@ from bilevel.linear.base import Operator, in_own_units, outcome, relative
 from bilevel.linearization import refuse_asymmetric
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
+from bilevel.refusals import whole
 from bilevel.solvers.base import Response, ResponseProduct, Solver
 from bilevel.tree import Tree
 
@@ -88,6 +89,8 @@ class Implicit(Solver):
             `(operator, rhs) -> solution` on vectors of shape (n,). The residual of a function's
             answer is computed and reported; how small it must be is the function's own business, so
             every answer better than zero (a relative residual below 1) is a success.
+        lower_batches: how many fresh lower batches `train` draws for one hypergradient, where the lower
+            level has data of its own.
 
     Raises:
         TypeError: if `linear_solver` is neither, or its answer is not a vector.
@@ -102,12 +105,18 @@ class Implicit(Solver):
     """
 
     linear_solver: LinearSolver | LinearFunction = field(default_factory=ConjugateGradient)
+    lower_batches: int = 1
 
     def __post_init__(self) -> None:
         as_linear_solver(self.linear_solver)
+        whole("lower_batches", self.lower_batches)
+
+    def __repr__(self) -> str:
+        more = "" if self.lower_batches == 1 else f", lower_batches={self.lower_batches}"
+        return f"{type(self).__name__}(linear_solver={self.linear_solver!r}{more})"
 
     def num_lower_batches(self) -> int:
-        return 1
+        return self.lower_batches
 
     def approximates(self) -> bool:
         return as_linear_solver(self.linear_solver).approximate
