@@ -132,9 +132,12 @@ class CurveJudge:
 
 
 def factors(solver: Solver) -> list[tuple[float, float]]:
-    """What the learning rates of the upper and of the lower level are multiplied with, a run each."""
+    """What the learning rates of the upper and of the lower level are multiplied with, a run each.
+
+    A solver that moves both may descend a penalised loss, whose curvature is larger than either.
+    """
     smaller = [(1.0, 1.0), (0.1, 1.0)]
-    return [*smaller, (0.1, 0.1)] if solver.moves_lower else smaller
+    return [*smaller, (0.1, 0.1), (0.01, 0.1)] if solver.moves_lower else smaller
 
 
 def train_curve(
@@ -178,7 +181,6 @@ def _steps(
         problem,
         lower,
         upper_data=upper,
-        batch_size=case.batch_size,
         solver=solver,
         lower_steps=0 if solver.moves_lower else LOWER_STEPS,
         upper_optimizer=torch.optim.SGD(problem.upper.parameters(), rates[0]),

@@ -4,14 +4,17 @@ import inspect
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from bilevel import Problem, Solver, compare
 from bilevel.cards import as_plain
 from bilevel.check.cases import CASES, MORE_CASES, Case, case_named
+from bilevel.check.counting import counting
 from bilevel.check.curve_solvers import TRAINED
 from bilevel.cli.bench_curves import run_curves
 from bilevel.cli.options import Parser, UsageError, integer, number
@@ -87,7 +90,7 @@ def _parser() -> Parser:
         nargs="?",
         const=_SECONDS,
         metavar="SECONDS",
-        help="train with each solver for so long at each of two or three learning rates, and go on "
+        help="train with each solver for so long at each of two to four learning rates, and go on "
         f"where the last call stopped (default: {_SECONDS:g})",
     )
     parser.add_argument(
@@ -204,6 +207,7 @@ def _records(case: Case, solvers: Mapping[str, Solver], problem: str, seed: int)
         lower_optimizer=case.lower_optimizer,
         repeats=_CALLS,
     )
+    calls = {name: _calls(case, solver) for name, solver in solvers.items()}
     return [
         {
             "problem": problem,
@@ -215,10 +219,27 @@ def _records(case: Case, solvers: Mapping[str, Solver], problem: str, seed: int)
             "milliseconds": None if row.seconds is None else 1000 * row.seconds,
             "peak_bytes": row.peak_bytes,
             "products": row.products,
+            "calls": calls[row.name],
             "verdict": row.reason or f"against {found.truth}",
         }
         for row in found.rows
     ]
+
+
+def _calls(case: Case, solver: Solver) -> dict[str, int] | None:
+    """The oracle calls of one call of a solver, by kind; `None` if it fails."""
+    with counting(case.problem) as tally, torch.random.fork_rng([]):
+        try:
+            solver.hypergradient(
+                case.problem,
+                case.upper_batch,
+                case.lower_batches,
+                lower_optimizer=case.lower_optimizer,
+                throw=False,
+            )
+        except Exception:  # of a solver of the user's: its row says why
+            return None
+    return asdict(tally.calls())
 
 
 def _lines(records: Sequence[Record]) -> list[list[str]]:

@@ -29,7 +29,9 @@ def remark(
     grad = hypergradient.grad
     zero = {name for name, g in grad.items() if not torch.any(g != 0)}
     still = [name for name in hypergradient.stats.unreached if name in zero]
-    if not is_main() or not (still or (zero and len(zero) == len(grad))):
+    # of a solver that moves both levels, the variables of its own may begin at 0
+    nothing = bool(zero) and len(zero) == len(grad) and not solver.moves_lower
+    if not is_main() or not (still or nothing):
         return
     names = ", ".join(f"`{name}`" for name in still[:3]) + (", ..." if len(still) > 3 else "")
     if still and levels == 1:

@@ -44,7 +44,7 @@ def unsolvable() -> Problem:
 
 def test_trainings_are_recorded_drawn_and_not_repeated(tmp_path: Path, capsys: Capture) -> None:
     here = [f"{__name__}:{name}" for name in ("one", "exact", "broken")]
-    words = ["bench", "solvers", "--train", "0.1", "--out", str(tmp_path), "--problems", here[0]]
+    words = ["bench", "solvers", "--train", "0.03", "--out", str(tmp_path), "--problems", here[0]]
     assert main([*words, "--solvers", "alternating", here[1]]) == 0
     out = capsys.readouterr().out
     assert "one\nsolver" in out

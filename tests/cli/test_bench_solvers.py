@@ -138,3 +138,12 @@ def test_what_is_no_solver_or_problem_is_one_sentence(
     assert not (tmp_path / "out").exists()
     assert main(["bench", "eblvm", "--solvers", "cholesky"]) == 2
     assert "`--solvers` is for `bilevel bench solvers`" in capsys.readouterr().err
+
+
+def test_records_say_which_derivatives_were_taken(tmp_path: Path) -> None:
+    names = ["cholesky", f"{__name__}:broken_at_work"]
+    parts = ["--problems", "ridge", "--solvers", *names, "--out", str(tmp_path)]
+    assert main(["bench", "solvers", *parts]) == 0
+    known, failed = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert known["calls"]["hessian_products"] == known["products"] == 10
+    assert failed["calls"] is None

@@ -19,7 +19,6 @@ class Case(NamedTuple):
         upper_batch: of the upper loss; the upper level's data in a training.
         lower_batches: of the lower loss; the first is the lower level's data in a training.
         lower_optimizer: whose steps `Unrolled` unrolls; plain gradient descent by default.
-        batch_size: rows of a minibatch in a training; all rows by default.
         measures: what else a training is judged by, numbers by name; the only judge where the lower
             level has no minimum.
         rates: learning rates of the upper and of the lower level in a training, where there is no
@@ -30,7 +29,6 @@ class Case(NamedTuple):
     upper_batch: Any = None
     lower_batches: Sequence[Any] = (None,)
     lower_optimizer: Optimizers | None = None
-    batch_size: int | None = None
     measures: Callable[[Problem], Mapping[str, float]] | None = None
     rates: tuple[float, float] | None = None
 
