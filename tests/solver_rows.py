@@ -209,7 +209,6 @@ ROWS: dict[str, SolverRow] = {
     # ------------------------------------------------------------------ implicit, more systems
     "implicit minres": SolverRow(
         Implicit(MINRES(max_steps=6, rtol=None)),
-        solution=Implicit(MINRES(rtol=1e-12)),
         law=Exact(solver=Implicit(MINRES(rtol=1e-12))),
     ),
     "implicit bicgstab": SolverRow(

@@ -1,4 +1,4 @@
-r"""Iteration to a fixed point, for a system that is a contraction."""
+"""Iteration to a fixed point, for a system that is a contraction."""
 
 import math
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class FixedPoint(LinearSolver):
     gradient descent on the system, and $\eta$ must lie below $2/\lambda_{\max}$. `Neumann` is the same
     iteration with a number of steps instead of a tolerance.
 
-    A failure names the spectral radius of $I - \eta A$ as the residuals show it and, where that is below
-    1, the number of steps it would take. The iterate with the least residual is returned.
+    A failure names the spectral radius of $I - \eta A$ as the residuals show it. The iterate with the
+    least residual is returned.
 
     Args:
         max_steps: most steps, each one product with A.
@@ -86,7 +86,7 @@ class FixedPoint(LinearSolver):
         scale, goal = torch.linalg.vector_norm(rhs), tolerance(self.rtol, rhs.dtype)
         advance = iterated(operator, (type(self), self.step_size), self._step)
         best, residual = w, relative(torch.linalg.vector_norm(r), scale)
-        there, sizes, steps = residual, [float(residual)], 0
+        there, sizes, steps, note = residual, [float(residual)], 0, ""
         while steps < self.max_steps and goal < sizes[-1] < _HOPELESS * max(sizes[0], 1):
             for _ in range(min(self.check_every, self.max_steps - steps)):
                 w, r = advance(w, r, rhs)  # b - A w computed from w: the true residual
@@ -95,17 +95,15 @@ class FixedPoint(LinearSolver):
             sizes.append(float(there))  # waits for the device
             if sizes[-1] <= min(sizes):
                 best, residual = w, there
-        products += steps
         result = outcome(residual, goal)
         if math.isnan(sizes[-1]):
             best, residual, result = w, there, Result.NOT_FINITE
-        note = ""
         if result is Result.NOT_CONVERGED:
             window = min(_WINDOW, len(sizes) - 1)
             change = math.log(sizes[-1] / sizes[-1 - window]) / (window * self.check_every)
             result = Result.NOT_CONVERGED if change < 0 else Result.DIVERGED
             note = _said(change, steps, min(sizes), goal)
-        return LinearSolution(unit * best, result, residual, products, note=note)
+        return LinearSolution(unit * best, result, residual, products + steps, note=note)
 
     def _step(self, operator: Operator, w: Tensor, r: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         w = w + self.step_size * r

@@ -45,8 +45,7 @@ class Nystrom(LinearSolver):
         rank: columns of the sketch k, each one product with A; from n on the answer is exact.
         damping: the number rho, added to the diagonal of A: what the directions outside of the sketch
             are divided by.
-        sketch: "gaussian" draws random directions, "columns" takes random columns of A, which is
-            cheaper only where a column is.
+        sketch: "gaussian" draws random directions, "columns" takes random columns of A.
         seed: of the sketch; the same at every solve.
 
     Raises:
@@ -111,8 +110,8 @@ class Nystrom(LinearSolver):
     ) -> tuple[tuple[Tensor, ...], int]:
         """What `(l_k + d) U (L + d)^-1 U^T + I - U U^T` is made of, d the damping of the system."""
         vectors, values = eigenpairs(operator, like, self.rank, self.sketch, self.seed)
-        sizes = values.abs()  # a preconditioner is positive, whatever the matrix is
-        sizes = sizes + damping + 10 * torch.finfo(like.dtype).eps * sizes.max()
+        sizes, kind = values.abs(), torch.finfo(like.dtype)  # a preconditioner is positive
+        sizes = (sizes + damping + 10 * kind.eps * sizes.max()).clamp_min(kind.tiny)
         return (vectors, sizes.min() / sizes - 1), len(values)
 
     def apply(self, r: Tensor, *made: Tensor) -> Tensor:

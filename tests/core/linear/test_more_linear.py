@@ -266,6 +266,12 @@ def test_nystrom_says_where_it_is_worse_than_zero_and_where_it_is_negative() -> 
     assert solve(Nystrom(6, 3.0), A, normal(6)).result is Result.SUCCESS
 
 
+def test_a_sketch_of_nothing() -> None:
+    for solver in (ConjugateGradient(preconditioner=Nystrom(2)), MINRES(), NormalCG()):
+        assert solve(solver, torch.zeros(3, 3), torch.ones(3)).result is Result.SINGULAR
+    assert solve(Nystrom(2, 0.5), torch.zeros(3, 3), torch.ones(3)).value.tolist() == [2.0] * 3
+
+
 def test_a_sketch_saves_conjugate_gradients_the_large_eigenvalues() -> None:
     q, _ = torch.linalg.qr(normal(60, 60))
     values = torch.cat([torch.logspace(2, 5, 10), torch.linspace(1, 2, 50)]).double()

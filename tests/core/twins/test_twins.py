@@ -272,7 +272,6 @@ def test_highers_adam_is_another_one() -> None:
 
 
 DIVIDING: dict[str, Make] = {
-    "rmsprop": lambda p: RMSprop(p, 0.02, eps=1e-2),
     "rmsprop centered": lambda p: RMSprop(p, 0.02, eps=1e-2, centered=True, momentum=0.5),
     "adagrad": lambda p: Adagrad(p, 0.1, eps=1e-2),
 }
