@@ -17,7 +17,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import inf, isfinite
 from pathlib import Path
@@ -187,12 +187,13 @@ def main() -> None:
         whole = bool(points) and points[-1][0] == run.steps() and isfinite(points[-1][3])
         return float(points[-1][3]) if whole else inf
 
+    best: dict[str, Run] = {}
     for solver in options.solvers:
         grid = [Run(solver, 0, s, r, options.calls // 4) for s, r in product(STEP_SIZES, RATIOS)]
         errors = [look(run) for run in grid]
-        best = grid[min(range(len(grid)), key=errors.__getitem__)]
-        for seed in range(1, 1 + options.seeds):
-            look(Run(solver, seed, best.step_size, best.ratio, options.calls))
+        best[solver] = grid[min(range(len(grid)), key=errors.__getitem__)]
+    for seed, run in product(range(1, 1 + options.seeds), best.values()):
+        look(replace(run, seed=seed, calls=options.calls))
 
 
 if __name__ == "__main__":

@@ -119,11 +119,11 @@ class Quadratics(Problem):
         self.lower = nn.ParameterDict({"y": torch.zeros(dim_lower)})
         self.form: Form = form
         whole = [s.factors() if form == "factors" else s.matrices() for s in samples]
-        self._rows = [{name: t.float() for name, t in rows.items()} for rows in whole]
+        self.rows = [{name: t.float() for name, t in rows.items()} for rows in whole]
 
     def data(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The rows of the upper and of the lower loss, without what no derivative in use depends on."""
-        lower, upper = self._rows
+        lower, upper = self.rows
         idle = {"upper_factors", "upper_hessian", "upper_linear"}
         return upper, {name: t for name, t in lower.items() if name not in idle}
 
