@@ -49,6 +49,8 @@ def remark(
         )
     elif still:
         text = f"neither loss depends on {names}, so it never moves: {_CAUSES}"
+    elif solver.moves_lower:
+        return  # what its own variables, still 0, would add may be all there is
     else:
         text = (
             "the first hypergradient is exactly 0 in all upper variables; if they are not at an "

@@ -95,6 +95,22 @@ def test_on_all_rows_they_converge_to_the_closed_form(name: str) -> None:
     assert (problem.lower["y"] - problem.best_response(None)["y"]).norm() < 1e-10
 
 
+def test_nothing_is_said_of_a_first_direction_that_is_still_0() -> None:
+    """v begins at 0, and an upper loss without x has no direct term: a warning would be an error."""
+    problem = Ridge()
+    steps = train(
+        problem,
+        DATA,
+        solver=SOBA(),
+        num_steps=2,
+        upper_optimizer=sgd(problem.upper),
+        lower_optimizer=sgd(problem.lower),
+    )
+    first, second = (float(step.hypergradient.grad["log_l2"].norm()) for step in steps)
+    assert first == 0
+    assert second > 0
+
+
 def test_a_falling_learning_rate_reaches_v() -> None:
     problem = Ridge()
     optimizer = torch.optim.SGD(problem.lower.parameters(), 0.1)
