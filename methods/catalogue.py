@@ -31,6 +31,7 @@ from bilevel import (
     Nystrom,
     Solver,
     Unrolled,
+    solvers,
 )
 from bilevel.methods.advil import AdvIL
 from bilevel.methods.bidvl import BiDVL
@@ -113,11 +114,23 @@ METHODS: Mapping[str, Method] = {
 """Methods by the name of the class."""
 
 SOLVERS: Mapping[str, type[Solver]] = {
-    "alternating": Alternating,
-    "implicit": Implicit,
-    "unrolled": Unrolled,
+    make.__name__.lower(): make
+    for make in (
+        *(Alternating, Implicit, Unrolled),
+        *(solvers.DARTS, solvers.SAMA, solvers.IAPTT, solvers.EvolutionStrategies, solvers.PZOBO),
+        *(solvers.F2SA, solvers.F2SAp, solvers.F2BA, solvers.BOME, solvers.VPBGD, solvers.GPBGD),
+        *(solvers.MEHA, solvers.BDA, solvers.SOBA, solvers.SABA, solvers.SRBA, solvers.MASOBA),
+        *(
+            solvers.AmIGO,
+            solvers.StocBiO,
+            solvers.FSLA,
+            solvers.SUSTAIN,
+            solvers.MRBO,
+            solvers.TTSA,
+        ),
+    )
 }
-"""Ways to compute the hypergradient."""
+"""Ways to compute the hypergradient, by the name of the class in small letters."""
 
 LINEAR_SOLVERS: Mapping[str, type[LinearSolver]] = {
     "conjugate_gradient": ConjugateGradient,
@@ -265,6 +278,12 @@ def _takes_any(make: Callable[..., Any]) -> bool:
 def arguments(make: Callable[..., Any]) -> list[str]:
     """Names of the arguments that a class or function takes."""
     return list(inspect.signature(make).parameters)
+
+
+def needed(make: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that it must be given."""
+    known = inspect.signature(make).parameters.values()
+    return [parameter.name for parameter in known if parameter.default is parameter.empty]
 
 
 def make_machine(

@@ -1,18 +1,27 @@
 """Solvers on the command line: the options that are worth a flag, and what they stand for."""
 
 import argparse
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from bilevel import Solver
 from bilevel.cli.options import Parser, UsageError, choice, integer, number
 from bilevel.cli.wording import as_flag
-from bilevel.methods.catalogue import LINEAR_SOLVERS, SOLVERS, arguments, make_solver, pick
+from bilevel.methods.catalogue import (
+    LINEAR_SOLVERS,
+    SOLVERS,
+    arguments,
+    make_solver,
+    needed,
+    pick,
+)
 
-_OWNERS = {
-    "unroll_steps": "unrolled",
-    "linear_solver": "implicit",
-    "linear_steps": "implicit",
-    "damping": "implicit",
+_STEPPING = frozenset(kind for kind, make in SOLVERS.items() if needed(make))  # a number of steps
+_OWNERS: Mapping[str, Collection[str]] = {
+    "unroll_steps": ("unrolled", *sorted(_STEPPING - {"unrolled"})),
+    "linear_solver": ("implicit",),
+    "linear_steps": ("implicit",),
+    "damping": ("implicit",),
 }
 _LINEAR = tuple(name.replace("_", "-") for name in LINEAR_SOLVERS)
 _STEPS, _DAMPING = 20, 0.1  # of a linear solver, where the command line does not say
@@ -26,11 +35,15 @@ def add_options(parser: Parser, *, shown: bool = True) -> None:
     group.add_argument(
         "--solver",
         type=choice(kinds),
-        metavar="|".join(kinds),
-        help="alternating drops the lower level's response, the others keep it (default: alternating)",
+        metavar="NAME",
+        help=f"{', '.join(kinds)}; alternating drops the lower level's response, the others keep it "
+        "(default: alternating)",
     )
     group.add_argument(
-        "--unroll-steps", type=integer, metavar="N", help="unrolled: lower steps (default: 5)"
+        "--unroll-steps",
+        type=integer,
+        metavar="N",
+        help=f"{', '.join(_OWNERS['unroll_steps'])}: lower steps (default: 5)",
     )
     group.add_argument(
         "--linear-solver",
@@ -62,11 +75,11 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: if one belongs to another solver.
     """
     options = {name: getattr(args, name) for name in ("solver", *_OWNERS) if name in args}
-    for name, owner in _OWNERS.items():
-        if name in options and options.get("solver", "alternating") != owner:
+    for name, owners in _OWNERS.items():
+        if name in options and options.get("solver", "alternating") not in owners:
             said = as_flag(name)
             raise UsageError(
-                f"`{said}` belongs to `--solver {owner}`; add that or leave `{said}` out"
+                f"`{said}` belongs to `--solver {owners[0]}`; add that or leave `{said}` out"
             )
     return options
 
@@ -81,7 +94,7 @@ def solver_of(options: dict[str, Any]) -> Solver:
         if options.get(name, 1) < 1:
             raise UsageError(f"`{as_flag(name)}` must be positive, got {options[name]}")
     settings: dict[str, Any] = {"kind": options.get("solver", "alternating")}
-    if settings["kind"] == "unrolled":
+    if settings["kind"] in _STEPPING:
         settings["num_steps"] = options.get("unroll_steps", 5)
     if settings["kind"] == "implicit":
         settings |= _linear(options)

@@ -17,10 +17,17 @@ from bilevel import (
     Neumann,
     Solver,
     Unrolled,
+    solvers,
 )
 from bilevel.cli.solver import solver_of
 from bilevel.methods import EBLVM, RBM, VAE, GaussianRBM
-from bilevel.methods.catalogue import LINEAR_SOLVERS, METHODS, make_for_machine, make_solver
+from bilevel.methods.catalogue import (
+    LINEAR_SOLVERS,
+    METHODS,
+    SOLVERS,
+    make_for_machine,
+    make_solver,
+)
 from bilevel.methods.machines import MACHINES, BoltzmannMachine
 
 # As the command line writes them into the folder of a run, and as a suite's configuration does.
@@ -130,3 +137,9 @@ def test_a_vae_has_the_latents_and_visibles_of_the_machine_beside_it() -> None:
         make_for_machine("VAE", {"latent_dims": 3}, RBM(6, 3))
     with pytest.raises(ValueError, match="there is no method `BiSN`; did you mean `BiSM`"):
         make_for_machine("BiSN", {}, RBM(6, 3))
+
+
+def test_every_solver_has_a_name() -> None:
+    kinds = {make for make in vars(solvers).values() if isinstance(make, type)}
+    made = {make for make in kinds if issubclass(make, Solver)} - {Solver, solvers.Compiled}
+    assert set(SOLVERS.values()) == made
