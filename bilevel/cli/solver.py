@@ -1,7 +1,7 @@
 """Solvers on the command line: the options that are worth a flag, and what they stand for."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bilevel import Solver
@@ -17,7 +17,7 @@ from bilevel.methods.catalogue import (
 )
 
 _STEPPING = frozenset(kind for kind, make in SOLVERS.items() if needed(make))  # a number of steps
-_OWNERS: Mapping[str, Collection[str]] = {
+_OWNERS: Mapping[str, Sequence[str]] = {
     "unroll_steps": ("unrolled", *sorted(_STEPPING - {"unrolled"})),
     "linear_solver": ("implicit",),
     "linear_steps": ("implicit",),
