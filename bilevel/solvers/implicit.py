@@ -85,7 +85,8 @@ class Implicit(Solver):
     averaged over them.
 
     Args:
-        linear_solver: `ConjugateGradient`, `Neumann`, `GMRES`, `Cholesky`, `Identity`, or a function
+        linear_solver: `ConjugateGradient`, `MINRES`, `GMRES`, `BiCGStab`, `NormalCG`, `FixedPoint`,
+            `Nystrom`, `KFAC`, `EKFAC`, `Neumann`, `Identity`, `Cholesky`, `SciPy`, or a function
             `(operator, rhs) -> solution` on vectors of shape (n,). The residual of a function's
             answer is computed and reported; how small it must be is the function's own business, so
             every answer better than zero (a relative residual below 1) is a success.
