@@ -13,6 +13,7 @@ from benchmarks.pages.certificate import certificate_table
 from benchmarks.pages.check import seeds_table
 from benchmarks.pages.cleaning import cleaning_table
 from benchmarks.pages.compiled import compiled_table
+from benchmarks.pages.convex import convex_jax_table, convex_table
 from benchmarks.pages.digits import digits_table
 from benchmarks.pages.dropped_tables import dropped_table
 from benchmarks.pages.images import image_speed_table, images_table
@@ -35,6 +36,8 @@ PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder
     "certificate.jsonl": ("Certificates over many seeds, and of a transformer", certificate_table),
     "toy_starts.jsonl": ("The toy of penalty methods from a thousand starts", toy_table),
     "hyper_cleaning.jsonl": ("Hyper-cleaning of MNIST", cleaning_table),
+    "convex.jsonl": ("Stochastic solvers on quadratics", convex_table),
+    "convex_jax.jsonl": ("Beside the solvers of benchmark_bilevel", convex_jax_table),
     "small_tables.jsonl": ("Default settings on small tables", small_tables_table),
     "checkerboard": ("Checkerboard", suite_table),
     "digits_rbm": ("Digits and an RBM", suite_table),

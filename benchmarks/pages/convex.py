@@ -20,6 +20,19 @@ COLUMNS = (
     ("worst seed", "{worst:.1e}"),
     ("ms a step", "{ms:.2f}"),
 )
+BESIDE = (
+    ("solver", "{solver}"),
+    ("ours", "{how}"),
+    ("steps to 1e-9: ours", "{ours_steps}"),
+    ("theirs", "{their_steps}"),
+    ("calls, ours / theirs", "{calls}"),
+    ("error at the end: ours", "{ours_error:.1e}"),
+    ("theirs", "{their_error:.1e}"),
+    ("ms a step: ours", "{ours_ms:.2f}"),
+    ("theirs", "{their_ms:.2f}"),
+    ("time, ours / theirs", "{time:.2f}"),
+    ("apart on all samples", "{difference:.0e}"),
+)
 
 
 def runs(path: Path) -> dict[str, list[Record]]:
@@ -74,5 +87,43 @@ def convex_table(path: Path) -> str:
             f"{one['commit']}",
             "",
             *formatted(COLUMNS, rows, left=(0,)),
+        ]
+    )
+
+
+def beside(record: Record) -> dict[str, Any]:
+    """One line of the comparison with JAX: until both errors are below the goal, or to the end."""
+    found: dict[str, Any] = {
+        "solver": record["solver"],
+        "how": "compiled" if record["compile"] else "eager",
+        "difference": record["difference"],
+    }
+    steps, seconds = {}, {}
+    for side, name in (("ours", "ours"), ("theirs", "their")):
+        curve = record["curves"][side]
+        below = [point for point in curve if point[2] < record["goal"]]
+        last = below[0] if below else curve[-1]
+        steps[side], seconds[side] = last[0], last[1]
+        found |= {
+            f"{name}_steps": f"{last[0]:,}" if below else "-",
+            f"{name}_error": curve[-1][2],
+            f"{name}_ms": 1e3 * curve[-1][1] / curve[-1][0],
+        }
+    reached = "-" not in (found["ours_steps"], found["their_steps"])
+    found["calls"] = f"{steps['ours'] / steps['theirs']:.2f}" if reached else "-"
+    return {**found, "time": seconds["ours"] / seconds["theirs"]}
+
+
+def convex_jax_table(path: Path) -> str:
+    """Our solvers beside those of benchmark_bilevel, in turns."""
+    found = newest(path, lambda r: (r["solver"], r["compile"]))
+    one = next(iter(found.values()))
+    versions = ", ".join(f"{name} {number}" for name, number in one["jax_versions"].items())
+    return "\n".join(
+        [
+            f"Matrices for samples, single precision, one thread of one core, processor seconds; torch "
+            f"{one['versions']['torch']}, {versions}; {one['device']}, commit {one['commit']}",
+            "",
+            *formatted(BESIDE, map(beside, found.values()), left=(0, 1)),
         ]
     )
