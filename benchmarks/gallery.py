@@ -19,7 +19,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.measuring.records import RESULTS
-from examples import advil_rbm, bidvl_rings, hypercleaning, maml, regularization, two_moons
+from bilevel import Tasks, best_response
+from examples import (
+    advil_rbm,
+    bidvl_rings,
+    hypercleaning,
+    maml,
+    regularization,
+    sinusoids,
+    two_moons,
+)
 
 IMAGES = RESULTS.parent.parent / "docs" / "images" / "examples"
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9652b", "#777777"
@@ -58,6 +67,28 @@ def draw_maml(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+@torch.no_grad()
+def draw_sinusoids(axes: Axes) -> None:
+    """One new task, adapted from what iMAML learned and from random weights."""
+    starts = sinusoids.main(300, 0)
+    for problem, name, colour in zip(starts, ("iMAML", "random"), (BLUE, ORANGE), strict=True):
+        tasks = Tasks(problem, 50)
+        batch = tasks.draw(None, torch.Generator().manual_seed(10_000))
+        weights = best_response(tasks, batch, solve=sinusoids.adapt, tolerance=None)
+        task = int(batch["known"][1].abs().amax((1, 2)).gt(3).nonzero()[0])  # of some amplitude
+        line = torch.linspace(-5, 5, 200)[:, None]
+        own = {n: w[task] for n, w in weights.items()}
+        axes.plot(
+            line, torch.func.functional_call(problem.lower, own, line), color=colour, label=name
+        )
+    known = [part[task].flatten() for part in batch["known"]]
+    axes.plot(*known, "o", color="black", markersize=4, label="ten points")
+    new = torch.stack([part[task].flatten() for part in batch["new"]], 1)
+    axes.plot(*new.T, "x", color=GREY, markersize=5, label="new points")
+    axes.set(xlabel="input", ylabel="target")
+    axes.legend(frameon=False, fontsize=8)
+
+
 def draw_advil(axes: Axes) -> None:
     found = advil_rbm.main(20.0, 0)
     colours = [GREY, ORANGE, BLUE, BLUE]
@@ -74,6 +105,7 @@ DRAWN: dict[str, Callable[[Axes], None]] = {
     "regularization": draw_regularization,
     "hypercleaning": draw_hypercleaning,
     "maml": draw_maml,
+    "sinusoids": draw_sinusoids,
     "advil_rbm": draw_advil,
 }
 

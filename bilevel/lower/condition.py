@@ -7,7 +7,7 @@ $$ \Big(\frac{dy^*}{dx}\Big)^{\!\top} v = - \partial^2_{xy} G(x, y^*)\, w, \qqua
 
 one linear system and one product for each backward pass. The backward pass is made of two functions
 that have derivatives themselves: the product above, which autograd differentiates in $x$, $y^*$ and $w$,
-and the solution of a linear system $w = H^{-1} v$, whose derivatives are
+and the solution of a linear system $w = H^{-\top} v$, whose derivatives are
 
 $$ \bar v = H^{-1} \bar w, \qquad
    (\bar x, \bar y) = - \partial_{(x, y)} \big( \bar v^\top H(x, y)\, w \big)
@@ -28,10 +28,10 @@ from torch import Tensor
 from bilevel.autodiff import fill
 from bilevel.errors import HypergradientError, Result
 from bilevel.linear import LinearSolver
-from bilevel.linearization import Hessian
+from bilevel.linearization import Hessian, Linearization, refuse_asymmetric
 from bilevel.losses.substitution import attentive
 from bilevel.oracles import Oracles
-from bilevel.tree import Layout, Tree
+from bilevel.tree import Layout, Tree, norm
 
 _NAME = "best_response"
 
@@ -45,10 +45,14 @@ class Point:
     lower: list[Tensor]
     inputs: list[Tensor]
     layout: Layout
+    symmetric: bool = True
+    separate: int = 1
 
     @property
     def hessian(self) -> Hessian:
-        return Hessian(self.gradient, self.lower, self.layout)
+        return Hessian(
+            self.gradient, self.lower, self.layout, self.separate, symmetric=self.symmetric
+        )
 
     def pull(
         self, vector: Tensor, wrt: Sequence[Tensor], *, create_graph: bool = False
@@ -98,6 +102,11 @@ class Condition:
         others = [t for t in _leaves(point.gradient) if id(t) not in known]
         self._others = len(others)
         self.inputs += others
+        if self._solver.needs_symmetry and not point.symmetric:
+            field = self.layout.ravel([g.detach() for g in point.gradient])
+            linear = Linearization(field, point.hessian, lambda v: {}, self.layout, norm([field]))
+            name = type(self._oracles.problem).__name__
+            refuse_asymmetric(linear, type(self._solver).__name__, name)
         return point
 
     def point(self, vector: Tensor, inputs: Sequence[Tensor], *, graph: bool = False) -> Point:
@@ -120,11 +129,15 @@ class Condition:
         with attentive, here.differentiated_twice(_NAME), torch.enable_grad():
             grads = here.lower_gradient(upper, lower, create_graph=True)[1]
         gradient = fill(list(grads.values()), parts)
-        return Point(gradient, parts, replaced + others, self.layout)
+        problem = here.problem
+        symmetric = not (problem.gives_lower_condition or problem.constrains_lower)
+        inputs = replaced + others
+        return Point(gradient, parts, inputs, self.layout, symmetric, problem.separate)
 
-    def solve(self, point: Point, vector: Tensor) -> Tensor:
-        """The solution w of H w = v."""
-        solution = self._solver.solve(point.hessian, vector.detach())
+    def solve(self, point: Point, vector: Tensor, *, forward: bool = False) -> Tensor:
+        """The solution w of H^T w = v, or of H w = v, which is the same for a loss."""
+        matrix = point.hessian.transposed if forward else point.hessian
+        solution = self._solver.solve(matrix, vector.detach())
         if solution.result is not Result.SUCCESS:
             residual = solution.residual
             number = "" if residual is None else f" (relative residual {float(residual):.2e})"
@@ -182,12 +195,14 @@ class _Response(torch.autograd.Function):
 
 @final
 class _Solve(torch.autograd.Function):
-    """w = H(x, y)^-1 v, a function of all three."""
+    """w = H(x, y)^-T v, a function of all three; with `forward`, H^-1 v."""
 
     @staticmethod
-    def forward(ctx: Any, system: Condition, y: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
-        w = system.solve(system.point(y, inputs), v)
-        ctx.system = system
+    def forward(
+        ctx: Any, system: Condition, forward: bool, y: Tensor, v: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        w = system.solve(system.point(y, inputs), v, forward=forward)
+        ctx.system, ctx.forward_ = system, forward
         ctx.save_for_backward(y, w, *inputs)
         return w
 
@@ -195,23 +210,26 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         y, w, *inputs = ctx.saved_tensors
         system, graph = ctx.system, torch.is_grad_enabled()
-        s = _solved(system, y, cotangent, inputs)
+        s = _solved(system, y, cotangent, inputs, forward=not ctx.forward_)
+        left, right = (s, w) if ctx.forward_ else (w, s)  # left^T H right is to be differentiated
         point = system.point(y, inputs, graph=graph)
         with torch.enable_grad():
-            stretched = fill(point.pull(w, point.lower, create_graph=True), point.lower)
-            total = (system.layout.ravel(stretched) * -s).sum()
+            stretched = fill(point.pull(left, point.lower, create_graph=True), point.lower)
+            total = (system.layout.ravel(stretched) * -right).sum()
         wrt = [*point.lower, *point.inputs]
         if not total.requires_grad:
-            return None, None, s, *(None for _ in inputs)
+            return None, None, None, s, *(None for _ in inputs)
         grads = torch.autograd.grad(
             total, wrt, create_graph=graph, retain_graph=True, allow_unused=True
         )
         here = system.layout.ravel(fill(grads[: len(point.lower)], point.lower))
-        return None, here, s, *grads[len(point.lower) :]
+        return None, None, here, s, *grads[len(point.lower) :]
 
 
-def _solved(system: Condition, y: Tensor, v: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    w: Tensor = _Solve.apply(system, y, v, *inputs)  # type: ignore[no-untyped-call]
+def _solved(
+    system: Condition, y: Tensor, v: Tensor, inputs: Sequence[Tensor], *, forward: bool = False
+) -> Tensor:
+    w: Tensor = _Solve.apply(system, forward, y, v, *inputs)  # type: ignore[no-untyped-call]
     return w
 
 

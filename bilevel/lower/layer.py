@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.distributed import world_size
-from bilevel.linear import ConjugateGradient, LinearSolver
+from bilevel.linear import GMRES, ConjugateGradient, LinearSolver
 from bilevel.losses.purity import examine, examined
 from bilevel.losses.substitution import attentive
 from bilevel.lower.condition import Condition, Point, responding
@@ -73,7 +73,7 @@ def best_response(
         solve: solves the lower level: a function of a `LowerLevel` that returns y in any form. By
             default in closed form where the problem has one, else by L-BFGS and Newton steps.
         linear_solver: solves the system of the backward pass, as in `Implicit`;
-            `ConjugateGradient()` by default.
+            `ConjugateGradient()` by default, `GMRES()` for a condition or with constraints.
         tolerance: a warning is given if the lower gradient that is left at y exceeds this fraction of
             what it is without y (|Hy|) or at the start; `None` to look at nothing.
         seed: seed of the random numbers drawn inside the loss (dropout masks).
@@ -216,7 +216,10 @@ def _layer(
     linear_solver: LinearSolver | LinearFunction | None,
     tolerance: float | None,
 ) -> Tree:
-    linear = as_linear_solver(ConjugateGradient() if linear_solver is None else linear_solver)
+    problem = oracles.problem
+    symmetric = not (problem.gives_lower_condition or problem.constrains_lower)
+    usual = ConjugateGradient() if symmetric else GMRES()
+    linear = as_linear_solver(usual if linear_solver is None else linear_solver)
     checked_solver("solve", solve)
     if tolerance is not None:
         positive("tolerance", tolerance)

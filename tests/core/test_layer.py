@@ -1,6 +1,7 @@
 """The lower solution as a differentiable layer: derivatives of every order, any solver, any program."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from bilevel import (
     GMRES,
+    Box,
     Cholesky,
     ConjugateGradient,
+    Constraint,
     HypergradientError,
     Implicit,
     LowerLevel,
@@ -462,3 +465,47 @@ def test_a_lower_solver_stands_in_the_place_of_lower_steps() -> None:
         trained(1, lower_solver="newton")
     with pytest.raises(ValueError, match="NaN or infinite numbers for `y`"):
         trained(1, lower_solver=lambda level: level.start["y"] / 0)
+
+
+# ---------------------------------------------------------------------- a condition, constraints
+
+
+MATRIX = spd(3) + normal(3, 3, seed=4) / 3  # not symmetric
+
+
+def condition(x: Any, y: Any, batch: Any) -> dict[str, Tensor]:
+    bend = 0.1 * y["y"] ** 3 * (1 + x["x"].sum() ** 2) + 0.2 * y["y"].roll(1) ** 2
+    return {"y": MATRIX @ y["y"] + bend - x["x"].sin()}
+
+
+def test_derivatives_of_every_order_of_a_zero_whose_jacobian_is_not_symmetric() -> None:
+    given = {"x": normal(3)}, {"y": torch.zeros(3, dtype=torch.float64)}
+    problem = Problem.from_condition(upper_loss, condition, *given)
+
+    def layer(x: Tensor) -> Tensor:
+        return best_response(problem, upper={"x": x}, linear_solver=Cholesky(), solve=near)["y"]
+
+    def near(level: LowerLevel) -> Any:
+        return level.solution(near=True)
+
+    assert torch.autograd.gradcheck(layer, (leaf(3),))
+    assert torch.autograd.gradgradcheck(layer, (leaf(3),), fast_mode=True)
+    best_response(problem)["y"].sum().backward()  # GMRES by default
+    with pytest.raises(
+        ValueError, match=r"`ConjugateGradient` solves symmetric systems.*`GMRES\(\)`"
+    ):
+        best_response(problem, linear_solver=ConjugateGradient())
+
+
+def test_a_constrained_solution_moves_along_its_face() -> None:
+    class Boxed(Sines):
+        def lower_constraints(self) -> dict[str, Constraint]:
+            return {"y": Box(-0.5, 0.5)}
+
+    x = torch.tensor([0.2, 0.3, 1.2], dtype=torch.float64, requires_grad=True)
+    y = best_response(Boxed(), upper={"x": x})["y"]
+    expected = torch.tensor([math.sin(0.2), math.sin(0.3), 0.5], dtype=torch.float64)
+    torch.testing.assert_close(y.detach(), expected)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    expected = torch.tensor([math.cos(0.2), math.cos(0.3), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(slope, expected)
