@@ -46,15 +46,15 @@ def _mlp(seed: int, path: str | None = None) -> Case:
 
 
 MORE_CASES: Mapping[str, tuple[str, Callable[..., Case]]] = {
-    "quadratic": ("SIZE:CONDITION", _sized),
+    "quadratic": ("[:SIZE[:CONDITION]]", _sized),
     "breast-cancer": ("", breast_cancer),
     "digits": ("", even_digits),
-    "libsvm": ("FILE[:UPPER_FILE]", libsvm),
-    "cleaning": ("[FILE.npz]", cleaning),
-    "cleaning-mlp": ("[FILE.npz]", _mlp),
-    "toy": ("[STARTS]", _toys),
+    "libsvm": (":FILE[:UPPER_FILE]", libsvm),
+    "cleaning": ("[:FILE.npz]", cleaning),
+    "cleaning-mlp": ("[:FILE.npz]", _mlp),
+    "toy": ("[:STARTS]", _toys),
 }
-"""Cases that take a while, or arguments: which, and the function of the seed and of their strings."""
+"""Cases that take a while, or arguments: how these are written, and the function of seed and strings."""
 
 
 def case_named(name: str, seed: int) -> Case | None:
@@ -83,7 +83,7 @@ def case_named(name: str, seed: int) -> Case | None:
     try:
         inspect.signature(make).bind(seed, *arguments)
     except TypeError:
-        taken = f"is written `{kind}:{about}`" if about else "takes no arguments"
+        taken = f"is written `{kind}{about}`" if about else "takes no arguments"
         raise ValueError(f"`{kind}` {taken}, got `{name}`") from None
     try:
         return make(seed, *arguments)

@@ -70,7 +70,7 @@ _ELSEWHERE = {
 def _parser() -> Parser:
     parser = Parser("bench solvers", _SUMMARY, "[options]", _EXAMPLES)
     own = "or package.module:Name"
-    more = [f"{name}:{about}" if about else name for name, (about, _) in MORE_CASES.items()]
+    more = [f"{name}{about}" for name, (about, _) in MORE_CASES.items()]
     parser.add_argument(
         "--problems",
         nargs="+",

@@ -42,10 +42,9 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
     stage("drawing the pages", 0, 0)
     if len(args.runs) == 1 and SuiteFolder(args.runs[0]).exists:
         return write_suite_report(SuiteFolder(args.runs[0]), path=getattr(args, "out", None))
-    if len(args.runs) == 1 and _of_solvers(args.runs[0]):
+    if len(args.runs) == 1 and (tables := _of_solvers(args.runs[0])):
         raise UsageError(
-            f"`{args.runs[0]}` holds what `bilevel bench solvers` measured; its report is "
-            f"`{Path(args.runs[0]) / 'tables.md'}`"
+            f"`{args.runs[0]}` holds what `bilevel bench solvers` measured; its report is `{tables[0]}`"
         )
     several = len(args.runs) > 1  # of runs/*, what is no run is left out
     folders = [
@@ -68,6 +67,7 @@ def _written(args: argparse.Namespace, stage: Report) -> Path:
     return outcome.report(runs[0], getattr(args, "out", None))
 
 
-def _of_solvers(folder: str) -> bool:
-    """Whether it holds what `bilevel bench solvers` wrote."""
-    return (Path(folder) / "tables.md").exists() and not SuiteFolder(folder).exists
+def _of_solvers(folder: str) -> list[Path]:
+    """The tables that `bilevel bench solvers` wrote there, with `--train` or without."""
+    there = [Path(folder) / name for name in ("tables.md", "curves.md")]
+    return [] if SuiteFolder(folder).exists else [path for path in there if path.exists()]

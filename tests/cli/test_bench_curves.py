@@ -62,6 +62,8 @@ def test_trainings_are_recorded_drawn_and_not_repeated(tmp_path: Path, capsys: C
     assert solved["value"] == pytest.approx(0, abs=1e-12)
     assert solved["least"] == pytest.approx(0, abs=1e-12)
     assert (tmp_path / "one.png").stat().st_size > 10_000
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"its report is `{tmp_path / 'curves.md'}`" in capsys.readouterr().err
     before = file.read_bytes()
     assert main([*words, "--solvers", here[1], here[2]]) == 0
     out = capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_how_many_labels_are_wrong(released: bool, share: float, tmp_path: Path)
     ("name", "said"),
     [
         ("quadratic:a", "it takes numbers, got `a`"),
-        ("quadratic:1:2:3", "`quadratic` is written `quadratic:SIZE:CONDITION`"),
+        ("quadratic:1:2:3", r"`quadratic` is written `quadratic\[:SIZE\[:CONDITION\]\]`"),
         ("quadratic:5:0.5", "size and condition must be at least 1"),
         ("breast-cancer:1", "takes no arguments"),
         ("toy:0", "at least one start"),
