@@ -24,6 +24,7 @@ from examples import (
     advil_rbm,
     bidvl_rings,
     hypercleaning,
+    lasso,
     maml,
     regularization,
     sinusoids,
@@ -48,6 +49,15 @@ def draw_hypercleaning(axes: Axes) -> None:
     axes.hist(parts, bins=20, color=[BLUE, ORANGE], label=["right labels", "wrong labels"])
     axes.set(xlabel="learned weight of an example", ylabel="examples")
     axes.legend(frameon=False, loc="upper center")
+
+
+def draw_lasso(axes: Axes) -> None:
+    """The validation error over the L1 penalty, and where the gradient steps went."""
+    way, curve = lasso.main(40, 12, 0)
+    axes.plot(*zip(*curve, strict=True), color=GREY, label="grid, at the tuned L2 penalty")
+    axes.plot(*zip(*way, strict=True), "o-", color=BLUE, markersize=3, label="gradient steps")
+    axes.set(xlabel="logarithm of the L1 penalty", ylabel="validation error")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def draw_maml(axes: Axes) -> None:
@@ -104,6 +114,7 @@ def draw_advil(axes: Axes) -> None:
 DRAWN: dict[str, Callable[[Axes], None]] = {
     "regularization": draw_regularization,
     "hypercleaning": draw_hypercleaning,
+    "lasso": draw_lasso,
     "maml": draw_maml,
     "sinusoids": draw_sinusoids,
     "advil_rbm": draw_advil,
