@@ -4,8 +4,8 @@
 
 The protocol of the authors' code: x from U[0, 3.5] and y from U[-5, 8.5], penalty 10, steps of size
 0.1 / penalty in both levels, x put back into [0, 3], an end where the projected gradient is below 1e-5.
-All starts are one problem of as many separate variables (`bilevel.check.penalty_toy`), each with its own
-count of steps. The released derivative of F in x divides by 1 + exp(2 - 4x)^2 where the true one has
+All starts are one problem of as many separate variables (`bilevel.check.problems.toy`), each with its
+own count of steps. The released derivative of F in x divides by 1 + exp(2 - 4x)^2 where the true one has
 (1 + exp(2 - 4x))^2; each solver is run with both, by a correction of its direction. That code also knows
 the lower minimum, 0; here it is found by steps of an auxiliary variable: 1 or 20 at a time.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measuring.records import append, command
 from bilevel import GPBGD, VPBGD, Solver
-from bilevel.check.penalty_toy import PenaltyToy
+from bilevel.check.problems.toy import PenaltyToy
 
 PENALTY, RATE, TOLERANCE = 10.0, 0.1, 1e-5
 SOLVERS: dict[str, Solver] = {

@@ -18,7 +18,7 @@ from benchmarks.measuring.turns import in_turns
 from benchmarks.pages.images import image_speed_table
 from benchmarks.table import everything
 from benchmarks.toy_starts import slip, starts, summary
-from bilevel.check.penalty_toy import PenaltyToy
+from bilevel.check.problems.toy import PenaltyToy
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import torch
 from bilevel import Cholesky, Implicit
 from bilevel.check.cases import Case, case_named
 from bilevel.check.problems.cleaning import Cleaning, cleaning
-from bilevel.check.problems.toy import Toy
+from bilevel.check.problems.toy import PenaltyToy
 from bilevel.check.value import Value
 
 
@@ -44,7 +44,9 @@ def test_the_toy_has_one_lower_solution_and_starts_side_by_side() -> None:
     case = made("toy:7")
     with torch.no_grad():
         case.problem.get_parameter("lower.y").copy_(-case.problem.get_parameter("upper.x"))
-    alone = Toy(*(case.problem.get_parameter(n).detach()[3:4] for n in ("upper.x", "lower.y")))
+    alone = PenaltyToy(
+        *(case.problem.get_parameter(n).detach()[3:4] for n in ("upper.x", "lower.y"))
+    )
     every = Implicit(Cholesky()).hypergradient(case.problem)
     one = Implicit(Cholesky()).hypergradient(alone)
     assert float(every.stats.lower_residual or 0) < 1e-12
