@@ -203,7 +203,7 @@ class CompiledUnits(UnitRunner):
             self._broken = not self._worked  # none has worked: do not try unit after unit
             raise
         self._worked = True
-        return direct(run, inputs)
+        return direct(run, graph, inputs)
 
     def _whole(
         self, key: Hashable, function: Callable[..., Any], given: Sequence[Prepared]

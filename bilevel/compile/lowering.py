@@ -200,17 +200,41 @@ def compiled(graph: "GraphModule", inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch.fx import GraphModule
 
     graph = GraphModule(graph, copy.deepcopy(graph.graph))  # the compiler writes into what it gets
+    for node in graph.graph.find_nodes(op="placeholder"):
+        node.meta.pop("val", None)  # or it is taken for all inputs, and not all have one
+    on_processor = all(tensor.device.type == "cpu" for tensor in inputs)
     # the shapes are compared before each call
-    run: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), {"size_asserts": False})
+    options = {"size_asserts": False, "cpp_wrapper": on_processor and _many_kernels(graph)}
+    run: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options)
     return run
 
 
-def direct(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+_CALLS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution")
+_MANY = 6
+
+
+def _many_kernels(graph: "GraphModule") -> bool:
+    """Whether a graph is quicker to compile with its wrapper in C++, all kernels in one file.
+
+    That file takes the compiler as long as three files of a kernel each. What is fused into a kernel
+    ends where a matrix product is called.
+    """
+    names = [str(node.target).split(".")[1:2] for node in graph.graph.nodes]
+    return sum(name[0] in _CALLS for name in names if name) >= _MANY
+
+
+def direct(
+    run: Callable[..., Any], graph: "GraphModule", inputs: Sequence[Tensor]
+) -> Callable[..., Any]:
     """A compiled graph that writes nothing, without what torch wraps around it.
 
     The wrapper deals with inputs that are written and with answers that autograd sees; there are none,
     and it takes longer than a small graph. It is left out where the graph's own answers are the same.
+    A graph that holds tensors keeps it: the wrapper passes them, and code in C++ reads what it is not
+    given.
     """
+    if any(node.op == "get_attr" for node in graph.graph.nodes):
+        return run
     inner: Any = inspect.unwrap(run)
     try:
         ours, theirs = inner(list(inputs)), run(*inputs)
@@ -275,11 +299,12 @@ def _constants(graph: "GraphModule", device: torch.device) -> tuple[list[Tensor]
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     for node in list(graph.graph.nodes):
         held = getattr(graph, node.target) if node.op == "get_attr" else None
-        # those made while tracing (`torch.tensor(2.0)`) belong to the graph alone
-        if not isinstance(held, Tensor) or all("lift_fresh" in str(u.target) for u in node.users):
+        if not isinstance(held, Tensor):
             continue
         if held.device != device:
-            kept.append(held)
+            # those made while tracing (`torch.tensor(2.0)`) belong to the graph alone
+            if not all("lift_fresh" in str(u.target) for u in node.users):
+                kept.append(held)
             continue
         if id(held) not in inputs:
             with graph.graph.inserting_after(last):
