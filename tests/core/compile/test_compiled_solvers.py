@@ -35,6 +35,7 @@ from bilevel import (
     Unrolled,
     train,
 )
+from bilevel.compile.lowering import trace
 from tests.problems import ROWS, Quadratic, normal
 from tests.solver_rows import ROWS as SOLVER_ROWS
 from tests.test_contract_solvers import SOLVERS, build, snapshot
@@ -746,3 +747,15 @@ def test_what_fails_lets_go_of_its_batches(graphs: list[Any]) -> None:
     del batch
     gc.collect()
     assert alive() is None
+
+
+def test_numbers_made_while_tracing_are_inputs_of_the_graph() -> None:
+    """Code in C++ read past its inputs, where it was called without the tensors a graph held."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        number = torch.tensor(2.0)
+        return [number * x, number, torch.tensor([1.0, 2.0])]
+
+    found = trace(function, [torch.ones(2)], torch.device("cpu"))
+    assert not found.graph.graph.find_nodes(op="get_attr")
+    assert [tensor.tolist() for tensor in found.extra] == [2.0, [1.0, 2.0]]
