@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.measuring.records import RESULTS
-from bilevel import Tasks, best_response
+from bilevel import Tasks
 from examples import (
     advil_rbm,
     bidvl_rings,
@@ -77,25 +77,25 @@ def draw_maml(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-@torch.no_grad()
 def draw_sinusoids(axes: Axes) -> None:
-    """One new task, adapted from what iMAML learned and from random weights."""
-    starts = sinusoids.main(300, 0)
-    for problem, name, colour in zip(starts, ("iMAML", "random"), (BLUE, ORANGE), strict=True):
-        tasks = Tasks(problem, 50)
-        batch = tasks.draw(None, torch.Generator().manual_seed(10_000))
-        weights = best_response(tasks, batch, solve=sinusoids.adapt, tolerance=None)
-        task = int(batch["known"][1].abs().amax((1, 2)).gt(3).nonzero()[0])  # of some amplitude
-        line = torch.linspace(-5, 5, 200)[:, None]
-        own = {n: w[task] for n, w in weights.items()}
-        axes.plot(
-            line, torch.func.functional_call(problem.lower, own, line), color=colour, label=name
-        )
-    known = [part[task].flatten() for part in batch["known"]]
+    """One new task, fitted in learned features and in random ones."""
+    starts = sinusoids.main(400, 0)
+    tasks = Tasks(starts[0], 50)
+    drawn = tasks.draw(None, torch.Generator().manual_seed(10_000))
+    task = int(drawn["known"][1].abs().amax(1).gt(3).nonzero()[0])  # of some amplitude
+    batch = tasks.apart(drawn)[task]
+    line = torch.linspace(-5, 5, 200)[:, None]
+    with torch.no_grad():
+        for problem, name, colour in zip(
+            starts, ("learned", "random"), (BLUE, ORANGE), strict=True
+        ):
+            problem.lower["w"].copy_(problem.best_response(batch)["w"])
+            axes.plot(line, problem.predict(line), color=colour, label=f"{name} features")
+    known = [part.flatten() for part in batch["known"]]
     axes.plot(*known, "o", color="black", markersize=4, label="ten points")
-    new = torch.stack([part[task].flatten() for part in batch["new"]], 1)
-    axes.plot(*new.T, "x", color=GREY, markersize=5, label="new points")
-    axes.set(xlabel="input", ylabel="target")
+    new = [part.flatten() for part in batch["new"]]
+    axes.plot(*new, "x", color=GREY, markersize=5, label="new points")
+    axes.set(xlabel="input", ylabel="target", ylim=(-6, 6))
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -20,6 +20,7 @@ from bilevel import (
     Implicit,
     Problem,
     Unrolled,
+    best_response,
     train,
 )
 from tests.problems import ROWS, NetProblem, Quadratic, normal, regression, seeded, spd
@@ -67,6 +68,30 @@ def test_d3_unrolling_runs_beside_the_training_it_belongs_to() -> None:
         lower_optimizer=torch.optim.SGD(problem.lower.parameters(), 0.1, momentum=0.9),
     )
     assert last.hypergradient.stats.response_norm > 0
+
+
+def test_d3_a_problem_between_two_others_has_a_hypergradient() -> None:
+    """The lower level of one is the upper level of another: z* = x + y/2, y* = 0.4 x, z* = 1.2 x."""
+    zeros = torch.zeros(2, dtype=torch.float64)
+    third = Problem.from_functions(
+        lambda u, z, _: z["z"].sum(),
+        lambda u, z, _: (z["z"] - u["x"] - u["y"] / 2).square().sum(),
+        {"x": zeros, "y": zeros.clone()},
+        {"z": zeros.clone()},
+    )
+
+    def z(x: Any, y: Any) -> Tensor:
+        return best_response(third, upper={"x": x["x"], "y": y["y"]})["z"]
+
+    x = normal(2)
+    problem = Problem.from_functions(
+        lambda x, y, _: (y["y"] - 1).square().sum() + (z(x, y) - 2).square().sum(),
+        lambda x, y, _: (y["y"] - x["x"]).square().sum() + z(x, y).square().sum(),
+        {"x": x.clone()},
+        {"y": 0.4 * x},
+    )
+    found = Implicit().hypergradient(problem).grad["x"]
+    assert relative(found, 0.8 * (0.4 * x - 1) + 2.4 * (1.2 * x - 2)) < 1e-12
 
 
 # ------------------------------------------------------------------ D4: groups, frozen parameters
