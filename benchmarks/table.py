@@ -21,11 +21,13 @@ from benchmarks.pages.likelihood import ais_table, reverse_table, small_tables_t
 from benchmarks.pages.peers import peers_table
 from benchmarks.pages.speed import speed_table
 from benchmarks.pages.toy import toy_table
+from benchmarks.pages.unrolled_modes import unrolled_modes_table
 
 PAGES: dict[str, tuple[str, Callable[[Path], str]]] = {  # by the file or folder of the records
     "digits.jsonl": ("Digits", digits_table),
     "peers.jsonl": ("Peers", peers_table),
     "compiled_speed.jsonl": ("Compiled hypergradients", compiled_table),
+    "unrolled_modes.jsonl": ("Modes of unrolling", unrolled_modes_table),
     "dropped_term.jsonl": ("What the dropped term is worth", dropped_table),
     "learner_speed.jsonl": ("Steps per second of the learners", speed_table),
     "image_speed.jsonl": ("A step on images", image_speed_table),
