@@ -13,6 +13,7 @@ Records go to `benchmarks/results/unrolled_modes.jsonl`; `python -m benchmarks.t
 
 import os
 import time
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch.autograd import forward_ad
 
 from benchmarks.cases.compiled import Setting, setting
-from benchmarks.compiled_speed import one_core
 from benchmarks.measuring.records import Record, append, command
 from benchmarks.measuring.turns import in_turns
 from benchmarks.pages.unrolled_modes import unrolled_modes_table
@@ -40,10 +40,13 @@ def peak(run: Any) -> int | None:
 def compare(s: Setting, steps: int, rounds: int) -> Record:
     """Time and memory of every mode at so many steps."""
     optimizer = torch.optim.SGD(s.problem.lower.parameters(), lr=0.05, momentum=0.9)
-    batches = (s.batch, [s.batch])
     runs = {
-        mode: lambda solver=Unrolled(steps, mode=mode): solver.hypergradient(  # type: ignore[misc]
-            s.problem, *batches, lower_optimizer=optimizer
+        mode: partial(
+            Unrolled(steps, mode=mode).hypergradient,
+            s.problem,
+            s.batch,
+            [s.batch],
+            lower_optimizer=optimizer,
         )
         for mode in MODES
     }
@@ -117,7 +120,7 @@ def main() -> None:
     parser = command("unrolled_modes", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    one_core()
+    torch.set_num_threads(1)
     s = setting("middle", torch.float32)
     for record in (
         products(s, options.rounds),

@@ -41,8 +41,7 @@ from bilevel.pieces import evaluate_parts, lower_parts, pieces_of, upper_parts
 from bilevel.problem import Level, Problem, Question, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
-from bilevel.tree import Layout, Tree
-from bilevel.tree import leaves as leaves
+from bilevel.tree import Layout, Tree, leaves
 
 _EAGER = EagerUnits()
 _SEEDS_APART = 2**40  # between two ranks: dropout masks differ on their shares of a batch

@@ -14,7 +14,7 @@ from bilevel.refusals import shown
 from bilevel.tree import Tree
 
 Level = Literal["upper", "lower"]
-Question = Literal["upper", "lower", "share", "condition", "constraints"]
+Question = Literal["upper", "lower", "share", "initial_lower", "condition", "constraints"]
 Loss: TypeAlias = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 TensorDict: TypeAlias = Mapping[str, Any]
 
@@ -164,6 +164,19 @@ class Problem(nn.Module, ABC):
         """Whether lower variables have constraints."""
         return type(self).lower_constraints is not Problem.lower_constraints
 
+    def initial_lower(self) -> Tree | None:
+        """The lower variables a turn begins with, by name, differentiable in the upper ones.
+
+        Every turn of `train` begins there, with fresh lower optimizers; `None`: where the last ended.
+        """
+        return None
+
+    @final
+    @property
+    def gives_initial_lower(self) -> bool:
+        """Whether turns begin with lower variables made of the upper ones."""
+        return type(self).initial_lower is not Problem.initial_lower
+
     @final
     @property
     def draws_every_lower_step(self) -> bool:
@@ -184,12 +197,10 @@ class Problem(nn.Module, ABC):
 
     def forward(self, what: Question, batch: Any) -> Any:
         """The loss of one level; what the oracles call."""
-        if what == "constraints":
-            return self.lower_constraints()
-        if what == "condition":
-            return self.lower_condition(batch)
+        if what in ("constraints", "initial_lower"):
+            return self.lower_constraints() if what == "constraints" else self.initial_lower()
         answers = {"upper": self.upper_loss, "lower": self.lower_loss, "share": self.share}
-        return answers[what](batch)
+        return {**answers, "condition": self.lower_condition}[what](batch)
 
     def shard(self, batch: Any, rank: int, ranks: int) -> Any:
         """One rank's share of a batch, where several processes train together.

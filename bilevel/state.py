@@ -24,6 +24,7 @@ from bilevel.moving_average import MovingAverage
 from bilevel.optimizers import LevelUpdate, Scheduler
 from bilevel.problem import Level, Problem
 from bilevel.refusals import path_of, shown
+from bilevel.tree import Tree
 
 
 @final
@@ -55,6 +56,9 @@ class State:
         self.generator = generator
         self.configuration = configuration
         self.solver_state: Any = None
+        self.lower_start: Tree | None = (
+            None  # where every turn begins, if it is not where one ended
+        )
         self.step = 0
         self._average = MovingAverage(problem, ema) if ema is not None else None
 
@@ -67,6 +71,11 @@ class State:
         kept = ", with a moving average of the weights" if self._average is not None else ""
         problem = type(self.problem).__name__
         return f"State of {problem} after {plural(self.step, 'step')}: {', '.join(moved)}{kept}"
+
+    def keep_lower_start(self) -> None:
+        """Let every turn begin with the lower variables of now."""
+        variables = self.problem.variables("lower")
+        self.lower_start = {name: y.detach().clone() for name, y in variables.items()}
 
     @property
     def optimizers(self) -> dict[Level, Sequence[torch.optim.Optimizer]]:
@@ -101,6 +110,7 @@ class State:
             "sources": loadable({n: s.state_dict() for n, s in self.sources.items()}, "sources"),
             "generator": self.generator.get_state(),
             "solver": loadable(self.solver_state, "solver"),
+            **({"lower_start": self.lower_start} if self.lower_start is not None else {}),
             **({"average": _checked(self.average)} if self.average is not None else {}),
         }
 
@@ -140,6 +150,7 @@ class State:
             source.load_state_dict(state["sources"][name])
         self.generator.set_state(state["generator"].cpu())
         self.solver_state = _on(self.problem.device, state["solver"])
+        self.lower_start = _on(self.problem.device, state.get("lower_start"))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step = state["step"]

@@ -13,6 +13,7 @@ from bilevel.batches import sources_of
 from bilevel.choices import Choice
 from bilevel.distributed import agree
 from bilevel.errors import HypergradientError
+from bilevel.loop.beginning import refuse_resets
 from bilevel.loop.certifier import Certifier
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.step import Step, merged
@@ -59,6 +60,7 @@ def train(
     lower_steps: int | None = None,
     lower_solver: LowerSolver | None = None,
     accumulate: int = 1,
+    reset_lower: bool = False,
     upper_data: Any = None,
     batch_size: int | None = None,
     order: Literal["lower_first", "upper_first"] = "lower_first",
@@ -98,6 +100,9 @@ def train(
             `LowerLevel`, at the current lower variables, that returns y. `LowerLevel.solution` is one.
         accumulate: evaluate every batch in so many pieces of its rows (`Pieces`), with the memory of
             one; the answer is the same for losses that are means over rows.
+        reset_lower: begin every turn with the lower variables of the start of the run and with fresh
+            lower optimizers, instead of where the turn before ended. Initial values that are learned
+            are the problem's: `Problem.initial_lower`.
         upper_data: data of the upper level, if different.
         batch_size: rows per batch where data are tensors; all rows by default.
         order: whether a turn begins with the lower or with the upper step.
@@ -161,9 +166,9 @@ def train(
     num_steps = whole("num_steps", num_steps)
     check_every, seed = whole("check_every", check_every), whole("seed", seed, *SEEDS)
     _check(order, clip_upper, clip_lower, ema)
-    how = compile, precision, move_batches, lower_solver, accumulate
+    how = compile, precision, move_batches, lower_solver, accumulate, reset_lower
     turns = TurnSettings(lower_steps, order == "upper_first", throw, *how)
-    optimizers = _owned(problem, solver, lower_steps, upper_optimizer, lower_optimizer)
+    optimizers = _owned(problem, solver, turns, upper_optimizer, lower_optimizer)
     schedulers = {"upper": upper_scheduler, "lower": lower_scheduler}
     updates = _updates(optimizers, schedulers, {"upper": clip_upper, "lower": clip_lower})
     state = State(
@@ -175,22 +180,25 @@ def train(
             problem,
             solver,
             updates,
-            clipping={n: update.max_norm for n, update in updates.items()},
+            **{"clipping": {n: u.max_norm for n, u in updates.items()}, "reset_lower": reset_lower},
             **{"order": order, "lower_steps": lower_steps, "batch_size": str(batch_size)},
             **{"seed": seed, "compile": compile, "precision": precision, "ema": ema},
-            **({} if lower_solver is None else {"lower_solver": _named(lower_solver)}),
-            **({} if accumulate == 1 else {"accumulate": accumulate}),
+            **{"lower_solver": _named(lower_solver), "accumulate": accumulate > 1 and accumulate},
         ),
         ema,
     )
-    _begin(state, resume, num_steps)
+    _begin(state, resume, num_steps, turns)
     certifier = _certifier(state, solver, turns, certify_every, certify_steps)
     return _loop(Turn(state, solver, turns, certifier), num_steps, check_every, seed)
 
 
-def _named(function: Any) -> str:
+def _named(function: Any) -> str | None:
     """A function by its name, which is the same in the next run."""
-    return str(getattr(function, "__qualname__", type(function).__name__))
+    return (
+        None
+        if function is None
+        else str(getattr(function, "__qualname__", type(function).__name__))
+    )
 
 
 def _certifier(
@@ -222,7 +230,7 @@ def _lower_steps(given: int | None, lower_solver: Any, solver: Solver) -> int:
 
 
 def _owned(
-    problem: Problem, solver: Solver, lower_steps: int, upper: Any, lower: Any
+    problem: Problem, solver: Solver, turns: TurnSettings, upper: Any, lower: Any
 ) -> dict[Level, list[torch.optim.Optimizer]]:
     """The optimizers of both levels, if they suit the solver and the problem."""
     refuse_no_problem(problem)
@@ -230,9 +238,9 @@ def _owned(
         "upper": optimizers_of("upper_optimizer", upper),
         "lower": optimizers_of("lower_optimizer", lower),
     }
-    if lower_steps and not optimizers["lower"]:
+    if turns.lower_steps and not optimizers["lower"]:
         raise ValueError(
-            f"`lower_steps` is {lower_steps} but there is no `lower_optimizer`; give one, or set "
+            f"`lower_steps` is {turns.lower_steps} but there is no `lower_optimizer`; give one, or set "
             "`lower_steps=0` to leave the lower variables where they are"
         )
     if solver.moves_lower and not optimizers["lower"]:
@@ -253,6 +261,7 @@ def _owned(
         )
     for level, group in optimizers.items():
         check_optimizers(problem, level, group)
+    refuse_resets(problem, solver, turns)
     return optimizers
 
 
@@ -270,9 +279,11 @@ def _updates(
     }
 
 
-def _begin(state: State, resume: Any, num_steps: int) -> None:
+def _begin(state: State, resume: Any, num_steps: int, turns: TurnSettings) -> None:
     """Let all processes hold the same, and take up a run that is resumed."""
     agree(state.problem)
+    if turns.reset_lower:
+        state.keep_lower_start()
     if resume is None:
         return
     if not isinstance(resume, (str, os.PathLike)):

@@ -239,6 +239,7 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
         "best_response",
         "lower_condition",
         "lower_constraints",
+        "initial_lower",
     },
     "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
     "LatentModel": {"abilities"},

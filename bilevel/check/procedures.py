@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients
 from bilevel.check.lower_solution import UnsolvedError, solve_closely
 from bilevel.distributed import mean_over_ranks
+from bilevel.losses.initial import initial_lower
 from bilevel.lower_field import hold
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
@@ -162,6 +163,7 @@ def _loop(
     oracles: Oracles, solver: Solver, steps: UnrolledSteps, optimizers: Optimizers | None
 ) -> Callable[[], None]:
     def settle() -> None:
+        begin_turn(oracles)
         step = stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
             for t in range(steps.num_steps):
@@ -191,6 +193,7 @@ def replayed(
 
     def settle() -> None:
         oracles.slots.commit(start)
+        begin_turn(oracles)
         step = stepper(oracles, steps, optimizers)
         with solver.context(oracles), torch.enable_grad():
             for t in range(steps.num_steps):
@@ -215,6 +218,15 @@ def _lower_gradients(oracles: Oracles, t: int) -> tuple[dict[str, Tensor | None]
     means = iter(mean_over_ranks([g for g in grads if g is not None]))
     filled = {n: None if g is None else next(means) for n, g in zip(lower, grads, strict=True)}
     return filled, evaluation.buffers
+
+
+def begin_turn(oracles: Oracles) -> None:
+    """Put the lower variables where the problem says that a turn begins, if it says so."""
+    problem = oracles.problem
+    upper = {n: x for n, x in problem.variables("upper").items() if n not in oracles.shared}
+    with torch.no_grad():
+        made = initial_lower(oracles, upper)
+    write({n: y for n, y in problem.variables("lower").items() if n in made}, made)
 
 
 def stepper(

@@ -26,6 +26,7 @@ class TurnSettings:
         move_batches: bring each batch to the problem's device.
         lower_solver: solves the lower level in each turn, instead of steps.
         accumulate: pieces that each batch is evaluated in.
+        reset_lower: begin every turn with the lower variables of the start of the run.
 
     Raises:
         ValueError: for a precision that would go wrong, or a lower solver in several processes.
@@ -40,9 +41,10 @@ class TurnSettings:
     move_batches: bool = True
     lower_solver: LowerSolver | None = None
     accumulate: int = 1
+    reset_lower: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("throw", "move_batches"):
+        for name in ("throw", "move_batches", "reset_lower"):
             flag(name, getattr(self, name))
         check_choice(self.compile)
         usable_precision(self.precision)

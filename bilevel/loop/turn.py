@@ -8,6 +8,7 @@ from torch import Tensor
 from bilevel.check.witness import Witness
 from bilevel.devices import brought
 from bilevel.distributed import rank, world_size
+from bilevel.loop.beginning import begin_anew
 from bilevel.loop.certifier import Certifier
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
@@ -129,6 +130,8 @@ class Turn:
 
     def run(self) -> Hypergradient:
         """Take the turn."""
+        state = self.state
+        begin_anew(state.problem, state.optimizers["lower"], state.lower_start)
         with attentive:  # once for all evaluations of the turn
             if self._sharing:
                 hypergradient = self._both()

@@ -12,6 +12,7 @@ RAW = (RuntimeError, TypeError, KeyError, AttributeError, IndexError)
 
 METHODS = {  # what an evaluation asks a problem for, and the method that answers
     **{"upper": "upper_loss", "lower": "lower_loss", "share": "share"},
+    "initial_lower": "initial_lower",
     **{"condition": "lower_condition", "constraints": "lower_constraints"},
 }
 _MOST = 6  # tensors of a batch that are described

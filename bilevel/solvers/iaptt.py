@@ -103,7 +103,7 @@ class IAPTT(Solver):
             slopes = steps.twin.unpack(mean_over_ranks(first))
             here = {n: rate for n, rate in step_sizes.items() if n in steps.twin.moves()}
             moved = stepped(state, slopes, here)
-            return steps.product(total, worst)._replace(state=moved)
+            return steps.product(total, steps=worst)._replace(state=moved)
 
         return Response(steps.twin.unpack(path[worst][1]), vjp, steps.residual)
 

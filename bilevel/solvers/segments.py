@@ -69,13 +69,19 @@ def cuts(first: int, last: int) -> list[tuple[int, int]]:
     return list(pairwise(reversed(marks)))
 
 
-def checkpointed(steps: "Unrolling") -> Response:
-    """The answer and its product, with the states at the segments' beginnings in memory."""
+def checkpointed(steps: "Unrolling", *, once: bool = False) -> Response:
+    """The answer and its product, with the states at the segments' beginnings in memory.
+
+    Args:
+        steps: the unrolling.
+        once: make one segment of all steps, which is reverse mode.
+    """
     points, state = steps.prepared()
     take = _mixed if steps.settings.mode == "mixed" else _stages if steps.staged else _graph
     for t in range(steps.first):
         points, state, _ = steps.unit("step", type(steps).plain, t, points, state)
-    *early, (first, last) = cuts(steps.first, steps.settings.num_steps)
+    ends = steps.first, steps.settings.num_steps
+    *early, (first, last) = [ends] if once else cuts(*ends)
     kept = []
     for a, b in early:
         kept.append(_Checkpoint(a, b, points, state))
@@ -87,14 +93,14 @@ def checkpointed(steps: "Unrolling") -> Response:
 
     def vjp(cotangent: Tree) -> ResponseProduct:
         if not ready:  # once more: what the way back used up has to be made again
-            again = checkpointed(steps).vjp
+            again = checkpointed(steps, once=once).vjp
             assert again is not None
             return again(cotangent)
         total = [torch.zeros_like(x) for x in steps.upper.values()]
         adjoint = ready.pop()((steps.twin.pack(cotangent), None, total))
         while kept:
             adjoint = take(steps, kept.pop()).back(adjoint)
-        return steps.product(adjoint[2])
+        return steps.product(adjoint[2], adjoint[0])
 
     return Response(steps.twin.unpack(end.points), vjp, end.residual)
 

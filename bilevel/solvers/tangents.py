@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel.distributed import mean_over_ranks
+from bilevel.losses.initial import initial_lower
 from bilevel.problem import Problem
 from bilevel.solvers.base import ResponseProduct
 from bilevel.tree import Tree
@@ -70,7 +71,9 @@ def _verify(steps: "Unrolling", start: Start) -> None:
         points, state = [p.detach() for p in after], map_moments(Tensor.detach, state)
         path.append((t + 1, points, state))
     try:
-        product = mean_over_ranks(steps.adjoint(path[:-1], target)[0])  # as `_product` does
+        product = mean_over_ranks(
+            steps.through_start(*steps.adjoint(path[:-1], target))
+        )  # as `_product` does
     except (NotImplementedError, RuntimeError):  # no second derivative in reverse mode
         return
     for (name, x), reverse in zip(steps.upper.items(), product, strict=True):
@@ -111,12 +114,27 @@ def _push_forward(steps: "Unrolling", start: Start, directions: Tree, last: int)
     if steps.oracles.units.compiled:  # one graph for the directions of all variables
         still = {n: torch.zeros_like(x) for n, x in steps.upper.items()}
         directions = {**still, **directions}
-    tangents: list[Tensor | None] = [None] * (len(points) + len(moments_of(state)))
+    nothing: list[Tensor | None] = [None] * (len(points) + len(moments_of(state)))
+    tangents = [*_start(steps, directions), *nothing][: len(nothing)] if steps.made else nothing
     for t in range(first, last):
         given = points, state, tangents, directions
         points, state, tangents = steps.unit("tangent", _pushed, t, *given)
     final = zip(tangents, points, strict=False)
     return [torch.zeros_like(p) if d is None else d for d, p in final]
+
+
+def _start(steps: "Unrolling", directions: Tree) -> list[Tensor]:
+    """The tangents of initial values that are made of the upper variables."""
+    still = {n: torch.zeros_like(y) for n, y in steps.lower.items()}
+    with forward_ad.dual_level():
+        upper = {
+            n: _dual(x.detach().requires_grad_(), directions.get(n)) for n, x in steps.upper.items()
+        }
+        pairs = {
+            n: forward_ad.unpack_dual(y) for n, y in initial_lower(steps.oracles, upper).items()
+        }
+    moved = {n: d.detach() for n, (_, d) in pairs.items() if d is not None}
+    return steps.twin.pack({**still, **moved})
 
 
 def _pushed(

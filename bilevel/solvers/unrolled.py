@@ -145,7 +145,8 @@ class Unrolled(Solver):
     def at_once(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> AtOnce | None:
-        if self.num_steps > AT_ONCE or self.mode != "reverse":  # others are there to save memory
+        alone = self.mode != "reverse" or oracles.problem.gives_initial_lower
+        if self.num_steps > AT_ONCE or alone:  # others are there to save memory
             return None
         return Unrolling(self, oracles, self.running(oracles, lower_optimizer)).at_once()
 

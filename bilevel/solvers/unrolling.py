@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel.autodiff import vector_jacobian_product
 from bilevel.compile import Stage
 from bilevel.distributed import mean_over_ranks
+from bilevel.losses.initial import initial_lower
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import AtOnce, Response, ResponseProduct
 from bilevel.solvers.segments import checkpointed
@@ -46,8 +47,10 @@ class Unrolling:
         self.oracles = oracles
         self.running = running
         self.upper = oracles.upper
-        self.lower = leaves({**oracles.lower, **(lower or {})})
         self.first = settings.num_steps - (settings.truncate or settings.num_steps)
+        made = initial_lower(oracles, self.upper) if lower is None else {}
+        self.made = {} if self.first else made  # before a truncation nothing is differentiated
+        self.lower = leaves({**oracles.lower, **made, **(lower or {})})
         self.compiled = oracles.units.compiled
         self.one_batch = len(oracles.lower_batches) == 1
         self._ready: tuple[Any, Any] | None = None
@@ -59,6 +62,8 @@ class Unrolling:
         """Take the steps; the answer and its vector-Jacobian product."""
         if self.settings.mode in ("checkpoint", "mixed"):
             return checkpointed(self)
+        if self.made and self.settings.mode == "reverse" and not self.compiled:
+            return checkpointed(self, once=True)
         return self._unit_by_unit() if self.compiled else self._in_one_go()
 
     def _in_one_go(self, begun: tuple[Twin, Any] | None = None) -> Response:
@@ -116,7 +121,7 @@ class Unrolling:
             points, _, residual = stages[-1].early
         answer = self.twin.unpack(points)
         if stages:
-            return Response(answer, lambda v: self.product(self._staged(stages, v)), residual)
+            return Response(answer, lambda v: self.product(*self._staged(stages, v)), residual)
         vjp = self._recompute(saved) if mode == "recompute" else tangent_product(self, saved[0])
         return Response(answer, vjp, residual)
 
@@ -225,8 +230,7 @@ class Unrolling:
         self, saved: list[tuple[int, list[Tensor], Any]]
     ) -> Callable[[Tree], ResponseProduct]:
         def vjp(cotangent: Tree) -> ResponseProduct:
-            total, _ = self.adjoint(saved, self.twin.pack(cotangent))
-            return self.product(total)
+            return self.product(*self.adjoint(saved, self.twin.pack(cotangent)))
 
         return vjp
 
@@ -289,14 +293,14 @@ class Unrolling:
             after, state = self.moved(points, state, grads)
         return after, state, norm([g for g in grads.values() if g is not None]), grads
 
-    def _staged(self, stages: list[Stage], cotangent: Tree) -> list[Tensor]:
-        """The product of all steps' transposed Jacobian in x with a cotangent."""
+    def _staged(self, stages: list[Stage], cotangent: Tree) -> tuple[list[Tensor], list[Tensor]]:
+        """The products of all steps' transposed Jacobian, in x and in the first points."""
         total = [torch.zeros_like(x) for x in self.upper.values()]
         adjoint = self.twin.pack(cotangent)
         moments = [torch.zeros_like(s) for s in moments_of(stages[-1].early[1])]
         for stage in reversed(stages):
             adjoint, moments, total = stage(adjoint, moments, total)
-        return total
+        return total, adjoint
 
     # ------------------------------------------------------------------ units
 
@@ -351,8 +355,33 @@ class Unrolling:
             found.append((t + 1, after, state))
         return found
 
-    def product(self, product: list[Tensor], steps: int | None = None) -> ResponseProduct:
+    def through_start(self, product: list[Tensor], adjoint: list[Tensor]) -> list[Tensor]:
+        """The product with what comes through initial values that are made of the upper variables.
+
+        Raises:
+            ValueError: if one of them is never moved.
+        """
+        if not self.made:
+            return product
+        if still := sorted(self.made.keys() - set(self.twin.moves())):
+            raise ValueError(
+                f"`initial_lower` gives `{still[0]}`, which the lower steps do not move (the lower loss "
+                "does not use it, or no optimizer holds it); what never moves belongs to the upper level"
+            )
+        slopes = self.twin.unpack(adjoint)
+        more = vector_jacobian_product(
+            list(self.made.values()), list(self.upper.values()), [slopes[n] for n in self.made]
+        )
+        return [a + b for a, b in zip(product, more, strict=True)]
+
+    def product(
+        self,
+        product: list[Tensor],
+        adjoint: list[Tensor] | None = None,
+        steps: int | None = None,
+    ) -> ResponseProduct:
         """The record of a product through so many steps, averaged over the ranks."""
+        product = product if adjoint is None else self.through_start(product, adjoint)
         steps = steps or self.settings.truncate or self.settings.num_steps
         # the cotangents that the ranks sent back differ, their average is the adjoint
         product = mean_over_ranks(product)
