@@ -175,6 +175,7 @@ class Unrolling:
         return TransformationTwin(now, lower, self.used, make)
 
     def gradients(self, upper: Tree, lower: Tree, t: int, *, create_graph: bool) -> Gradients:
+        """The lower gradient at step t, `None` for variables that the loss does not use."""
         index = 0 if self.one_batch else t
         # variables that no optimizer moves are constants, yet must be differentiable like the rest;
         # each step at a leaf of its own: earlier steps' gradients depend on theirs
