@@ -68,6 +68,7 @@ def row(solver: str, records: list[Record]) -> dict[str, Any]:
         "ratio": records[0]["ratio"],
         "seeds": len(records),
         "calls": ["-" if c == float("inf") else f"{c:,.0f}" for c in calls],
+        "goal": calls[-1],
         "error": median(errors),
         "worst": max(errors),
         "ms": median(per_step),
@@ -77,8 +78,8 @@ def row(solver: str, records: list[Record]) -> dict[str, Any]:
 def convex_table(path: Path) -> str:
     """Calls to reach an error, the error at the end, time."""
     found = runs(path)
-    rows = sorted((row(*item) for item in found.items()), key=lambda r: float(r["error"]))
-    one = next(iter(found.values()))[0]
+    rows = sorted((row(*item) for item in found.items()), key=lambda r: (r["goal"], r["error"]))
+    one = max((r for records in found.values() for r in records), key=lambda r: str(r["time"]))
     floor = median(r["floor"] for records in found.values() for r in records)
     return "\n".join(
         [
