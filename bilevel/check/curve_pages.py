@@ -42,12 +42,11 @@ def runs_of(records: Sequence[Record], problem: str) -> dict[str, list[Run]]:
     return found
 
 
-def _score(run: Run) -> float:
-    """What the best learning rates are chosen by: the last error, or the last upper loss."""
+def _score(run: Run) -> tuple[bool, float]:
+    """What the best learning rates are chosen by: whether it failed; the last error, or upper loss."""
     last = run[-1]
-    failed = last["end"] not in ("time", "solved")
     kept: float = last["loss"] if last["error"] is None else last["error"]
-    return float("inf") if failed and len(run) == 1 else kept
+    return last["end"] not in ("time", "solved"), kept
 
 
 def training_table(
@@ -62,7 +61,7 @@ def training_table(
         head = ("solver", "error", *reach, "calls a step")
     else:
         head = ("solver", "upper loss", *names, "seconds", "calls", "calls a step")
-    order = sorted(found, key=lambda name: statistics.median(map(_score, found[name])))
+    order = sorted(found, key=lambda name: statistics.median_low(map(_score, found[name])))
     lines = []
     for name in order:
         runs = found[name]
