@@ -27,6 +27,7 @@ from bilevel.linear.base import (
     refuse_no_system,
     relative,
 )
+from bilevel.losses.true_gradient import refuse_no_lower_loss
 from bilevel.refusals import positive
 from bilevel.tree import Tree
 
@@ -66,6 +67,8 @@ class Kronecker(LinearSolver):
 
     @final
     def prepared(self, oracles: "Oracles") -> LinearSolver:
+        what = f"`{type(self).__name__}`"
+        refuse_no_lower_loss(oracles.problem, what, "use `GMRES()`, which needs products alone")
         lower, units = oracles.lower, oracles.units
         given = (list(oracles.lower_batches), oracles.upper, lower)
         key = type(self).__name__, oracles.precision

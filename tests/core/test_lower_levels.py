@@ -13,11 +13,15 @@ from torch.optim import SGD
 
 from bilevel import (
     BDA,
+    DARTS,
     F2SA,
     GMRES,
     GPBGD,
+    KFAC,
     L1,
     MINRES,
+    PZOBO,
+    SAMA,
     SOBA,
     Affine,
     Alternating,
@@ -438,9 +442,12 @@ def test_a_kink_is_said() -> None:
 @pytest.mark.parametrize("make", [lambda: equation(H), lambda: constrained("box", solved=True)])
 def test_solvers_that_need_the_lower_loss_refuse(make: Callable[[], Problem]) -> None:
     problem = make()
-    for solver in (F2SA(step_size=0.1), GPBGD(), BDA(2), SOBA(step_size=0.1)):
+    solvers = F2SA(step_size=0.1), GPBGD(), BDA(2), SOBA(step_size=0.1), DARTS(), SAMA(), PZOBO(2)
+    for solver in solvers:
         with pytest.raises(ValueError, match=rf"`{type(solver).__name__}` .*; use `Implicit\("):
             solver.hypergradient(problem, lower_optimizer=SGD(problem.lower.parameters(), 0.1))
+    with pytest.raises(ValueError, match=r"`KFAC` .*; use `GMRES"):
+        Implicit(KFAC()).hypergradient(problem)
     with pytest.raises(ValueError, match=r"mixed.*checkpoint"):
         Unrolled(2, torchopt.sgd(0.1), mode="mixed").hypergradient(problem)
 
