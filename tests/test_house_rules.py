@@ -228,7 +228,7 @@ ELSEWHERE = Path(
     "benchmarks", "in_jax"
 )  # runs in JAX's environment: cannot be imported in this one
 HOOKS = {  # concrete methods that are made to be overridden, by the class that says so
-    "LinearSolver": {"prepared", "separates"},
+    "LinearSolver": {"prepared", "separates", "unwatched"},
     "Problem": {
         "draw",
         "begin_draw",

@@ -73,6 +73,14 @@ class LinearSolver(ABC):
             The solution and how the solve ended.
         """
 
+    def unwatched(self) -> Callable[[Operator, Tensor, list[Tensor]], LinearSolution] | None:
+        """The same without a look at values, short enough for one graph; `None` if there is no such.
+
+        `(operator, rhs, sure) -> solution`. To the list it appends a truth value: whether `solve` would
+        have ended like this, with a success.
+        """
+        return None
+
     def prepared(self, oracles: "Oracles") -> "LinearSolver":
         """The solver for one linearization of the lower level.
 

@@ -1,6 +1,7 @@
 """Dense direct solve: materialise the operator and factorise it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -70,19 +71,12 @@ class Cholesky(LinearSolver):
     ) -> LinearSolution:
         refuse_no_system(operator, rhs)
         n = rhs.numel()
-        if n > self.max_size:
-            raise ValueError(
-                f"`Cholesky` would materialise a {n} x {n} matrix, more than `max_size` = "
-                f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
-            )
-        matrix = dense(operator, rhs)
-        if self.damping:
-            matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
+        matrix = self._matrix(operator, rhs)
         if not bool(matrix.isfinite().all() & rhs.isfinite().all()):
             nan = torch.full_like(rhs, torch.nan)
             return LinearSolution(nan, Result.NOT_FINITE, _residual(matrix, nan, rhs), n)
         goal = tolerance(self.rtol, rhs.dtype)
-        solve = _symmetric if _is_symmetric(matrix) else _general
+        solve = _symmetric if bool(_symmetry(matrix)) else _general
         w, defect = solve(matrix, rhs, goal)
         residual = _residual(matrix, w, rhs)
         negative = defect is Result.NEGATIVE_CURVATURE
@@ -94,6 +88,32 @@ class Cholesky(LinearSolver):
             defect = Result.NOT_CONVERGED
         return LinearSolution(w, defect or Result.SUCCESS, residual, n, negative)
 
+    def unwatched(self) -> Callable[[Operator, Tensor, list[Tensor]], LinearSolution] | None:
+        return self._hopeful
+
+    def _hopeful(self, operator: Operator, rhs: Tensor, sure: list[Tensor]) -> LinearSolution:
+        """The solution of a matrix that has a factor."""
+        matrix, goal = self._matrix(operator, rhs), tolerance(self.rtol, rhs.dtype)
+        even = (matrix + matrix.mT) / 2
+        factor, fine = _factored(even, rhs)
+        w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        residual = _residual(matrix, w, rhs)
+        solved = (residual <= goal) & (_residual(even, w, rhs) <= goal)
+        sure.append(fine & solved & _symmetry(matrix) & matrix.isfinite().all())
+        return LinearSolution(w, Result.SUCCESS, residual, rhs.numel())
+
+    def _matrix(self, operator: Operator, rhs: Tensor) -> Tensor:
+        n = rhs.numel()
+        if n > self.max_size:
+            raise ValueError(
+                f"`Cholesky` would materialise a {n} x {n} matrix, more than `max_size` = "
+                f"{self.max_size} allows; use `ConjugateGradient`, or raise `max_size`"
+            )
+        matrix = dense(operator, rhs)
+        if self.damping:
+            matrix = matrix + self.damping * torch.eye(n, dtype=rhs.dtype, device=rhs.device)
+        return matrix
+
 
 def _residual(matrix: Tensor, w: Tensor, rhs: Tensor) -> Tensor:
     own, unit = in_own_units(rhs)
@@ -101,9 +121,10 @@ def _residual(matrix: Tensor, w: Tensor, rhs: Tensor) -> Tensor:
     return relative(missing, torch.linalg.vector_norm(own))
 
 
-def _is_symmetric(matrix: Tensor) -> bool:
+def _symmetry(matrix: Tensor) -> Tensor:
+    """Whether the matrix is symmetric."""
     odd = torch.linalg.matrix_norm(matrix - matrix.mT)
-    return bool(odd <= torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix))
+    return odd <= torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
 
 
 def _rounding(rhs: Tensor) -> float:
@@ -112,13 +133,19 @@ def _rounding(rhs: Tensor) -> float:
     return 2 * eps * math.sqrt(len(rhs))
 
 
-def _symmetric(matrix: Tensor, rhs: Tensor, goal: float) -> tuple[Tensor, Result | None]:
-    """The solution, and what is wrong with the matrix."""
-    matrix = (matrix + matrix.mT) / 2
+def _factored(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor of a symmetric matrix, and whether there is one."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     # a pivot is what is left of its diagonal entry; whether that is rounding does not depend on units
     whole = factor.diagonal().square() > _rounding(rhs) * matrix.diagonal()
-    if bool((info == 0) & whole.all()):
+    return factor, (info == 0) & whole.all()
+
+
+def _symmetric(matrix: Tensor, rhs: Tensor, goal: float) -> tuple[Tensor, Result | None]:
+    """The solution, and what is wrong with the matrix."""
+    matrix = (matrix + matrix.mT) / 2
+    factor, fine = _factored(matrix, rhs)
+    if bool(fine):
         w = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
         if bool(_residual(matrix, w, rhs) <= goal):
             return w, None

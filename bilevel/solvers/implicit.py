@@ -21,11 +21,11 @@ from torch import Tensor
 from bilevel.arguments import explained_settings
 from bilevel.linear import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel.linear.base import Operator, in_own_units, outcome, relative
-from bilevel.linearization import refuse_asymmetric
+from bilevel.linearization import Linearization, refuse_asymmetric
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import whole
-from bilevel.solvers.base import Response, ResponseProduct, Solver
+from bilevel.solvers.base import AtOnce, Response, ResponseProduct, Solver
 from bilevel.tree import Tree
 
 LinearFunction: TypeAlias = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -129,24 +129,52 @@ class Implicit(Solver):
         return oracles.differentiated_twice(type(self).__name__)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        lower, solver = oracles.lower, as_linear_solver(self.linear_solver)
-        linear = oracles.linearize_lower(oracles.upper, lower)
+        solver = as_linear_solver(self.linear_solver)
+        linear = oracles.linearize_lower(oracles.upper, oracles.lower)
         if solver.needs_symmetry and oracles.problem.gives_lower_condition:
             refuse_asymmetric(linear, type(solver).__name__, type(oracles.problem).__name__)
         solver = solver.prepared(oracles)
 
-        def vjp(cotangent: Tree) -> ResponseProduct:
-            rhs = linear.layout.ravel(list(cotangent.values()))
-            solution = solver.solve(linear.hessian, rhs, guess=state)
-            product = {name: -g for name, g in linear.cross(solution.value).items()}
-            return ResponseProduct(
-                product,
-                result=solution.result,
-                linear_residual=solution.residual,
-                negative_curvature=solution.negative_curvature,
-                num_products=solution.num_products,
-                state=solution.value if solver.warm_start else None,
-                note=solution.note,
-            )
+        def solve(operator: Operator, rhs: Tensor) -> LinearSolution:
+            return solver.solve(operator, rhs, guess=state)
 
-        return Response(lower, vjp, lower_residual=linear.residual)
+        return _solved(oracles, linear, solve, warm_start=solver.warm_start)
+
+    def at_once(
+        self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
+    ) -> AtOnce | None:
+        solve = as_linear_solver(self.linear_solver).unwatched()
+        if solve is None or oracles.problem.gives_lower_condition:
+            return None
+
+        def respond(here: Oracles, given: Any, sure: list[Tensor]) -> Response:
+            linear = here.linearize_lower(here.upper, here.lower)
+            return _solved(here, linear, lambda operator, rhs: solve(operator, rhs, sure))
+
+        return AtOnce((type(self), self.linear_solver), (), respond)
+
+
+def _solved(
+    oracles: Oracles,
+    linear: Linearization,
+    solve: Callable[[Operator, Tensor], LinearSolution],
+    *,
+    warm_start: bool = False,
+) -> Response:
+    """The response, with a solver of the linear system."""
+
+    def vjp(cotangent: Tree) -> ResponseProduct:
+        rhs = linear.layout.ravel(list(cotangent.values()))
+        solution = solve(linear.hessian, rhs)
+        product = {name: -g for name, g in linear.cross(solution.value).items()}
+        return ResponseProduct(
+            product,
+            result=solution.result,
+            linear_residual=solution.residual,
+            negative_curvature=solution.negative_curvature,
+            num_products=solution.num_products,
+            state=solution.value if warm_start else None,
+            note=solution.note,
+        )
+
+    return Response(oracles.lower, vjp, lower_residual=linear.residual)

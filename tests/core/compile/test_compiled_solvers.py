@@ -709,10 +709,23 @@ def test_a_short_hypergradient_is_one_graph(graphs: list[Any]) -> None:
         (Unrolled(8, torchopt.sgd(0.1)), True),
         (Unrolled(9, torchopt.sgd(0.1)), False),
         (Unrolled(2, torchopt.sgd(0.1), mode="recompute"), False),  # it is chosen to save memory
+        (Implicit(Cholesky()), True),
     ):
         graphs.clear()
         assert_same(Compiled(solver).hypergradient(problem), solver.hypergradient(problem))
         assert (len(graphs) == 1) is whole
+
+
+def test_a_solve_without_a_look_is_used_where_it_went_well(graphs: list[Any]) -> None:
+    """Negative curvature and a singular matrix: the solver that watches itself says which it was."""
+    problem = Quadratic()
+    solver = Implicit(Cholesky())
+    compiled = Compiled(solver)
+    matrix = problem.H.clone()
+    for factor in (1.0, -1.0, 0.0, 1.0):
+        problem.H.copy_(factor * matrix)
+        wanted = solver.hypergradient(problem, throw=False)
+        assert_same(compiled.hypergradient(problem, throw=False), wanted)
 
 
 def test_what_is_no_single_graph_is_several(graphs: list[Any]) -> None:
