@@ -209,7 +209,7 @@ def compiled(graph: "GraphModule", inputs: Sequence[Any]) -> Callable[..., Any]:
     return run
 
 
-_CALLS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution")
+_CALLS = [["mm"], ["addmm"], ["bmm"], ["baddbmm"], ["mv"], ["addmv"], ["convolution"]]
 _MANY = 6
 
 
@@ -217,10 +217,12 @@ def _many_kernels(graph: "GraphModule") -> bool:
     """Whether a graph is quicker to compile with its wrapper in C++, all kernels in one file.
 
     That file takes the compiler as long as three files of a kernel each. What is fused into a kernel
-    ends where a matrix product is called.
+    ends where a matrix product is called. Factorisations have no interface in C++.
     """
-    names = [str(node.target).split(".")[1:2] for node in graph.graph.nodes]
-    return sum(name[0] in _CALLS for name in names if name) >= _MANY
+    targets = [str(node.target) for node in graph.graph.nodes]
+    if any("linalg_" in target or "cholesky" in target for target in targets):
+        return False
+    return sum(target.split(".")[1:2] in _CALLS for target in targets) >= _MANY
 
 
 def direct(

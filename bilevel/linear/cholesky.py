@@ -124,7 +124,8 @@ def _residual(matrix: Tensor, w: Tensor, rhs: Tensor) -> Tensor:
 def _symmetry(matrix: Tensor) -> Tensor:
     """Whether the matrix is symmetric."""
     odd = torch.linalg.matrix_norm(matrix - matrix.mT)
-    return odd <= torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
+    little: Tensor = odd <= torch.finfo(matrix.dtype).eps ** 0.5 * torch.linalg.matrix_norm(matrix)
+    return little
 
 
 def _rounding(rhs: Tensor) -> float:
