@@ -160,7 +160,10 @@ class _InPlace:
         self._put = _Put(substitution)
 
     def __enter__(self) -> None:
-        _LOCK.acquire()
+        # a layer's backward pass evaluates, too; in a thread of the engine, on a GPU, it would wait
+        # for the thread that waits for it
+        backward = _lent and torch._C._current_graph_task_id() >= 0
+        self._locked = _LOCK.acquire(blocking=not backward)
         of = self._of
         self._before = [store[name] for store, name in of._buffer_slots]
         _swap(of._buffer_slots, _clones(self._before))
@@ -170,7 +173,8 @@ class _InPlace:
         self._put.__exit__()
         # code may have assigned (`self.average = ...`)
         self._of._copies = _swap(self._of._buffer_slots, self._before)
-        _LOCK.release()
+        if self._locked:
+            _LOCK.release()
 
 
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:

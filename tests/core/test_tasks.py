@@ -64,9 +64,17 @@ SOLVERS: list[Solver] = [
 ]
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize(
-    "name", ["ridge", "logistic with logs", "tanh network", "tied weights", "frozen and unused"]
+    ("name", "vectorize"),
+    [
+        ("ridge", True),
+        ("logistic with logs", True),
+        ("tanh network", True),
+        ("tied weights", True),
+        ("frozen and unused", True),
+        ("logistic with logs", False),
+        ("tied weights", False),
+    ],
 )
 def test_tasks_are_the_loop_over_tasks(name: str, vectorize: bool) -> None:
     row = ROWS[name]
@@ -156,6 +164,8 @@ def test_what_cannot_be_batched_is_said_and_runs_in_a_loop() -> None:
     assert Tasks(row.make(), T, vectorize=False).losses("lower", batch)[0].shape == (T,)
     with pytest.raises(ValueError, match=r"shape \(3, 6, 3\), .* must count the 4 tasks"):
         Tasks(row.make(), 4).lower_loss(batch)
+    copied = copy.deepcopy(Tasks(ROWS["ridge"].make(), T))
+    assert copied.losses("lower", batch)[0].shape == (T,)
     with pytest.raises(TypeError, match="`problem` must be a `Problem`"):
         Tasks(nn.Linear(1, 1), 3)  # type: ignore[arg-type]
     both = ROWS["quadratic"].make()
