@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bilevel.compile.settings import as_before, begin
+from bilevel.compile.settings import begin
 
 _NUMBERS = ("momentum", "weight_decay", "betas", "eps", "dampening")
 _SWITCHES = ("nesterov", "amsgrad", "maximize", "decoupled_weight_decay", "differentiable")
@@ -102,13 +102,6 @@ class Capturable:
                     state = optimizer.state[p]
                     if "step" in state:
                         state["step"] = state["step"].to(dtype)
-
-    @contextlib.contextmanager
-    def begun(self) -> Iterator[None]:
-        """`begin`; where what is inside fails, the optimizers get back what they had."""
-        with as_before(self._optimizers):
-            self.begin()
-            yield
 
     @contextlib.contextmanager
     def as_tensors(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from bilevel.compile.cuda_graph import Capture
 from bilevel.compile.guards import Guard, reading
 from bilevel.compile.lowering import Lowered, lower
 from bilevel.compile.recorded import Recording, recorded
-from bilevel.compile.settings import Settings
+from bilevel.compile.settings import Settings, as_before
 from bilevel.compile.tracing import why_not_compiled
 from bilevel.compile.trees import constant, flatten, modes, signature
 
@@ -205,8 +205,10 @@ class CompiledStep(Generic[P, R]):
         arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch's own use
-            with self._settings.begun(), reading() as reads, self._settings.as_tensors():
-                lowered = self._lowered(flat, arguments)
+            with as_before(self._optimizers):  # if this fails
+                self._settings.begin()
+                with reading() as reads, self._settings.as_tensors():
+                    lowered = self._lowered(flat, arguments)
         guard = Guard(self._module)
         guard.add(reads)
         memory = _memory(lowered)

@@ -76,13 +76,6 @@ class Settings:
             begin(optimizer)
 
     @contextlib.contextmanager
-    def begun(self) -> Iterator[None]:
-        """`begin`; where what is inside fails, the optimizers get back what they had."""
-        with as_before(self._optimizers):
-            self.begin()
-            yield
-
-    @contextlib.contextmanager
     def as_tensors(self) -> Iterator[None]:
         """Let the optimizers' groups hold the tensors, except for options that are 0."""
         groups = [group for o in self._optimizers for group in o.param_groups]

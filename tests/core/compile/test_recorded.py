@@ -134,7 +134,8 @@ def both(**options: Any) -> tuple[Steps, Steps]:
         ({"dtype": torch.float64}, 2),
         ({"clip": 0.1, "weight_decay": 0.1, "amsgrad": True}, 2),
         ({"precision": torch.bfloat16}, 2),
-        ({"solver": Unrolled(num_steps=2), "make": sgd, "dtype": torch.float64}, 6),
+        ({"solver": Unrolled(num_steps=9), "make": sgd, "dtype": torch.float64}, 6),
+        ({"solver": Unrolled(num_steps=2), "make": sgd, "dtype": torch.float64}, 3),
         ({"solver": Implicit(ConjugateGradient(3, damping=1.0, rtol=None)), "make": sgd}, 9),
     ],
     ids=[
@@ -145,6 +146,7 @@ def both(**options: Any) -> tuple[Steps, Steps]:
         "clipped",
         "autocast",
         "unrolled",
+        "unrolled at once",
         "implicit",
     ],
 )
