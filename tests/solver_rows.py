@@ -29,6 +29,7 @@ from bilevel import (
     MINRES,
     MRBO,
     PZOBO,
+    RTHO,
     SABA,
     SAMA,
     SOBA,
@@ -251,6 +252,7 @@ ROWS: dict[str, SolverRow] = {
         law=Falls((steps(40, "mixed"), steps(60, "mixed")), GEOMETRIC),
     ),
     "iaptt": SolverRow(IAPTT(3, torchopt.sgd(0.05), step_size=0.1)),
+    "rtho running sgd": SolverRow(RTHO(), sgd),
     "darts": SolverRow(DARTS(), adam),
     "sama running adam": SolverRow(SAMA(), adam),
     # ------------------------------------------------------------------ first order and penalty

@@ -15,6 +15,7 @@ from bilevel.solvers.first_order import BDA, BOME, F2BA, F2SA, GPBGD, MEHA, VPBG
 from bilevel.solvers.iaptt import IAPTT
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.one_step import DARTS, SAMA
+from bilevel.solvers.rtho import RTHO
 from bilevel.solvers.single_loop import (
     FSLA,
     MASOBA,
@@ -43,6 +44,7 @@ __all__ = [
     "MEHA",
     "MRBO",
     "PZOBO",
+    "RTHO",
     "SABA",
     "SAMA",
     "SOBA",

@@ -37,19 +37,19 @@ def tangent_product(steps: "Unrolling", start: Start) -> Callable[[Tree], Respon
         target, last = steps.twin.pack(cotangent), steps.settings.num_steps
         # flat: `zeros_like` would take over the strides of a transposed variable
         product = {name: x.new_zeros(x.numel()) for name, x in steps.upper.items()}
-        _verify(steps, start)
+        verify(steps, start)
         for name, x in steps.upper.items():
             for i in range(x.numel()):
                 direction = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
                 direction[i] = 1
                 tangents = _tangents(steps, start, {name: direction.view(x.shape)}, last)
-                product[name][i] = _inner(tangents, target)
+                product[name][i] = inner(tangents, target)
         return steps.product([product[n].view(x.shape) for n, x in steps.upper.items()])
 
     return vjp
 
 
-def _verify(steps: "Unrolling", start: Start) -> None:
+def verify(steps: "Unrolling", start: Start) -> None:
     """Compare forward mode with reverse mode, <v, J d> = <J^T v, d>, once per problem.
 
     torch has operations (and scripted and compiled modules have more) whose backward pass ignores
@@ -79,9 +79,9 @@ def _verify(steps: "Unrolling", start: Start) -> None:
     for (name, x), reverse in zip(steps.upper.items(), product, strict=True):
         direction = random_like(x, generator)
         tangents = mean_over_ranks(_tangents(steps, start, {name: direction}, last))
-        one, other = _inner(tangents, target), _inner([reverse], [direction])
-        size = _inner([t.abs() for t in tangents], [v.abs() for v in target])
-        size = size + _inner([reverse.abs()], [direction.abs()])
+        one, other = inner(tangents, target), inner([reverse], [direction])
+        size = inner([t.abs() for t in tangents], [v.abs() for v in target])
+        size = size + inner([reverse.abs()], [direction.abs()])
         if bool((one - other).abs() > size * roundoff(steps) ** 0.4):
             raise ValueError(
                 f"`{steps.settings}`: torch's forward mode gives another derivative of this lower "
@@ -118,7 +118,7 @@ def _push_forward(steps: "Unrolling", start: Start, directions: Tree, last: int)
     tangents = [*_start(steps, directions), *nothing][: len(nothing)] if steps.made else nothing
     for t in range(first, last):
         given = points, state, tangents, directions
-        points, state, tangents = steps.unit("tangent", _pushed, t, *given)
+        points, state, tangents = steps.unit("tangent", pushed, t, *given)
     final = zip(tangents, points, strict=False)
     return [torch.zeros_like(p) if d is None else d for d, p in final]
 
@@ -137,7 +137,7 @@ def _start(steps: "Unrolling", directions: Tree) -> list[Tensor]:
     return steps.twin.pack({**still, **moved})
 
 
-def _pushed(
+def pushed(
     steps: "Unrolling",
     points: list[Tensor],
     state: Any,
@@ -163,7 +163,8 @@ def _pushed(
     return points, state, tangents
 
 
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product of two lists of tensors."""
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
