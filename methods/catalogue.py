@@ -119,7 +119,15 @@ SOLVERS: Mapping[str, type[Solver]] = {
         *(Alternating, Implicit, Unrolled),
         *(solvers.DARTS, solvers.SAMA, solvers.IAPTT, solvers.EvolutionStrategies, solvers.PZOBO),
         *(solvers.F2SA, solvers.F2SAp, solvers.F2BA, solvers.BOME, solvers.VPBGD, solvers.GPBGD),
-        *(solvers.MEHA, solvers.BDA, solvers.SOBA, solvers.SABA, solvers.SRBA, solvers.MASOBA),
+        *(
+            solvers.RTHO,
+            solvers.MEHA,
+            solvers.BDA,
+            solvers.SOBA,
+            solvers.SABA,
+            solvers.SRBA,
+            solvers.MASOBA,
+        ),
         *(
             solvers.AmIGO,
             solvers.StocBiO,
