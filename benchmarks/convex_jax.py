@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ SETTINGS = {  # step size of y at the start, its ratio to that of x, steps at mo
 }
 
 
+@final
 class Ours:
     """A run of ours in pieces.
 
