@@ -48,8 +48,9 @@ def add_options(parser: Parser, *, shown: bool = True) -> None:
     group.add_argument(
         "--linear-solver",
         type=choice(_LINEAR),
-        metavar="|".join(_LINEAR),
-        help="implicit: how the linear system is solved (default: conjugate-gradient)",
+        metavar="NAME",
+        help=f"implicit: how the linear system is solved: {', '.join(_LINEAR)} "
+        "(default: conjugate-gradient)",
     )
     group.add_argument(
         "--linear-steps",
