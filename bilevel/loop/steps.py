@@ -263,7 +263,8 @@ class _Writes(ABC):
     def move_lower(self, grads: Mapping[str, Tensor | None]) -> None:
         """A lower step, which ends where the constraints allow."""
         self.apply("lower", grads)
-        hold(Oracles(self._problem, None, [None], seed=None, slots=self._slots))
+        if self._problem.constrains_lower:
+            hold(Oracles(self._problem, None, [None], seed=None, slots=self._slots))
 
     @final
     def move(self, upper: Tree, lower: Tree | None, buffers: Tree) -> None:
