@@ -26,7 +26,10 @@ def positive(name: str, value: Any, *, zero: bool = False) -> None:
     wanted = "zero or more" if zero else "positive"
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be {wanted}: a number, got {shown(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        raise ValueError(f"`{name}` must be {wanted} and finite, got {shown(value)}") from None
     if not (number >= 0 if zero else number > 0):
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
     if not math.isfinite(number):

@@ -251,6 +251,7 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
         "bound",
         "context",
         "check",
+        "rehearse",
         "num_lower_batches",
         "separates",
         "unrolled_steps",

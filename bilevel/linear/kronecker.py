@@ -109,6 +109,7 @@ class Kronecker(LinearSolver):
         found: Found = {}
         for (weight, bias), pairs in rows.items():
             a, g = torch.cat([x for x, _ in pairs]), torch.cat([x for _, x in pairs], dim=1)
+            a, g = _wide(a), _wide(g)
             count, places = a.shape[:2]
             factors = [
                 torch.einsum("bti,btj->ij", a, a) / count,
@@ -165,6 +166,11 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _USUAL = {"dilation": 1, "padding": 0, "stride": 1}
 
 
+def _wide(t: Tensor) -> Tensor:
+    """The tensor in a dtype that eigenvalues are computed in: a layer may run in bfloat16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def _taken_back(loss: Tensor, calls: Sequence[_Call]) -> list[Tensor]:
     """For each call the vectors g_k: directions, rows, places and numbers.
 
@@ -181,13 +187,13 @@ def _taken_back(loss: Tensor, calls: Sequence[_Call]) -> list[Tensor]:
     ]
     columns = [torch.zeros_like(flat) if b is None else b.reshape(flat.shape) for b in bent]
     hessian = torch.stack(columns, dim=1).detach()
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    values, vectors = torch.linalg.eigh(_wide(hessian + hessian.mT) / 2)
     roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
     outputs = [call.output for call in calls]
     parts: list[list[Tensor]] = [[] for _ in calls]
     for direction in roots.unbind(dim=2):
         backs = torch.autograd.grad(
-            z, outputs, direction.reshape(z.shape), retain_graph=True, allow_unused=True
+            z, outputs, direction.reshape(z.shape).to(z.dtype), retain_graph=True, allow_unused=True
         )
         for part, output, back in zip(parts, outputs, backs, strict=True):
             back = torch.zeros_like(output) if back is None else back

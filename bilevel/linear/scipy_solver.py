@@ -14,12 +14,14 @@ from bilevel.linear.base import (
     LinearSolution,
     LinearSolver,
     Operator,
+    check_rtol,
     in_own_units,
     outcome,
     refuse_no_system,
     relative,
+    tolerance,
 )
-from bilevel.refusals import flag, positive, shown
+from bilevel.refusals import flag, shown
 
 
 @final
@@ -35,8 +37,9 @@ class SciPy(LinearSolver):
         function: `function(operator, b, **options)` returns the solution, or a tuple that begins with
             it.
         rtol: stop once |residual| <= rtol |b|: given to the function as `rtol` (`atol` and `btol` for
-            LSMR and LSQR) if it has that argument, and tested afterwards on the true residual. `None`
-            leaves the function its own, and any answer better than zero is a success.
+            LSMR and LSQR) if it has that argument, and tested afterwards on the true residual. "auto"
+            is the square root of the dtype's machine epsilon. `None` leaves the function its own, and
+            any answer better than zero is a success.
         options: further arguments, such as `{"maxiter": 50}`; also a smaller `rtol` for functions whose
             own is relative to |A| |w| (MINRES, LSMR, LSQR).
         warm_start: start from the previous solution; the function must have an argument `x0`.
@@ -53,18 +56,23 @@ class SciPy(LinearSolver):
     """
 
     function: Callable[..., Any]
-    rtol: float | None = 1e-8
+    rtol: float | str | None = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
+        if not callable(self.function) or isinstance(self.function, type):
             raise TypeError(
                 "`function` must be one of `scipy.sparse.linalg`, or called as they are, got "
                 f"{shown(self.function)}"
             )
         if self.rtol is not None:
-            positive("rtol", self.rtol)
+            check_rtol(self.rtol)
+        if not isinstance(self.options, Mapping):
+            raise TypeError(
+                "`options` must be a dictionary of further arguments of the function, such as "
+                f'`{{"maxiter": 50}}`, got {shown(self.options)}'
+            )
         if flag("warm_start", self.warm_start) and "x0" not in self._takes():
             raise ValueError("`warm_start` needs a function with an argument `x0`; leave it out")
 
@@ -98,9 +106,10 @@ class SciPy(LinearSolver):
         target = plain(b)
         system = LinearOperator((n, n), dtype=target.dtype, **products)
         keywords = dict(self.options)
-        if self.rtol is not None:
+        rtol = None if self.rtol is None else tolerance(self.rtol, kind)
+        if rtol is not None:
             names = ["rtol"] if "rtol" in self._takes() else ["atol", "btol"]
-            keywords = dict.fromkeys([x for x in names if x in self._takes()], self.rtol) | keywords
+            keywords = dict.fromkeys([x for x in names if x in self._takes()], rtol) | keywords
         if self.warm_start and guess is not None and guess.shape == rhs.shape:
             keywords["x0"] = plain(guess / unit)
         found = self.function(system, target, **keywords)
@@ -112,7 +121,7 @@ class SciPy(LinearSolver):
             )
         residual = relative(torch.linalg.vector_norm(b - operator(w)), torch.linalg.vector_norm(b))
         nearly = 1 - torch.finfo(b.dtype).eps ** 0.5
-        result = outcome(residual, nearly if self.rtol is None else self.rtol)
+        result = outcome(residual, nearly if rtol is None else rtol)
         return LinearSolution(unit * w, result, residual, count + 1)
 
     def _takes(self) -> Mapping[str, Any]:

@@ -127,6 +127,7 @@ class Turn:
                 oracles.evaluate(level, oracles.upper, oracles.lower)
         if self._sharing:
             refuse_shared_upper(oracles)
+        self._solver.rehearse(oracles)
 
     def run(self) -> Hypergradient:
         """Take the turn."""

@@ -15,6 +15,7 @@ state (`begin`).
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -37,6 +38,7 @@ from bilevel.solvers.answers import (
     UnrolledSteps,
 )
 from bilevel.solvers.hypergradient import Hypergradient, Stats
+from bilevel.solvers.kept_state import refuse_other_state
 
 __all__ = [
     "AtOnce",
@@ -82,7 +84,8 @@ class Solver(ABC):
         """The auxiliary variables at the start: a pytree of tensors and plain numbers, or `None`.
 
         Lower runs of a solver's own, a linear system's running solution, tables of gradients. `train`
-        keeps them with the rest of a run: saved, resumed to the bit, the same on all ranks.
+        keeps them with the rest of a run: saved, resumed to the bit, the same on all ranks. They keep
+        their names, shapes and dtypes from call to call; only lists may become longer or shorter.
         """
         return None
 
@@ -121,6 +124,17 @@ class Solver(ABC):
         """
         with self.context(oracles):
             pass
+
+    def rehearse(self, oracles: Oracles) -> None:
+        """Refuse, before anything has moved, what only the first batches can show.
+
+        Args:
+            oracles: the problem, bound to these.
+
+        Raises:
+            ValueError: if the problem does not fit the solver.
+        """
+        return
 
     def num_lower_batches(self) -> int:
         """How many fresh lower batches one hypergradient can use."""
@@ -162,7 +176,7 @@ class Solver(ABC):
             upper_batch: batch of the upper loss.
             lower_batches: list of batches of the lower loss; `Unrolled` uses one per step, or one for
                 all.
-            state: `Hypergradient.state` of the previous call, for warm starts.
+            state: `Hypergradient.state` of the previous call, which goes on from there.
             lower_optimizer: running optimizer(s) of the lower level, which `Unrolled` branches from.
             seed: seed of the random numbers drawn inside the losses (dropout masks).
             throw: raise if the computation did not succeed; otherwise the caller reads `result`.
@@ -173,8 +187,8 @@ class Solver(ABC):
         Raises:
             HypergradientError: if `throw` and the result is not a success.
             ValueError: if the problem does not fit the solver, a loss is not a function of its
-                variables and its batch (looked at once for each problem), or a batch depends on a
-                variable.
+                variables and its batch (looked at once for each problem), a batch depends on a
+                variable, or the state is that of another solver or problem.
             TypeError: if an argument is of the wrong kind (`lower_batches` must be a list).
         """
         flag("throw", throw)
@@ -192,7 +206,13 @@ class Solver(ABC):
         if not examined(problem, levels):
             with self.context(oracles):
                 examine(oracles, levels, whole=both)
-        return self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=throw)
+        if state is not None:
+            with self.context(oracles):
+                refuse_other_state(type(self).__name__, state, self.begin(oracles))
+        answer = self.solve(oracles, state=state, lower_optimizer=lower_optimizer, throw=False)
+        if answer.result is Result.SUCCESS and not answer.is_finite():
+            answer = replace(answer, result=Result.NOT_FINITE)
+        return self._or_raised(answer) if throw else answer
 
     @final
     def solve(
@@ -210,7 +230,10 @@ class Solver(ABC):
             answer = self._in_one_piece(oracles, state, lower_optimizer)
             if answer is None:
                 answer = self.respond(oracles, state, lower_optimizer).hypergradient(oracles)
-        if throw and answer.result is not Result.SUCCESS:
+        return self._or_raised(answer) if throw else answer
+
+    def _or_raised(self, answer: Hypergradient) -> Hypergradient:
+        if answer.result is not Result.SUCCESS:
             raise HypergradientError(_explain(self, answer), answer)
         return answer
 

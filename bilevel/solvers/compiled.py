@@ -117,6 +117,9 @@ class Compiled(Solver):
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         self.solver.check(oracles, lower_optimizer)
 
+    def rehearse(self, oracles: Oracles) -> None:
+        self.solver.rehearse(oracles)
+
     def num_lower_batches(self) -> int:
         return self.solver.num_lower_batches()
 

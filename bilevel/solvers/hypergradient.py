@@ -77,6 +77,19 @@ class Hypergradient:
     buffers: Tree = field(default_factory=dict)
     lower_grad: Tree | None = None
 
+    def is_finite(self) -> bool:
+        """Whether upper loss, gradient and lower residual hold no NaN, nor the first two infinity.
+
+        It waits for the device.
+        """
+        if self.stats.lower_residual is not None and bool(self.stats.lower_residual.isnan()):
+            return False
+        told = self.value, self.stats.direct_norm, self.stats.response_norm
+        if all(bool(number.isfinite()) for number in told):
+            return True
+        parts = self.value, *self.grad.values()  # finite entries may have a norm that overflows
+        return all(bool(part.isfinite().all()) for part in parts)
+
     def __repr__(self) -> str:
         return str(self._card())
 

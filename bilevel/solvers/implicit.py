@@ -128,12 +128,20 @@ class Implicit(Solver):
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         return oracles.differentiated_twice(type(self).__name__)
 
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
+    def rehearse(self, oracles: Oracles) -> None:
+        self._prepared(oracles, None)
+
+    def _prepared(self, oracles: Oracles, linear: Linearization | None) -> LinearSolver:
+        """The linear solver for the lower level as it is here, if it suits it."""
         solver = as_linear_solver(self.linear_solver)
-        linear = oracles.linearize_lower(oracles.upper, oracles.lower)
         if solver.needs_symmetry and oracles.problem.gives_lower_condition:
+            linear = linear or oracles.linearize_lower(oracles.upper, oracles.lower)
             refuse_asymmetric(linear, type(solver).__name__, type(oracles.problem).__name__)
-        solver = solver.prepared(oracles)
+        return solver.prepared(oracles)
+
+    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
+        linear = oracles.linearize_lower(oracles.upper, oracles.lower)
+        solver = self._prepared(oracles, linear)
 
         def solve(operator: Operator, rhs: Tensor) -> LinearSolution:
             return solver.solve(operator, rhs, guess=state)

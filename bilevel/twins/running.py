@@ -164,7 +164,7 @@ def rule_of(optimizer: Optimizer) -> Rule:
     rule = RULES.get(type(optimizer))
     if rule is None:
         raise TypeError(
-            f"`Unrolled` has no differentiable twin of `{type(optimizer).__name__}`; use "
+            f"there is no differentiable twin of `{type(optimizer).__name__}`; use "
             "`torch.optim.SGD`, `Adam`, `AdamW`, `RMSprop` or `Adagrad` for the lower level, or unroll "
             "a torchopt transformation: `Unrolled(num_steps, optimizer=torchopt.radam(...))`"
         )

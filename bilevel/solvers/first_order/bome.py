@@ -81,7 +81,9 @@ class BOME(FirstOrder):
         _, here, q_y = oracles.partials("lower", upper, lower, batch)
         _, there, last = oracles.partials("lower", upper, end, batch)
         q_x = {name: g - there[name] for name, g in here.items()}
-        downhill = dot({n: of_x[n] for n in q_x}, q_x) + dot(of_y, q_y)
+        downhill = dot(of_y, q_y)
+        if q_x:  # none where all upper variables belong to both levels
+            downhill = downhill + dot({n: of_x[n] for n in q_x}, q_x)
         weight = self._weight(downhill, norm(_both(q_x, q_y)), norm(_both(here, q_y, last)))
         return Directions(
             evaluation,

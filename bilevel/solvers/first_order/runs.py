@@ -31,7 +31,7 @@ def rates(
         solver: name of the solver.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, or the optimizers move other variables.
     """
     if step_size is not None:
         return dict.fromkeys(oracles.lower, step_size)
@@ -45,7 +45,13 @@ def rates(
     groups = [group for one in listed(lower_optimizer) for group in one.param_groups]
     of = {id(p): group["lr"] for group in groups for p in group["params"]}
     variables = oracles.slots.variables("lower")
-    return {name: of[id(p)] for name, p in variables.items() if id(p) in of}
+    found = {name: of[id(p)] for name, p in variables.items() if id(p) in of}
+    if not found:
+        raise ValueError(
+            f"`{solver}` takes its step sizes from `lower_optimizer`, which moves none of the lower "
+            f"variables; build it from `problem.lower.parameters()`, or give `{solver}` a `step_size`"
+        )
+    return found
 
 
 def stepped(points: Tree, grads: Tree, step_sizes: Rates) -> Tree:

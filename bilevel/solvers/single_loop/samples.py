@@ -282,7 +282,8 @@ def step_size(
         solver: name of the solver.
 
     Raises:
-        ValueError: if there is neither, or the lower level is no plain loss.
+        ValueError: if there is neither, the optimizers move other variables, or the lower level is no
+            plain loss.
     """
     refuse_no_lower_loss(oracles.problem, f"`{solver}`")
     variables = list(oracles.slots.variables("lower").values())
@@ -297,6 +298,11 @@ def step_size(
             "`lower_optimizer`"
         )
     groups = [group for one in listed(lower_optimizer) for group in one.param_groups]
+    if {id(p) for group in groups for p in group["params"]}.isdisjoint(map(id, variables)):
+        raise ValueError(
+            f"`{solver}` takes its step size from `lower_optimizer`, which moves none of the lower "
+            f"variables; build it from `problem.lower.parameters()`, or give `{solver}` a `step_size`"
+        )
     if len(groups) == 1:
         return torch.as_tensor(groups[0]["lr"], dtype=like.dtype, device=like.device)
     of = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
