@@ -82,6 +82,12 @@ class FunctionProblem(Problem):
         self.upper = Variables(upper, "upper")
         self.lower = Variables(lower, "lower")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        losses = state["_losses"]
+        if isinstance(losses, dict):  # a pickle of an earlier version
+            losses = _Functions(losses["upper"], "lower_loss", losses["lower"])
+        super().__setstate__({**state, "_losses": losses})  # type: ignore[no-untyped-call]
+
     def _get_name(self) -> str:
         return "Problem.from_functions"
 

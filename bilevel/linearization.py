@@ -1,5 +1,6 @@
 """`Linearization`: the lower gradient at a point, and products with its derivatives."""
 
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -77,10 +78,14 @@ class Hessian:
         """Product with a vector of shape (n,)."""
         return self._layout.ravel(self.product(vector, self._leaves))
 
-    @cached_property
+    @property
     def transposed(self) -> "Hessian | Jacobian":
         """The transposed matrix: the second derivative of a loss is symmetric."""
-        return self if self._symmetric else Jacobian(self._gradient, self._leaves, self)
+        return self if self._symmetric else self._jacobian
+
+    @cached_property
+    def _jacobian(self) -> "Jacobian":
+        return Jacobian(self._gradient, self._leaves, self)
 
     @property
     def layout(self) -> Layout:
@@ -139,7 +144,9 @@ class Jacobian:
     """
 
     def __init__(self, field: list[Tensor], leaves: list[Tensor], transposed: Hessian) -> None:
-        self.transposed = transposed
+        # a cycle would keep the graph until garbage is collected
+        self._made_by = weakref.ref(transposed)
+        self._field, self._leaves, self._layout = field, leaves, transposed.layout
         self._at = [torch.zeros_like(c).requires_grad_() for c in field]
         found = [(c, z) for c, z in zip(field, self._at, strict=True) if c.requires_grad]
         self._products = torch.autograd.grad(
@@ -153,9 +160,17 @@ class Jacobian:
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Product with a vector of shape (n,)."""
-        layout = self.transposed.layout
-        found = vector_jacobian_product(self._products, self._at, layout.unravel(vector))
-        return layout.ravel(mean_over_ranks(found))
+        cotangents = self._layout.unravel(vector)
+        found = vector_jacobian_product(self._products, self._at, cotangents)
+        return self._layout.ravel(mean_over_ranks(found))
+
+    @property
+    def transposed(self) -> Hessian:
+        """The transposed products."""
+        known = self._made_by()
+        if known is not None:
+            return known
+        return Hessian(self._field, self._leaves, self._layout, symmetric=False)
 
 
 @final

@@ -1,4 +1,4 @@
-"""Modules that moved, under their earlier names, so that code written against those still runs."""
+"""What moved, under its earlier names, so that code and pickles written against those still run."""
 
 import importlib
 import sys
@@ -66,6 +66,9 @@ NEW_NAMES = {
 }
 """Where each module is now, by the name it had before the rooms."""
 
+NEW_HOMES = {"bilevel.problem": ("bilevel.functions", ("FunctionProblem", "Variables"))}
+"""Where classes are now that pickles look for in another module."""
+
 
 @final
 class _Moved(MetaPathFinder, Loader):
@@ -90,3 +93,6 @@ def follow() -> None:
     """Let earlier names be imported from here on."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+    for earlier, (new, names) in NEW_HOMES.items():
+        home = importlib.import_module(new)
+        vars(importlib.import_module(earlier)).update({name: getattr(home, name) for name in names})

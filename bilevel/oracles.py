@@ -37,7 +37,7 @@ from bilevel.losses.slots import Slots
 from bilevel.losses.substitution import Substitution, undisturbed
 from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue, unused_by
 from bilevel.lower_field import Constraints, field, half_square
-from bilevel.pieces import evaluate_parts, lower_parts, pieces_of, upper_parts
+from bilevel.pieces import evaluate_parts, lower_parts, partial_parts, pieces_of, upper_parts
 from bilevel.problem import Level, Problem, Question, refuse_no_problem
 from bilevel.refusals import SEEDS, outside_inference_mode, whole
 from bilevel.second_order import differentiable_twice, second_order_context
@@ -341,10 +341,11 @@ class Oracles:
         if level == "lower":
             refuse_no_lower_loss(self.problem, "a solver of first order")
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
-        key = "partials", level, index, self.precision
-        given = map(self.units.ready, (batch, upper, lower))
-        loss, logs, buffers, of_x, of_y = self.units.call(key, piece, *given)
-        return Evaluation(loss, logs, buffers), of_x, of_y
+        if parts := pieces_of(batch):
+            return partial_parts(self, parts, level, upper, lower, index)
+        key, given = ("partials", level, index, self.precision), (batch, upper, lower)
+        *found, of_x, of_y = self.units.call(key, piece, *map(self.units.ready, given))
+        return Evaluation(*found), of_x, of_y
 
     def linearize_lower(self, upper: Tree, lower: Tree) -> Linearization:
         """The lower gradient at (upper, lower) and products with its two derivatives.

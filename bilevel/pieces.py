@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast, final
 
 import optree
 import torch
@@ -143,6 +143,34 @@ def upper_parts(
 ) -> "tuple[Evaluation, list[Tensor | None]]":
     """`Oracles.upper_gradient` of the pieces, one after the other."""
     return _added(parts, lambda b: oracles.on(b, [b]).upper_gradient(upper, lower, wanted))
+
+
+def partial_parts(
+    oracles: "Oracles",
+    parts: Parts,
+    level: Literal["upper", "lower"],
+    upper: Tree,
+    lower: Tree,
+    index: int,
+) -> "tuple[Evaluation, Tree, Tree]":
+    """`Oracles.partials` of the pieces, one after the other."""
+    names: list[list[str]] = []
+
+    def of_piece(batch: Any) -> tuple["Evaluation", list[Tensor | None]]:
+        here = oracles.on(batch, [batch], index)
+        evaluation, of_x, of_y = here.partials(level, upper, lower)
+        names[:] = list(of_x), list(of_y)
+        return evaluation, [*of_x.values(), *of_y.values()]
+
+    evaluation, sums = _added(parts, of_piece)
+    of_x, of_y = names
+    grads = cast(list[Tensor], sums)  # zeros where a loss uses none
+    split = len(of_x)
+    return (
+        evaluation,
+        dict(zip(of_x, grads[:split], strict=True)),
+        dict(zip(of_y, grads[split:], strict=True)),
+    )
 
 
 def _added(

@@ -171,7 +171,6 @@ class Problem(nn.Module, ABC):
         """
         return None
 
-    @final
     @property
     def gives_initial_lower(self) -> bool:
         """Whether turns begin with lower variables made of the upper ones."""

@@ -240,6 +240,7 @@ HOOKS = {  # concrete methods that are made to be overridden, by the class that 
         "lower_condition",
         "lower_constraints",
         "initial_lower",
+        "gives_initial_lower",
     },
     "EBLVM": {"lower_loss", "optimizers", "default_solver", "rewritings"},
     "LatentModel": {"abilities"},

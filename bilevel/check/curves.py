@@ -145,7 +145,7 @@ def train_curve(
 ) -> TrainingCurve:
     """Train with a solver for some seconds, looking at where it is; what went wrong is in the curve.
 
-    The time counts steps only. Oracle calls are counting in a second run that takes the same steps.
+    The time counts steps only. Oracle calls are counted in a second run that takes the same steps.
 
     Args:
         judge: of the problem.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.autodiff import fill
-from bilevel.linear import ConjugateGradient
+from bilevel.linear import GMRES, ConjugateGradient
 from bilevel.linear.base import dense
 from bilevel.linearization import Linearization
 from bilevel.oracles import Oracles
@@ -198,9 +198,11 @@ class _Level:
 def _newton_step(linear: Linearization) -> Tensor:
     """The step that makes the linearized gradient 0, the shortest one if there are several."""
     if linear.layout.size > _DENSE:
-        solver = ConjugateGradient(max_steps=300, rtol=1e-12)
-        return solver.solve(linear.hessian, linear.gradient).value
-    hessian = dense(linear.hessian, linear.gradient).mT  # the product is with the transpose
+        matrix = linear.hessian.transposed  # the product is with the transpose
+        if matrix is linear.hessian:
+            return ConjugateGradient(300, rtol=1e-12).solve(matrix, linear.gradient).value
+        return GMRES(300, rtol=1e-12).solve(matrix, linear.gradient).value
+    hessian = dense(linear.hessian, linear.gradient).mT
     if not bool(hessian.isfinite().all()):
         return torch.zeros_like(linear.gradient)
     # on the processor, for its driver that takes singular matrices

@@ -25,7 +25,8 @@ def eigenpairs(
     n = like.numel()
     rank, random = min(rank, n), torch.Generator().manual_seed(seed)
     if sketch == "columns":
-        drawn = torch.eye(n, dtype=like.dtype)[:, torch.randperm(n, generator=random)[:rank]]
+        drawn = torch.zeros(n, rank, dtype=like.dtype)
+        drawn[torch.randperm(n, generator=random)[:rank], torch.arange(rank)] = 1
     else:
         drawn = torch.randn(n, rank, dtype=torch.float64, generator=random)
     omega, _ = torch.linalg.qr(drawn.to(like))

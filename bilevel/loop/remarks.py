@@ -29,7 +29,7 @@ def remark(
     grad = hypergradient.grad
     zero = {name for name, g in grad.items() if not torch.any(g != 0)}
     still = [name for name in hypergradient.stats.unreached if name in zero]
-    # of a solver that moves both levels, the variables of its own may begin at 0
+    # of a solver that moves both levels, the variables of its own may begin at 0, and all that they add
     nothing = bool(zero) and len(zero) == len(grad) and not solver.moves_lower
     if not is_main() or not (still or nothing):
         return
@@ -49,8 +49,6 @@ def remark(
         )
     elif still:
         text = f"neither loss depends on {names}, so it never moves: {_CAUSES}"
-    elif solver.moves_lower:
-        return  # what its own variables, still 0, would add may be all there is
     else:
         text = (
             "the first hypergradient is exactly 0 in all upper variables; if they are not at an "

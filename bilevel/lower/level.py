@@ -40,12 +40,12 @@ class LowerLevel:
         ...     lambda x, y, _: y["y"].sum(), lambda x, y, _: (y["y"] - x["x"]).cosh().sum(),
         ...     {"x": torch.ones(2)}, {"y": torch.zeros(2)},
         ... )
-        >>> def newton(level):
+        >>> def descend(level):
         ...     y = level.start
         ...     for _ in range(6):
         ...         y = {"y": y["y"] - level.gradient(y)["y"]}
         ...     return y
-        >>> best_response(problem, solve=newton)["y"].detach()
+        >>> best_response(problem, solve=descend)["y"].detach()
         tensor([1., 1.])
     """
 

@@ -196,6 +196,24 @@ class Tasks(Problem):
             return self.problem.shard(batch, rank, ranks)
         return self._each(lambda task: self.problem.shard(task, rank, ranks), batch)
 
+    @property
+    def gives_initial_lower(self) -> bool:
+        return self.problem.gives_initial_lower
+
+    def initial_lower(self) -> Tree | None:
+        if self.share_upper:
+            made = self.problem.initial_lower()
+            return made and {n: y.expand(self.num_tasks, *y.shape) for n, y in made.items()}
+        slots, found = _slots(self.problem), []
+        own, mine = slots.variables("upper"), self.variables("upper")
+        for i in range(self.num_tasks):
+            with slots.substitute((own, {name: x[i] for name, x in mine.items()})).in_place():
+                made = self.problem.initial_lower()
+            if not made:
+                return None
+            found.append(made)
+        return {name: torch.stack([made[name] for made in found]) for name in found[0]}
+
     def best_response(self, batch: Any) -> Tree | None:
         slots, found = _slots(self.problem), []
         own, mine = slots.variables("upper"), self.variables("upper")

@@ -1,7 +1,9 @@
 """Lower levels given by an equation, a fixed-point map or constraints, against what is known of them."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +44,7 @@ from bilevel import (
     Result,
     Simplex,
     Unrolled,
+    best_response,
     certify,
     check_hypergradient,
     compare,
@@ -537,6 +540,41 @@ def test_the_jacobian_of_a_projected_answer_entry_by_entry() -> None:
     jacobian = torch.stack(rows)
     torch.testing.assert_close(jacobian.sum(0), torch.zeros(M).double(), rtol=0, atol=1e-10)
     assert jacobian.abs().sum() > 0.01
+
+
+def test_a_large_equation_without_symmetry_is_solved_and_leaves_no_cycle() -> None:
+    """Plain steps move away from its answer: only Newton's arrive."""
+    half = 510
+
+    def game(x: Any, y: Any, batch: Any) -> Any:
+        u, v = y["y"].split(half)
+        return {"y": torch.cat([0.1 * u + 3 * v, 0.2 * v - 2 * u]) - x["x"]}
+
+    problem = Problem.from_condition(
+        lambda x, y, batch: y["y"].sum(),
+        game,
+        {"x": normal(2 * half)},
+        {"y": torch.zeros(2 * half).double()},
+    )
+    y = best_response(problem)["y"].detach()
+    torch.testing.assert_close(game({"x": 0}, {"y": y}, None)["y"], problem.upper.x.detach())
+    oracles = Oracles(problem, None, [None])
+    gc.collect()
+    gc.disable()
+    try:
+        with oracles.differentiated_twice("test"):
+            linear = oracles.linearize_lower(oracles.upper, oracles.lower)
+        v = normal(2 * half, seed=1)
+        torch.testing.assert_close(
+            linear.hessian.transposed(v), game({"x": 0}, {"y": v}, None)["y"]
+        )
+        jacobian, gone = linear.hessian.transposed, weakref.ref(linear.hessian)
+        back = linear.hessian(v)
+        del linear
+        assert gone() is None
+        torch.testing.assert_close(jacobian.transposed(v), back)
+    finally:
+        gc.enable()
 
 
 def test_an_unsolved_equation_is_told() -> None:

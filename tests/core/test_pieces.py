@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel import (
     GMRES,
+    MEHA,
     Alternating,
     Cholesky,
     ConjugateGradient,
@@ -81,6 +83,20 @@ def test_unequal_pieces_give_the_answer_of_one_batch_with_the_memory_of_one_piec
     assert found.stats.num_products == whole.stats.num_products
     if solver.unrolled_steps() is None:
         assert least < most / 4
+
+
+def test_a_penalty_method_keeps_one_piece_at_a_time() -> None:
+    problem, solver = ROWS["tanh network"].make(), MEHA(step_size=0.1)
+    upper, lower = regression(200, seed=1), regression(200, seed=2)
+    sizes = (30, 30, 30, 30, 30, 30, 20)
+    pieces = in_pieces(upper, *sizes), in_pieces(lower, *sizes)
+    optimizer = torch.optim.SGD(problem.lower.parameters(), 0.1)
+    run = partial(solver.hypergradient, problem, lower_optimizer=optimizer)
+    whole, most = peak(lambda: run(upper, [lower]))
+    found, least = peak(lambda: run(pieces[0], [pieces[1]]))
+    torch.testing.assert_close(found.grad, whole.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.lower_grad, whole.lower_grad, rtol=1e-12, atol=1e-12)
+    assert least < most / 4
 
 
 def test_weights_pieces_beside_batches_and_logs() -> None:

@@ -112,6 +112,35 @@ def test_a_lower_step_moves_each_task_as_if_it_were_alone() -> None:
     )
 
 
+class Begun(Problem):
+    """One step from initial values that are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper = nn.ParameterDict({"x": normal(2, seed=1)})
+        self.lower = nn.ParameterDict({"y": normal(2, seed=2)})
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        return (self.lower["y"] - batch).square().sum()
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        return (self.lower["y"] - batch).pow(4).sum()
+
+    def initial_lower(self) -> Tree:
+        return {"y": self.upper["x"].sin()}
+
+
+@pytest.mark.parametrize("share_upper", [True, False])
+def test_tasks_begin_where_their_problem_says(share_upper: bool) -> None:
+    batch, solver = normal(T, 2, seed=3), Unrolled(2, optimizer=torchopt.sgd(0.1))
+    tasks = Tasks(Begun(), T, share_upper=share_upper)
+    alone = [solver.hypergradient(Begun(), b, [b]) for b in batch]
+    found = solver.hypergradient(tasks, batch, [batch]).grad["x"]
+    each = torch.stack([one.grad["x"] for one in alone])
+    torch.testing.assert_close(found, each.mean(0) if share_upper else each)
+    assert not Tasks(ROWS["ridge"].make(), T).gives_initial_lower
+
+
 def test_conjugate_gradients_need_the_steps_of_the_hardest_task_not_of_all() -> None:
     problem = Problem.from_functions(
         lambda x, y, h: (y["y"] - 1).square().sum(),

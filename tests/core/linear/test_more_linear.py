@@ -4,12 +4,14 @@ import math
 import re
 from typing import Any
 
+import optree
 import pytest
 import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import (
     MINRES,
@@ -266,6 +268,24 @@ def test_nystrom_says_where_it_is_worse_than_zero_and_where_it_is_negative() -> 
     truth = torch.linalg.solve(A + 0.1 * torch.eye(6).double(), normal(6))
     torch.testing.assert_close(found.value, truth, rtol=1e-9, atol=1e-9)
     assert solve(Nystrom(6, 3.0), A, normal(6)).result is Result.SUCCESS
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+def test_a_sketch_holds_no_square_of_a_long_vector(sketch: Any) -> None:
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in optree.tree_leaves(out) if torch.is_tensor(leaf))
+            return out
+
+    n = 400
+    with Watch():
+        Nystrom(3, 1.0, sketch=sketch).solve(lambda v: 2 * v, torch.ones(n))
+    assert max(sizes) <= 4 * n
 
 
 def test_a_sketch_of_nothing() -> None:
