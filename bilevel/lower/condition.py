@@ -84,7 +84,7 @@ class Condition:
 
     def __init__(self, oracles: Oracles, solver: LinearSolver, given: Tree) -> None:
         self._oracles = oracles
-        self._solver = solver
+        self._solver = self._prepared = solver
         self._upper = given
         self._names = [name for name, x in given.items() if x.requires_grad]
         self._lower = list(oracles.lower)
@@ -107,6 +107,9 @@ class Condition:
             linear = Linearization(field, point.hessian, lambda v: {}, self.layout, norm([field]))
             name = type(self._oracles.problem).__name__
             refuse_asymmetric(linear, type(self._solver).__name__, name)
+        lower = dict(zip(self._lower, self.layout.unravel(vector), strict=True))
+        with torch.enable_grad():
+            self._prepared = self._solver.prepared(self._oracles.at(self._upper, lower))
         return point
 
     def point(self, vector: Tensor, inputs: Sequence[Tensor], *, graph: bool = False) -> Point:
@@ -137,7 +140,7 @@ class Condition:
     def solve(self, point: Point, vector: Tensor, *, forward: bool = False) -> Tensor:
         """The solution w of H^T w = v, or of H w = v, which is the same for a loss."""
         matrix = point.hessian.transposed if forward else point.hessian
-        solution = self._solver.solve(matrix, vector.detach())
+        solution = self._prepared.solve(matrix, vector.detach())
         if solution.result is not Result.SUCCESS:
             residual = solution.residual
             number = "" if residual is None else f" (relative residual {float(residual):.2e})"

@@ -18,6 +18,7 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Level, Loss, Problem, refuse_no_problem
 from bilevel.refusals import SEEDS, a_tensor, flag, nearest, whole
 from bilevel.solvers import Hypergradient, Solver
+from bilevel.solvers.given import given_solver
 from bilevel.tree import Tree, leaves
 
 
@@ -106,6 +107,7 @@ def hypergradients(
         tensor([-3., -2., -1.])
     """
     refuse_no_problem(problem)
+    solver = given_solver(solver)
     refuse_no_list(lower_batches, upper_batch)
     flag("throw", throw)
     tasks = Tasks(

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from bilevel import (
     GMRES,
+    KFAC,
     Box,
     Cholesky,
     ConjugateGradient,
     Constraint,
     HypergradientError,
     Implicit,
+    LinearSolver,
     LowerLevel,
     Neumann,
     Problem,
@@ -110,6 +112,33 @@ def test_the_gradient_is_the_hypergradient_in_closed_form_with_any_linear_solver
         problem.upper["x"].grad, problem.hypergradient(), rtol=1e-10, atol=1e-10
     )
     assert problem.lower["y"].grad is None
+
+
+class Weighted(Problem):
+    """A linear layer, on weighted rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper = nn.ParameterDict({"x": normal(20)})
+        self.lower = nn.Linear(3, 2, dtype=torch.float64)
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        return self.lower(normal(5, 3, seed=1)).square().mean()
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        errors = (self.lower(normal(20, 3, seed=2)) - normal(20, 2, seed=3)).square().sum(1)
+        return (self.upper["x"].exp() * errors).mean()
+
+
+@pytest.mark.parametrize("solver", [KFAC(0.1), ConjugateGradient(preconditioner=KFAC(0.1))])
+def test_a_linear_solver_that_reads_a_network_finds_it(solver: LinearSolver) -> None:
+    problem = Weighted()
+    found = torch.autograd.grad(hyperobjective(problem, linear_solver=solver), problem.upper["x"])
+    with torch.no_grad():
+        for name, y in best_response(problem).items():
+            problem.lower.get_parameter(name).copy_(y)
+    expected = Implicit(solver).hypergradient(problem).grad["x"]
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_network_in_front_and_one_behind_learn_through_the_layer() -> None:

@@ -290,3 +290,5 @@ def test_misfits_of_many_are_refused_by_name() -> None:
         hypergradients(problem, solver=Implicit(), upper={"z": normal(3, 3)})
     with pytest.raises(ValueError, match=r"shape \(5, 2\); for 5 members it must have \(5, 3\)"):
         hypergradients(problem, solver=Implicit(), upper={"x": normal(5, 2)})
+    with pytest.raises(TypeError, match=r"a linear solver goes into `Implicit`"):
+        hypergradients(problem, solver=Cholesky(), upper={"x": normal(5, 3)})  # type: ignore[arg-type]
