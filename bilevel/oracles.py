@@ -343,7 +343,7 @@ class Oracles:
         batch = self.upper_batch if level == "upper" else self.lower_batches[index]
         if parts := pieces_of(batch):
             return partial_parts(self, parts, level, upper, lower, index)
-        key, given = ("partials", level, index, self.precision), (batch, upper, lower)
+        key, given = ("partials", level, self.precision), (batch, upper, lower)  # no graph draws
         *found, of_x, of_y = self.units.call(key, piece, *map(self.units.ready, given))
         return Evaluation(*found), of_x, of_y
 

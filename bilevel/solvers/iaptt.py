@@ -24,7 +24,8 @@ from bilevel.oracles import Oracles
 from bilevel.refusals import positive
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.base import Solver
-from bilevel.solvers.first_order.runs import fresh_copy, rates, stepped
+from bilevel.solvers.first_order.runs import fresh_copy, stepped
+from bilevel.solvers.step_sizes import Rates, own_step_sizes
 from bilevel.solvers.unrolled import Unrolled
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.tree import Tree
@@ -37,7 +38,8 @@ class IAPTT(Solver):
     """Initialization auxiliary and pessimistic trajectory truncation.
 
     The initial value is the solver's state. It begins as a copy of the lower variables; afterwards the
-    problem's own lower variables are not read, so lower steps besides change nothing here.
+    problem's own lower variables and its `initial_lower` are not read, so lower steps besides change
+    nothing here.
 
     Args:
         num_steps: number T of lower steps.
@@ -84,12 +86,12 @@ class IAPTT(Solver):
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         self._unrolled().check(oracles, lower_optimizer)
-        rates(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        self._rates(oracles, lower_optimizer)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
         unrolled = self._unrolled()
         steps = Unrolling(unrolled, oracles, unrolled.running(oracles, lower_optimizer), state)
-        step_sizes = rates(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rates = self._rates(oracles, lower_optimizer)
         path = steps.path()
         with torch.no_grad():
             losses = [
@@ -101,11 +103,15 @@ class IAPTT(Solver):
         def vjp(cotangent: Tree) -> ResponseProduct:
             total, first = steps.adjoint(path[:worst], steps.twin.pack(cotangent))
             slopes = steps.twin.unpack(mean_over_ranks(first))
-            here = {n: rate for n, rate in step_sizes.items() if n in steps.twin.moves()}
+            here = {n: rate for n, rate in rates.items() if n in steps.twin.moves()}
             moved = stepped(state, slopes, here)
             return steps.product(total, steps=worst)._replace(state=moved)
 
-        return Response(steps.twin.unpack(path[worst][1]), vjp, steps.residual)
+        return Response(steps.twin.unpack(path[worst][1]), vjp, steps.residuals[worst - 1])
+
+    def _rates(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> Rates:
+        name, purpose = type(self).__name__, "moves its initial value"
+        return own_step_sizes(oracles, self.step_size, lower_optimizer, name, purpose, learned=True)
 
     def _unrolled(self) -> Unrolled:
         return Unrolled(self.num_steps, self.optimizer, mode="recompute")

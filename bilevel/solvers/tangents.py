@@ -154,7 +154,7 @@ def pushed(
         duals = [_dual(s, next(carried)) for s in moments_of(state)]
         state = replace_moments(state, duals)
         # with its graph: torch's backward of a determinant (or a solve, a product) uses what
-        # the forward pass start, without tangents, unless it is to be differentiated itself
+        # the forward pass kept, without tangents, unless it is to be differentiated itself
         points, state = steps.step(upper, points, state, 0, create_graph=True)
         pairs = [forward_ad.unpack_dual(d) for d in (*points, *moments_of(state))]
         tangents = [None if d is None else d.detach() for _, d in pairs]

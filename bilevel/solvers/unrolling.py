@@ -350,10 +350,12 @@ class Unrolling:
     def path(self) -> list[tuple[int, list[Tensor], Any]]:
         """The points and states before every step and after the last, none differentiated."""
         found = [(0, *self.prepared())]
+        self.residuals: list[Tensor] = []  # norms of the lower gradient before every step
         for t in range(self.settings.num_steps):
             _, points, state = found[-1]
-            after, state, self.residual = self.unit("step", Unrolling.plain, t, points, state)
+            after, state, residual = self.unit("step", Unrolling.plain, t, points, state)
             found.append((t + 1, after, state))
+            self.residuals.append(residual)
         return found
 
     def through_start(self, product: list[Tensor], adjoint: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from bilevel import (
     SUSTAIN,
     TTSA,
     AmIGO,
+    Cholesky,
     Hypergradient,
     Implicit,
     Neumann,
@@ -25,7 +26,7 @@ from bilevel import (
     StocBiO,
     train,
 )
-from tests.problems import Quadratic, Ridge, nested, regression
+from tests.problems import Quadratic, Ridge, nested, normal, regression, spd
 
 DATA, OTHER = regression(8, seed=7), regression(8, seed=9)  # 3 blocks of up to 3 rows
 VECTOR = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64)
@@ -213,6 +214,51 @@ def test_on_one_batch_a_stochastic_sum_is_the_neumann_series() -> None:
     one = answer(StocBiO(num_terms=4, step_size=0.2), problem)
     two = answer(Implicit(Neumann(num_steps=5, step_size=0.2)), problem)
     assert_close(list(one.grad.values()), list(two.grad.values()))
+
+
+def two_parts() -> Problem:
+    """A quadratic whose Hessian mixes two lower variables."""
+    H = spd(4)
+    return Problem.from_functions(
+        lambda x, y, _: (torch.cat([y["a"], y["b"]]) - 1).square().sum() / 2,
+        lambda x, y, _: (
+            (v := torch.cat([y["a"], y["b"]])) @ H @ v / 2 - v.sum() * x["x"].square().sum()
+        ),
+        {"x": normal(2)},
+        {"a": normal(2, seed=1), "b": normal(2, seed=2)},
+    )
+
+
+@pytest.mark.parametrize("solver", [StocBiO(num_terms=160), MRBO(num_terms=160)])
+def test_a_stochastic_sum_takes_a_learning_rate_for_each_variable(solver: Solver) -> None:
+    problem = two_parts()
+    a, b = problem.lower.parameters()
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.2}, {"params": [b], "lr": 0.3}])
+    found = solver.hypergradient(problem, lower_optimizer=optimizer)
+    wanted = Implicit(Cholesky()).hypergradient(problem)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-6, atol=0)
+
+
+def test_the_linear_system_leaves_out_what_no_optimizer_moves() -> None:
+    problem = two_parts()
+    for others in ([], [torch.nn.Parameter(torch.zeros(1))]):
+        a, _ = problem.lower.parameters()
+        groups = [{"params": [p], "lr": 0.1} for p in (a, *others)]
+        vector = SOBA().hypergradient(problem, lower_optimizer=torch.optim.SGD(groups)).state
+        assert vector[:2].all()
+        assert not vector[2:].any()
+
+
+@pytest.mark.parametrize("drawn", [TTSA, SUSTAIN])
+def test_as_many_products_are_told_as_were_taken(drawn: Any) -> None:
+    problem, told = Ridge(), set()
+    plain = answer(drawn(num_terms=1, step_size=0.2), problem).grad["log_l2"]
+    for seed in range(8):
+        found = answer(drawn(num_terms=3, step_size=0.2, seed=seed), problem)
+        told.add(found.stats.num_products)
+        if not found.stats.num_products and drawn is TTSA:
+            assert_close([found.grad["log_l2"]], [3 * plain])
+    assert told == ({0, 1, 2} if drawn is TTSA else {0, 2, 4})
 
 
 @pytest.mark.parametrize(

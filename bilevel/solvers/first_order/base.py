@@ -7,7 +7,7 @@ from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Solver
-from bilevel.solvers.first_order.runs import Rates, rates
+from bilevel.solvers.step_sizes import Rates, own_step_sizes
 
 
 class FirstOrder(Solver):
@@ -35,4 +35,5 @@ class FirstOrder(Solver):
     @final
     def rates(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> Rates:
         """The step size of each lower variable's copy."""
-        return rates(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        name, purpose = type(self).__name__, "moves a copy of the lower variables"
+        return own_step_sizes(oracles, self.step_size, lower_optimizer, name, purpose)

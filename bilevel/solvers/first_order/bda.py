@@ -21,7 +21,7 @@ from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.base import Solver
-from bilevel.solvers.first_order.runs import Rates, rates
+from bilevel.solvers.step_sizes import Rates, own_step_sizes
 from bilevel.tree import Tree, norm
 
 
@@ -103,7 +103,8 @@ class BDA(Solver):
         return Response(points, vjp, lower_residual=norm([g.detach() for g in of_g.values()]))
 
     def _rates(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> tuple[Rates, Rates]:
-        own = rates(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        name, purpose = type(self).__name__, "moves a copy of the lower variables"
+        own = own_step_sizes(oracles, self.step_size, lower_optimizer, name, purpose)
         if self.upper_step_size is None:
             return own, own
         return own, dict.fromkeys(own, self.upper_step_size)

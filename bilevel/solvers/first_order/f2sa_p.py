@@ -88,7 +88,8 @@ class F2SAp(FirstOrder):
             if 0 in weights:
                 total = _plus(total, here, self.penalty * weights[0])
             copies = {}
-            for j, start in ((int(key), copy) for key, copy in state["copies"].items()):
+            for j in filter(None, weights):
+                start = state["copies"][str(j)]
                 end, pulled = lower_run(oracles, start, step_sizes, self.num_steps, pull=j * pull)
                 _, of_f, last = oracles.partials("upper", upper, end)
                 _, of_g, grads = oracles.partials("lower", upper, end, batch)

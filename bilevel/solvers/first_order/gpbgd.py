@@ -79,7 +79,6 @@ class GPBGD(Solver):
         penalty = grown(self.penalty, self.growth, self.max_penalty, calls)
         evaluation, of_x, of_y = oracles.partials("upper", oracles.upper, lower)
         linear = oracles.linearize_lower(oracles.upper, lower)
-        # the gradient's own graph is what makes the penalty's derivative more than zero
         curved = linear.layout.unravel(linear.hessian(linear.gradient))
         across = linear.cross(linear.gradient)
         return Directions(
@@ -89,5 +88,5 @@ class GPBGD(Solver):
             {n: of_y[n] + penalty * g for n, g in zip(lower, curved, strict=True)},
             state={"calls": calls + 1},
             lower_residual=linear.residual,
-            num_products=2,
+            num_products=1,
         )

@@ -5,7 +5,8 @@ from typing import final
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.first_order.advice import secant_curvature, warn_if_small
-from bilevel.solvers.first_order.runs import Rates, last_batch, lower_run
+from bilevel.solvers.first_order.runs import last_batch, lower_run
+from bilevel.solvers.step_sizes import Rates
 from bilevel.tree import Tree, norm
 
 

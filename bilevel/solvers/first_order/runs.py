@@ -1,57 +1,14 @@
 """What the solvers of this room share: gradient steps on a copy of the lower variables, penalties."""
 
-from typing import TypeAlias
-
-from torch import Tensor
-
-from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
+from bilevel.solvers.step_sizes import Rates
 from bilevel.tree import Tree, add
-
-Rates: TypeAlias = dict[str, float | Tensor]
 
 
 def fresh_copy(oracles: Oracles) -> Tree:
     """The lower variables as they are now, in memory of their own."""
     return {name: y.detach().clone() for name, y in oracles.lower.items()}
-
-
-def rates(
-    oracles: Oracles, step_size: float | None, lower_optimizer: Optimizers | None, solver: str
-) -> Rates:
-    """The step size of each lower variable's copy: the one given, or that of the lower optimizer.
-
-    A variable that no optimizer moves has none: it is a constant, in the copy as well.
-
-    Args:
-        oracles: the problem.
-        step_size: the solver's setting, `None` for the learning rates that the optimizers have now.
-        lower_optimizer: the running optimizer(s) of the lower level.
-        solver: name of the solver.
-
-    Raises:
-        ValueError: if there is neither, or the optimizers move other variables.
-    """
-    if step_size is not None:
-        return dict.fromkeys(oracles.lower, step_size)
-    if not lower_optimizer:
-        raise ValueError(
-            f"`{solver}` moves a copy of the lower variables by gradient steps. Without `step_size` "
-            "these have the learning rate of the lower optimizer, and there is none; give "
-            f"`{solver}` a `step_size` (below 2 / largest eigenvalue of the lower Hessian), or pass "
-            "`lower_optimizer`"
-        )
-    groups = [group for one in listed(lower_optimizer) for group in one.param_groups]
-    of = {id(p): group["lr"] for group in groups for p in group["params"]}
-    variables = oracles.slots.variables("lower")
-    found = {name: of[id(p)] for name, p in variables.items() if id(p) in of}
-    if not found:
-        raise ValueError(
-            f"`{solver}` takes its step sizes from `lower_optimizer`, which moves none of the lower "
-            f"variables; build it from `problem.lower.parameters()`, or give `{solver}` a `step_size`"
-        )
-    return found
 
 
 def stepped(points: Tree, grads: Tree, step_sizes: Rates) -> Tree:

@@ -8,6 +8,7 @@ the minimiser by gradient steps of its own. No second derivative; the lower leve
 $O(1/\gamma)$.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -91,12 +92,9 @@ class VPBGD(FirstOrder):
         if not calls:  # omega began at the lower variables
             _, _, ahead = oracles.partials("upper", upper, omega)
             bends = secant_curvature(lower, omega, of_y, ahead)
-            warn_if_unbounded(
-                name,
-                self.max_penalty or penalty,
-                bends,
-                secant_curvature(lower, omega, residual, last),
-            )
+            bears = secant_curvature(lower, omega, residual, last)
+            most = (self.max_penalty or math.inf) if self.growth else penalty
+            warn_if_unbounded(name, most, bends, bears)
         return Directions(
             evaluation,
             of_x,

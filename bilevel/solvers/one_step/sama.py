@@ -23,6 +23,7 @@ from bilevel.refusals import positive
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.base import Solver
 from bilevel.solvers.one_step.cross_difference import cross_difference
+from bilevel.solvers.step_sizes import refuse_learned_options
 from bilevel.tree import Tree, norm
 from bilevel.twins import RunningTwin, rule_of
 
@@ -72,10 +73,10 @@ class SAMA(Solver):
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
         with self.context(oracles):
-            self._running(lower_optimizer)
+            self._running(oracles, lower_optimizer)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        running = self._running(lower_optimizer)
+        running = self._running(oracles, lower_optimizer)
         upper, lower = oracles.upper, oracles.lower
         _, grads = oracles.lower_gradient(upper, lower)
         sources = {n: g.detach().requires_grad_() for n, g in grads.items() if g is not None}
@@ -91,7 +92,7 @@ class SAMA(Solver):
 
         return Response(lower, vjp, norm([g.detach() for g in sources.values()]))
 
-    def _running(self, lower_optimizer: Optimizers | None) -> list[Any]:
+    def _running(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> list[Any]:
         if not lower_optimizer:
             raise ValueError(
                 "`SAMA` scales the lower gradient as the running lower optimizer does; pass it as "
@@ -99,4 +100,5 @@ class SAMA(Solver):
             )
         for optimizer in listed(lower_optimizer):
             rule_of(optimizer)
+        refuse_learned_options(oracles, lower_optimizer, type(self).__name__)
         return listed(lower_optimizer)

@@ -38,7 +38,7 @@ class MRBO(Solver):
         num_terms: products with the Hessian in the sum, each on a fresh lower batch where there are.
         step_size: of the sum, below 2 / the largest eigenvalue of the Hessian; `None` for the
             learning rate that the lower optimizer has now.
-        eta: weight of the plain estimate at the second call, in (0, 1].
+        eta: eta_0 of the weight of the plain estimate, in (0, 1]; the first call has no other.
         decay: the power of the call's number that it falls with; 0 for a constant one.
 
     Raises:

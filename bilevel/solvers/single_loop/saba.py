@@ -5,8 +5,9 @@ weighted mean $\bar g$. At a block with the new sample $g$,
 
 $$ d = g - g_i + \bar g, \qquad \bar g \mathrel{+}= w_i (g - g_i), \qquad g_i \leftarrow g , $$
 
-takes the place of $g$ in all five derivatives of `SOBA`. The mean of d over the blocks is the full
-derivative whatever the table holds, and its variance vanishes where the iterates come to rest.
+takes the place of $g$ in all five derivatives of `SOBA`. With blocks of one size the mean of d over the
+blocks is the full derivative whatever the table holds. Its variance vanishes where the iterates come to
+rest.
 """
 
 from contextlib import AbstractContextManager

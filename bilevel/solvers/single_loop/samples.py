@@ -19,11 +19,12 @@ from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.base import relative
 from bilevel.losses.true_gradient import refuse_no_lower_loss
-from bilevel.optimizers import Optimizers, listed
+from bilevel.optimizers import Optimizers
 from bilevel.oracles import Evaluation, Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import positive
 from bilevel.solvers.answers import Directions
+from bilevel.solvers.step_sizes import own_step_sizes
 from bilevel.tree import Layout, Tree, leaves
 
 Told: TypeAlias = tuple[Tensor, dict[str, Tensor], Tree]  # a loss, its logs, the buffers it left
@@ -193,26 +194,38 @@ def hessian_product(oracles: Oracles, at: tuple[Tree, Tree], vector: Tensor, ind
 def neumann(
     oracles: Oracles, at: tuple[Tree, Tree], vector: Tensor, rate: Tensor, num_terms: int
 ) -> Tensor:
-    """Rate * sum over k <= num_terms of the products of (I - rate H_j), j <= k, with the vector.
+    """Sum over k <= num_terms of the products of (I - rate H_j), j <= k, with rate * vector.
 
-    Each factor has the Hessian of the next lower batch, from the second on.
+    Each factor has the Hessian of the next lower batch, from the second on. The rate stands on the
+    right: several ones, of the variables' own, do not commute with a Hessian.
     """
-    term = total = vector
+    term = total = rate * vector
     for j in range(num_terms):
         term = stepped_vector(term, hessian_product(oracles, at, term, 1 + j), rate)
         total = total + term
-    return rate * total
+    return total
 
 
-def random_term(
+def drawn_length(num_terms: int, draw: tuple[int, int]) -> int:
+    """How many factors a randomly drawn term of the Neumann series has, from 0 to num_terms - 1.
+
+    Args:
+        num_terms: how many terms there are.
+        draw: seed and number of the draw.
+    """
+    generator = torch.Generator().manual_seed(hash(draw) % 2**62)
+    return int(torch.randint(num_terms, (), generator=generator))
+
+
+def scaled_term(
     oracles: Oracles,
     at: tuple[Tree, Tree],
     vector: Tensor,
     rate: Tensor,
     num_terms: int,
-    draw: tuple[int, int],
+    length: int,
 ) -> Tensor:
-    """One term of the Neumann series of that many terms, drawn at random and scaled to be unbiased.
+    """One term of the Neumann series of that many terms, scaled to be unbiased if it is drawn.
 
     Args:
         oracles: the losses.
@@ -220,12 +233,12 @@ def random_term(
         vector: what the inverse Hessian is multiplied with.
         rate: the step size of the series.
         num_terms: how many terms there are.
-        draw: seed and number of the draw.
+        length: how many factors the term has.
     """
-    generator = torch.Generator().manual_seed(hash(draw) % 2**62)
-    for j in range(int(torch.randint(num_terms, (), generator=generator))):
-        vector = stepped_vector(vector, hessian_product(oracles, at, vector, 1 + j), rate)
-    return num_terms * rate * vector
+    term = rate * vector
+    for j in range(length):
+        term = stepped_vector(term, hessian_product(oracles, at, term, 1 + j), rate)
+    return num_terms * term
 
 
 def move_both(
@@ -275,6 +288,8 @@ def step_size(
 ) -> Tensor:
     """The step size of the linear system's variable, a scalar or one number for each entry.
 
+    It is 0 for the entries of a lower variable that no optimizer moves: the system leaves it out.
+
     Args:
         oracles: the problem.
         setting: the solver's own; `None` for the learning rates that the lower optimizer has now.
@@ -282,28 +297,15 @@ def step_size(
         solver: name of the solver.
 
     Raises:
-        ValueError: if there is neither, the optimizers move other variables, or the lower level is no
-            plain loss.
+        ValueError: if there is neither, the optimizers move other variables or have options that are
+            learned, or the lower level is no plain loss.
     """
     refuse_no_lower_loss(oracles.problem, f"`{solver}`")
-    variables = list(oracles.slots.variables("lower").values())
-    like = variables[0]
-    if setting is not None:
-        return torch.tensor(setting, dtype=like.dtype, device=like.device)
-    if not lower_optimizer:
-        raise ValueError(
-            f"`{solver}` solves a linear system by gradient steps. Without `step_size` these have the "
-            "learning rate of the lower optimizer, and there is none; give "
-            f"`{solver}` a `step_size` (below 2 / largest eigenvalue of the lower Hessian), or pass "
-            "`lower_optimizer`"
-        )
-    groups = [group for one in listed(lower_optimizer) for group in one.param_groups]
-    if {id(p) for group in groups for p in group["params"]}.isdisjoint(map(id, variables)):
-        raise ValueError(
-            f"`{solver}` takes its step size from `lower_optimizer`, which moves none of the lower "
-            f"variables; build it from `problem.lower.parameters()`, or give `{solver}` a `step_size`"
-        )
-    if len(groups) == 1:
-        return torch.as_tensor(groups[0]["lr"], dtype=like.dtype, device=like.device)
-    of = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-    return torch.cat([p.new_full((p.numel(),), of.get(id(p), 0.0)) for p in variables])
+    found = own_step_sizes(oracles, setting, lower_optimizer, solver, "solves a linear system")
+    variables = oracles.slots.variables("lower")
+    rates = [found.get(name, 0.0) for name in variables]
+    if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates}) == 1:
+        like = next(iter(variables.values()))
+        return torch.as_tensor(rates[0], dtype=like.dtype, device=like.device)
+    pairs = zip(variables.values(), rates, strict=True)
+    return torch.cat([p.new_full((p.numel(),), float(rate)) for p, rate in pairs])

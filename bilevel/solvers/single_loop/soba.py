@@ -51,7 +51,7 @@ class SOBA(Solver):
         A framework for bilevel optimization that enables stochastic and global variance reduction
         algorithms (Dagreou, Ablin, Vaiter, Moreau, 2022), https://arxiv.org/abs/2201.13409,
         Algorithm 1 with the directions of SOBA. Differs from the paper in: none, with SGD in both
-        levels; other optimizers transform the samples.directions.
+        levels; other optimizers transform the directions.
     """
 
     moves_lower: ClassVar[bool] = True

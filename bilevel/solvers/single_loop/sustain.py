@@ -39,7 +39,7 @@ class SUSTAIN(Solver):
             fresh lower batch where there are.
         step_size: of the series, below 2 / the largest eigenvalue of the Hessian; `None` for the
             learning rate that the lower optimizer has now.
-        eta: weight of the plain estimate at the second call, in (0, 1].
+        eta: eta_0 of the weight of the plain estimate, in (0, 1]; the first call has no other.
         decay: the power of the call's number that it falls with; 0 for a constant one.
         seed: of the terms that are drawn.
 
@@ -93,11 +93,10 @@ class SUSTAIN(Solver):
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
         rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
-
-        draw = state["seed"], state["calls"]
+        length = samples.drawn_length(self.num_terms, (state["seed"], state["calls"]))
 
         def inverse(at: tuple[Tree, Tree], vector: Tensor) -> Tensor:
-            return samples.random_term(oracles, at, vector, rate, self.num_terms, draw)
+            return samples.scaled_term(oracles, at, vector, rate, self.num_terms, length)
 
         weight = self.eta * (state["calls"] + 1) ** -self.decay
-        return double_momentum(oracles, type(self), state, weight, inverse, self.num_terms - 1)
+        return double_momentum(oracles, type(self), state, weight, inverse, length)

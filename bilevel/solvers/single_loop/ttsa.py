@@ -82,10 +82,10 @@ class TTSA(Solver):
 
         def vjp(cotangent: Tree) -> ResponseProduct:
             target = samples.as_vector(list(cotangent.values()), rate)
-            draw = state["seed"], state["calls"]
-            vector = samples.random_term(oracles, at, target, rate, self.num_terms, draw)
+            length = samples.drawn_length(self.num_terms, (state["seed"], state["calls"]))
+            vector = samples.scaled_term(oracles, at, target, rate, self.num_terms, length)
             product = {name: -g for name, g in first.cross(vector).items()}
             after = state | {"calls": state["calls"] + 1}
-            return ResponseProduct(product, num_products=self.num_terms - 1, state=after)
+            return ResponseProduct(product, num_products=length, state=after)
 
         return Response(at[1], vjp, lower_residual=first.residual)

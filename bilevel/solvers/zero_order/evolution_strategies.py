@@ -23,7 +23,8 @@ from bilevel.oracles import Oracles
 from bilevel.refusals import SEEDS, positive, whole
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.first_order.base import FirstOrder
-from bilevel.solvers.first_order.runs import Rates, check_run, lower_run
+from bilevel.solvers.first_order.runs import check_run, lower_run
+from bilevel.solvers.step_sizes import Rates
 from bilevel.solvers.zero_order.directions import next_call, random_directions
 from bilevel.tree import Tree, add, norm
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Alternating, Compiled, ConjugateGradient, Implicit, Problem, Solver, Unrolled
+from bilevel import (
+    F2SA,
+    Alternating,
+    Compiled,
+    ConjugateGradient,
+    Implicit,
+    Problem,
+    Solver,
+    Unrolled,
+)
 from bilevel.compile.cuda_graph import Packed
 from bilevel.loop.settings import TurnSettings
 from bilevel.loop.steps import TurnSteps
@@ -299,6 +308,20 @@ def test_a_solver_outside_the_loop_is_recorded_once() -> None:
         ValueError, match="makes CUDA graphs, but the problem is on the device `cpu`"
     ):
         Compiled(solver, "record").hypergradient(problem, batch, [batch])
+
+
+def test_one_recording_serves_all_lower_batches_of_a_copy() -> None:
+    problem = Net().eval()
+    problem.double().scale = problem.scale.double()
+    batches, made = list(BATCHES[:3].double()), []
+    for count in (1, 3):
+        solver = F2SA(100.0, num_steps=3, step_size=0.01)
+        exact = solver.hypergradient(problem, batches[0], batches[:count]).grad
+        before, fast = Replayed.made, Compiled(solver, capture=Replayed)
+        found = fast.hypergradient(problem, batches[0], batches[:count]).grad
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
+        made.append(Replayed.made - before)
+    assert made[0] == made[1]
 
 
 def test_a_capture_that_fails_leaves_everything_as_it_was() -> None:

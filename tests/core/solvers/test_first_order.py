@@ -256,6 +256,14 @@ def test_nothing_is_divided_by_a_constraint_that_is_rounding(distance: float) ->
     assert float(answer.lower_grad["y"].norm()) < most
 
 
+def test_the_order_of_the_copies_in_a_state_does_not_matter() -> None:
+    problem, solver = Quadratic(), F2SAp(4, 100.0, num_steps=3, step_size=0.1)
+    state = solver.hypergradient(problem).state
+    other = state | {"copies": dict(reversed(state["copies"].items()))}
+    one, two = (solver.hypergradient(problem, state=s).grad["x"] for s in (state, other))
+    assert torch.equal(one, two)
+
+
 # ------------------------------------------------------------------ what is said
 
 
@@ -289,6 +297,16 @@ def test_a_penalised_loss_that_falls_away_is_named() -> None:
         VPBGD(1.0, step_size=0.1).hypergradient(Falling())
     warned(VPBGD(1.0, step_size=0.1), Falling())
     VPBGD(20.0, step_size=0.1).hypergradient(Falling())
+
+
+def test_a_penalty_that_grows_past_what_is_needed_is_not_named() -> None:
+    class Falling(Quadratic):
+        def upper_loss(self, batch: Any) -> Tensor:
+            return -3 * self.lower["y"].square().sum() + self.upper["x"].square().sum()
+
+    VPBGD(1.0, growth=0.1, step_size=0.1).hypergradient(Falling())  # a warning would be an error
+    with pytest.warns(RuntimeWarning, match=r"the penalty 1 of `VPBGD`"):
+        VPBGD(1.0, max_penalty=100.0, step_size=0.1).hypergradient(Falling())  # it stays at 1
 
 
 def test_an_envelope_with_several_minima_is_named() -> None:

@@ -24,6 +24,7 @@ def test_the_trajectory_is_cut_where_the_upper_loss_is_worst() -> None:
         found = IAPTT(4, torchopt.sgd(0.1), 0.1).hypergradient(problem)
         truth = Unrolled(cut, torchopt.sgd(0.1)).hypergradient(problem)
         assert found.stats.num_products == cut
+        assert found.stats.lower_residual == truth.stats.lower_residual
         torch.testing.assert_close(found.grad, truth.grad, rtol=1e-12, atol=1e-14)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import (
+    BDA,
     BOME,
     DARTS,
     F2BA,
@@ -22,12 +23,14 @@ from bilevel import (
     BiCGStab,
     ConditionProblem,
     ConjugateGradient,
+    EvolutionStrategies,
     HypergradientError,
     Implicit,
     Problem,
     Result,
     SciPy,
     Solver,
+    StocBiO,
     Unrolled,
     train,
 )
@@ -86,6 +89,21 @@ def test_nan_is_no_success(solver: Solver, where: str) -> None:
 def test_step_sizes_of_other_variables_are_refused(solver: Solver) -> None:
     with pytest.raises(ValueError, match="moves none of the lower variables; build it from"):
         solver.hypergradient(Quadratic(), lower_optimizer=plain(Quadratic()))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [F2SA(), BDA(2), DARTS(), SAMA(), EvolutionStrategies(2), SOBA(), StocBiO()],
+)
+def test_a_learned_rate_is_not_taken_for_a_number(solver: Solver) -> None:
+    problem = Quadratic()
+    problem.upper["lr"] = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = plain(problem)
+    optimizer.param_groups[0]["lr"] = problem.upper["lr"]
+    with pytest.raises(
+        ValueError, match=rf"`lr` .* is learned.*`{type(solver).__name__}` takes it"
+    ):
+        solver.hypergradient(problem, lower_optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
