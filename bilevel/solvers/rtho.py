@@ -91,9 +91,14 @@ class RTHO(Solver):
         target, still = steps.twin.pack(by_lower), [*points, *moments_of(optimizer_state)]
         response = {name: x.new_zeros(x.numel()) for name, x in upper.items()}
         after: list[list[Tensor]] = []
-        given = iter(
-            state or [[torch.zeros_like(s) for s in still]] * sum(map(len, response.values()))
-        )
+        count = sum(map(len, response.values()))
+        if len(state) not in (0, count):
+            raise ValueError(
+                f"`state` is no state of `RTHO` for this problem, got {len(state)} tangents for {count} "
+                "upper entries; give `Hypergradient.state` of this solver's previous call on this "
+                "problem, or leave it out to begin afresh"
+            )
+        given = iter(state or [[torch.zeros_like(s) for s in still]] * count)
         for name, x in upper.items():
             for i in range(x.numel()):
                 tangents = next(given)

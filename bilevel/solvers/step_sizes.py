@@ -21,7 +21,7 @@ def own_step_sizes(
 ) -> Rates:
     """The step size for each lower variable: the one given, or that of the lower optimizer.
 
-    A variable that no optimizer moves has none: it is a constant, in a solver's own steps as well.
+    A variable that the optimizers leave out has none: it is a constant, in a solver's own steps as well.
 
     Args:
         oracles: the problem.
@@ -35,8 +35,12 @@ def own_step_sizes(
         ValueError: if there is neither, or the optimizers move other variables or have options that are
             learned.
     """
+    groups = [g for one in listed(lower_optimizer or []) for g in one.param_groups]
+    of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    variables = oracles.slots.variables("lower")
+    found = {name: _value(of[id(p)]) for name, p in variables.items() if id(p) in of}
     if setting is not None:
-        return dict.fromkeys(oracles.lower, setting)
+        return dict.fromkeys(found or variables, setting)
     if not lower_optimizer:
         raise ValueError(
             f"`{solver}` {purpose} by gradient steps. Without `step_size` these have the learning "
@@ -45,10 +49,6 @@ def own_step_sizes(
         )
     if not learned:
         refuse_learned_options(oracles, lower_optimizer, solver)
-    groups = [group for one in listed(lower_optimizer) for group in one.param_groups]
-    of = {id(p): group["lr"] for group in groups for p in group["params"]}
-    variables = oracles.slots.variables("lower")
-    found = {name: _value(of[id(p)]) for name, p in variables.items() if id(p) in of}
     if not found:
         raise ValueError(
             f"`{solver}` takes its step sizes from `lower_optimizer`, which moves none of the lower "

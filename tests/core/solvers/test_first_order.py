@@ -224,6 +224,8 @@ def test_copies_follow_the_schedule_and_leave_constants_alone() -> None:
     way, half = (s["omega"]["y"] - problem.lower["y"].detach() for s in (first, second))
     torch.testing.assert_close(half, way / 2)
     torch.testing.assert_close(first["omega"]["fixed"], problem.lower["fixed"].detach())
+    own = VPBGD(step_size=0.1).hypergradient(problem, lower_optimizer=optimizer).state
+    torch.testing.assert_close(own["omega"]["fixed"], problem.lower["fixed"].detach())
 
 
 # ------------------------------------------------------------------ what was wrong elsewhere

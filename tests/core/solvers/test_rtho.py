@@ -48,3 +48,13 @@ def test_it_needs_a_running_optimizer_with_a_twin() -> None:
         RTHO().hypergradient(problem)
     with pytest.raises(TypeError, match="no differentiable twin of `Rprop`"):
         RTHO().hypergradient(problem, lower_optimizer=torch.optim.Rprop(problem.lower.parameters()))
+
+
+@pytest.mark.parametrize("entries", [2, 5])
+def test_tangents_of_another_problem_are_refused(entries: int) -> None:
+    problems = Quadratic(4, 3), Quadratic(4, entries)
+    state = RTHO().hypergradient(problems[0], lower_optimizer=sgd(problems[0])).state
+    with pytest.raises(
+        ValueError, match=f"got 3 tangents for {entries} upper entries.*leave it out"
+    ):
+        RTHO().hypergradient(problems[1], lower_optimizer=sgd(problems[1]), state=state)
