@@ -23,7 +23,17 @@ def cross_difference(
         lower: the lower variables y.
         direction: the direction w, a tree over lower variables.
         length: how far from y the two gradients are taken, r.
+
+    Raises:
+        ValueError: if lower variables are in half precision, whose rounding is larger than r.
     """
+    for name, y in lower.items():
+        if y.dtype.itemsize < 4:
+            raise ValueError(
+                f"a difference of two gradients needs lower variables in float32 or float64, but "
+                f"`{name}` is in {y.dtype}, and displacements of {length:g} over all variables are lost "
+                f"in its rounding; make it `.float()`, or use `Unrolled(1)`"
+            )
     size = norm(direction)
     unit = length / torch.where(size == 0, torch.ones_like(size), size)
     whole = {n: direction.get(n, torch.zeros_like(y)) for n, y in lower.items()}

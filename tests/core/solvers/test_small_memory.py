@@ -14,6 +14,7 @@ from bilevel import (
     EvolutionStrategies,
     Hypergradient,
     Problem,
+    Solver,
     Unrolled,
 )
 from tests.problems import Quadratic, normal
@@ -47,6 +48,14 @@ def test_the_difference_of_darts_is_of_second_order() -> None:
         return float((DARTS(0.1, length).hypergradient(problem).grad["x"] - truth).norm())
 
     assert error(0.02) / error(0.01) == pytest.approx(4, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", [DARTS(), SAMA()])
+def test_a_difference_that_rounding_swallows_is_refused(solver: Solver) -> None:
+    """In bfloat16 both gradients were taken at the same point, and the response was 0."""
+    problem = Quadratic().bfloat16()
+    with pytest.raises(ValueError, match=r"`y` is in torch.bfloat16, and displacements of 0.01"):
+        solver.hypergradient(problem, lower_optimizer=sgd(problem))
 
 
 def test_no_upper_slope_has_no_response() -> None:
