@@ -28,6 +28,7 @@ from bilevel.linear.base import (
     relative,
 )
 from bilevel.losses.true_gradient import refuse_no_lower_loss
+from bilevel.pieces import pieces_of
 from bilevel.refusals import positive
 from bilevel.tree import Tree
 
@@ -70,9 +71,12 @@ class Kronecker(LinearSolver):
         what = f"`{type(self).__name__}`"
         refuse_no_lower_loss(oracles.problem, what, "use `GMRES()`, which needs products alone")
         lower, units = oracles.lower, oracles.units
-        given = (list(oracles.lower_batches), oracles.upper, lower)
-        key = type(self).__name__, oracles.precision
-        found = units.call(key, partial(self._found, oracles), *map(units.ready, given))
+        several = oracles.lower_batches
+        parts = [(w / len(several), b) for s in several for w, b in pieces_of(s) or [(1.0, s)]]
+        weights = tuple(weight for weight, _ in parts)
+        given = ([batch for _, batch in parts], oracles.upper, lower)
+        key = type(self).__name__, weights, oracles.precision
+        found = units.call(key, partial(self._found, oracles, weights), *map(units.ready, given))
         start, slices = 0, {}
         for name, y in lower.items():
             slices[name] = (start, y.numel())
@@ -90,14 +94,21 @@ class Kronecker(LinearSolver):
             f"products with a matrix; use it as `Implicit({type(self).__name__}())`"
         )
 
-    def _found(self, oracles: "Oracles", batches: Sequence[Any], upper: Tree, lower: Tree) -> Found:
+    def _found(
+        self,
+        oracles: "Oracles",
+        weights: Sequence[float],
+        batches: Sequence[Any],
+        upper: Tree,
+        lower: Tree,
+    ) -> Found:
         lower = {name: y.detach().requires_grad_() for name, y in lower.items()}
         rows: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-        for batch in batches:
+        for weight, batch in zip(weights, batches, strict=True):
             here = oracles.on(None, [batch])
             calls = _Calls(lower)
             with calls:
-                loss = here.evaluate("lower", upper, lower).loss / len(batches)
+                loss = weight * here.evaluate("lower", upper, lower).loss
             if not calls.made:
                 raise ValueError(
                     f"`{type(self).__name__}` found no layer: the lower loss of "
@@ -107,7 +118,7 @@ class Kronecker(LinearSolver):
             for call, back in zip(calls.made, _taken_back(loss, calls.made), strict=True):
                 rows.setdefault((call.weight, call.bias), []).append((call.inputs, back))
         found: Found = {}
-        for (weight, bias), pairs in rows.items():
+        for (kernel, bias), pairs in rows.items():
             a, g = torch.cat([x for x, _ in pairs]), torch.cat([x for _, x in pairs], dim=1)
             a, g = _wide(a), _wide(g)
             count, places = a.shape[:2]
@@ -118,7 +129,7 @@ class Kronecker(LinearSolver):
             first, second = (torch.linalg.eigh(f) for f in mean_over_ranks(factors))
             values = self.eigenvalues(second[0], first[0], a @ first[1], g @ second[1])
             (values,) = mean_over_ranks([values])
-            found.setdefault(weight, {})[bias] = (first[1], second[1], values.clamp_min(0))
+            found.setdefault(kernel, {})[bias] = (first[1], second[1], values.clamp_min(0))
         return found
 
 

@@ -1,16 +1,14 @@
 """Where the lower variables are when a turn begins: where they were left, or at the start again."""
 
-from collections.abc import Sequence
-
 import torch
-from torch.optim import Optimizer
 
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.initial import initial_lower
+from bilevel.losses.slots import Slots
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.solvers import Solver
-from bilevel.tree import Tree
+from bilevel.state import State
 
 
 def refuse_resets(problem: Problem, solver: Solver, settings: TurnSettings) -> None:
@@ -47,21 +45,21 @@ def refuse_resets(problem: Problem, solver: Solver, settings: TurnSettings) -> N
 
 
 @torch.no_grad()
-def begin_anew(problem: Problem, optimizers: Sequence[Optimizer], start: Tree | None) -> None:
+def begin_anew(state: State, slots: Slots) -> None:
     """Put the lower variables where a turn begins, and forget what their optimizers know.
 
     Args:
-        problem: the problem.
-        optimizers: those of the lower level.
-        start: the lower variables of the start of the run, if they are to come back.
+        state: the run's state.
+        slots: where the problem holds its variables.
     """
+    problem, start = state.problem, state.lower_start
     if start is None and not problem.gives_initial_lower:
         return
     if start is None:
-        oracles = Oracles(problem, None, [None])
+        oracles = Oracles(problem, None, [None], slots=slots)
         start = initial_lower(oracles, oracles.upper)
-    for name, y in problem.variables("lower").items():
+    for name, y in slots.variables("lower").items():
         if name in start:
             y.copy_(start[name])
-    for optimizer in optimizers:
+    for optimizer in state.optimizers["lower"]:
         optimizer.state.clear()

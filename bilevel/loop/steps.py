@@ -16,6 +16,7 @@ from bilevel.choices import How, how_made
 from bilevel.compile import CompiledStep
 from bilevel.compile.cuda_graph import Capture, Recorder
 from bilevel.distributed import rank, world_size
+from bilevel.loop.beginning import begin_anew
 from bilevel.loop.settings import TurnSettings
 from bilevel.losses.hooks import accumulated, first_hook, hooked
 from bilevel.losses.slots import Slots
@@ -168,6 +169,10 @@ class TurnSteps:
         writes.move_lower(grads)
         self._slots.commit(evaluation.buffers)
         return LowerOutcome(evaluation.loss.detach(), residual, evaluation.logs)
+
+    def begin_anew(self) -> None:
+        """Put the lower variables where a turn begins, if it is not where the last one ended."""
+        begin_anew(self._state, self._slots)
 
     def solve_lower(self, batch: Any) -> LowerOutcome:
         """Put the answer of the lower solver into the lower variables."""

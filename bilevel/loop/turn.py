@@ -8,7 +8,6 @@ from torch import Tensor
 from bilevel.check.witness import Witness
 from bilevel.devices import brought
 from bilevel.distributed import rank, world_size
-from bilevel.loop.beginning import begin_anew
 from bilevel.loop.certifier import Certifier
 from bilevel.loop.remarks import remark
 from bilevel.loop.settings import TurnSettings
@@ -131,8 +130,7 @@ class Turn:
 
     def run(self) -> Hypergradient:
         """Take the turn."""
-        state = self.state
-        begin_anew(state.problem, state.optimizers["lower"], state.lower_start)
+        self._steps.begin_anew()
         with attentive:  # once for all evaluations of the turn
             if self._sharing:
                 hypergradient = self._both()

@@ -16,6 +16,7 @@ from bilevel import (
     ConjugateGradient,
     Implicit,
     LinearSolver,
+    Pieces,
     Problem,
     Result,
 )
@@ -174,9 +175,12 @@ def test_several_batches_are_averaged() -> None:
     for solver in (KFAC(0.1), EKFAC(0.1)):
         several = solver.prepared(Oracles(problem, None, halves))
         whole = solver.prepared(Oracles(problem, None, [(inputs[:6], labels[:6])]))
+        unequal = Pieces([(inputs[:4], labels[:4]), (inputs[4:6], labels[4:6])])
+        pieces = solver.prepared(Oracles(problem, None, [unequal]))
         b = normal(40)
-        values = [s.solve(lambda v: v, b).value for s in (several, whole)]
-        torch.testing.assert_close(*values, rtol=1e-10, atol=1e-10)
+        expected, *values = [s.solve(lambda v: v, b).value for s in (whole, several, pieces)]
+        for value in values:
+            torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_as_preconditioner_it_saves_products() -> None:
