@@ -23,6 +23,7 @@ from bilevel.check.differences import (
 from bilevel.check.lower_solution import solve_closely, solve_lower
 from bilevel.check.procedures import Site, procedure, restored, solution, write
 from bilevel.check.verdict import HypergradientCheck, VariableCheck, conclude, judge
+from bilevel.errors import HypergradientError, Result
 from bilevel.optimizers import Optimizers, optimizers_of
 from bilevel.oracles import Oracles
 from bilevel.problem import Level, Problem, refuse_no_problem
@@ -131,8 +132,8 @@ def check_hypergradient(
             found, error = solve_closely(oracles)
             if solve_first:
                 write(lower, found)
-        answer = solver.hypergradient(
-            problem, upper_batch, lower_batches, lower_optimizer=lower_optimizer, seed=seed
+        answer = _answer(
+            solver, problem, upper_batch, lower_batches, lower_optimizer=lower_optimizer, seed=seed
         )
         settle = procedure(oracles, solver, lower_optimizer)
         if found is not None:
@@ -148,6 +149,17 @@ def check_hypergradient(
         blur=blur,
         early=found is not None and not solve_first,
     )
+
+
+def _answer(solver: Solver, *given: Any, **more: Any) -> Hypergradient:
+    """The solver's answer; NaN is one that disagrees."""
+    try:
+        return solver.hypergradient(*given, **more)
+    except HypergradientError as error:
+        if error.hypergradient.result is not Result.NOT_FINITE:
+            raise
+        found: Hypergradient = error.hypergradient
+        return found
 
 
 def _compare(
