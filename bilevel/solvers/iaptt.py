@@ -21,11 +21,10 @@ from bilevel.arguments import explained_settings
 from bilevel.distributed import mean_over_ranks
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
-from bilevel.refusals import positive
 from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.base import Solver
 from bilevel.solvers.first_order.runs import fresh_copy, stepped
-from bilevel.solvers.step_sizes import Rates, own_step_sizes
+from bilevel.solvers.step_sizes import Rates, check_step_size, own_step_sizes
 from bilevel.solvers.unrolled import Unrolled
 from bilevel.solvers.unrolling import Unrolling
 from bilevel.tree import Tree
@@ -68,8 +67,7 @@ class IAPTT(Solver):
 
     def __post_init__(self) -> None:
         self._unrolled()
-        if self.step_size is not None:
-            positive("step_size", self.step_size)
+        check_step_size(self.step_size)
 
     def __repr__(self) -> str:
         steps = repr(self._unrolled()).split("(", 1)[1].split(", truncate")[0]

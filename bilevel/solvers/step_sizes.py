@@ -6,8 +6,15 @@ from torch import Tensor
 
 from bilevel.optimizers import Optimizers, learned_options, listed
 from bilevel.oracles import Oracles
+from bilevel.refusals import positive
 
 Rates: TypeAlias = dict[str, float | Tensor]
+
+
+def check_step_size(setting: float | None) -> None:
+    """Refuse a step size that is neither `None` nor positive."""
+    if setting is not None:
+        positive("step_size", setting)
 
 
 def own_step_sizes(

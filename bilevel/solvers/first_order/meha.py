@@ -25,6 +25,7 @@ from bilevel.solvers.answers import Directions
 from bilevel.solvers.first_order.advice import secant_curvature, warn_if_rough
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.runs import fresh_copy, last_batch, stepped
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import norm
 
 
@@ -71,8 +72,7 @@ class MEHA(FirstOrder):
         if self.power >= 0.5:
             raise ValueError(f"`power` must be below 1/2, got {self.power!r}")
         positive("smoothing", self.smoothing)
-        if self.step_size is not None:
-            positive("step_size", self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1

@@ -2,7 +2,7 @@
 
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
-from bilevel.solvers.step_sizes import Rates
+from bilevel.solvers.step_sizes import Rates, check_step_size
 from bilevel.tree import Tree, add
 
 
@@ -64,8 +64,7 @@ def check_run(num_steps: int, step_size: float | None) -> None:
         TypeError: if one is not a number.
     """
     whole("num_steps", num_steps)
-    if step_size is not None:
-        positive("step_size", step_size)
+    check_step_size(step_size)
 
 
 def check_penalty(penalty: float, growth: float, max_penalty: float | None, *, zero: bool) -> None:

@@ -19,6 +19,7 @@ from bilevel.solvers.answers import Response, ResponseProduct
 from bilevel.solvers.first_order.base import FirstOrder
 from bilevel.solvers.first_order.runs import stepped
 from bilevel.solvers.one_step.cross_difference import cross_difference
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree, norm
 
 
@@ -51,8 +52,7 @@ class DARTS(FirstOrder):
 
     def __post_init__(self) -> None:
         positive("difference", self.difference)
-        if self.step_size is not None:
-            positive("step_size", self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1

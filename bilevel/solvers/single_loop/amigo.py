@@ -8,7 +8,6 @@ $$ v \mathrel{-}= \rho \, ( \partial^2_{yy} G_j \, v + \partial_y F ), \qquad
 Because v starts where the last call left it, a fixed number of steps follows the moving solution.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,15 +20,16 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import whole
 from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class AmIGO(Solver):
+class AmIGO(Stochastic):
     """Amortised implicit gradient: warm starts of the lower level and of the linear system.
 
     Not a single loop: the lower steps are those of `train` (`lower_steps=10` in the benchmarks of its
@@ -58,26 +58,16 @@ class AmIGO(Solver):
 
     def __post_init__(self) -> None:
         whole("num_steps", self.num_steps)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1 + self.num_steps
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> Tensor:
         return samples.zeros(oracles.lower)
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         at = oracles.upper, oracles.lower
         first = oracles.on(None, oracles.lower_batches[:1]).linearize_lower(*at)
 

@@ -8,7 +8,6 @@ $$ d_t = w_t + (1 - \eta) ( d_{t-1} - w_{t-1} ), \qquad x \mathrel{-}= \gamma \,
 while y and v move as in `SOBA`. What the minibatch has in common at both points cancels.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -18,15 +17,16 @@ from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree, leaves
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class FSLA(Solver):
+class FSLA(Stochastic):
     """Fully single loop: SOBA's steps of y and v, recursive momentum for x.
 
     Args:
@@ -55,22 +55,12 @@ class FSLA(Solver):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
         if self.eta is not None:
             samples.check_share("eta", self.eta)
 
     def num_lower_batches(self) -> int:
         return 1
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         vector, x = samples.zeros(oracles.lower), samples.zeros(oracles.upper)
@@ -80,7 +70,7 @@ class FSLA(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         weight = rate.amax() if self.eta is None else samples.as_scalar(oracles, self.eta)
         weight = weight.clamp(max=1.0) if state["calls"] else samples.as_scalar(oracles, 1.0)
         given = state["vector"], state["before"], state["estimate"], weight, rate

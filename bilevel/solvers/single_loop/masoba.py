@@ -8,7 +8,6 @@ while y and v move as in `SOBA`. The average takes noise and the bias of a movin
 direction, which makes the rate that of single-level SGD under the usual smoothness.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -18,15 +17,16 @@ from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class MASOBA(Solver):
+class MASOBA(Stochastic):
     """Moving-average SOBA: one average of the direction of x, kept from step to step.
 
     Args:
@@ -55,20 +55,10 @@ class MASOBA(Solver):
 
     def __post_init__(self) -> None:
         samples.check_share("weight", self.weight)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         nothing = samples.zeros(oracles.upper)
@@ -77,7 +67,7 @@ class MASOBA(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         weight = samples.as_scalar(oracles, self.weight if state["calls"] else 1.0)
         given = state["vector"], state["average"], weight, rate
         told, of_g, of_f, vector = samples.at_once(oracles, type(self), _step, *given)

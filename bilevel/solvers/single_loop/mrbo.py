@@ -9,7 +9,6 @@ $$ d_t = w_t + (1 - \eta_t) ( d_{t-1} - w_{t-1} ) , \qquad \eta_t = \eta_0 \, (t
 with $w_{t-1}$ taken again on the minibatches of step t.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -20,16 +19,17 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive, whole
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
 from bilevel.solvers.single_loop.momentum import begin_momenta, double_momentum
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class MRBO(Solver):
+class MRBO(Stochastic):
     """Momentum-based recursive bilevel optimizer: recursive momentum over a truncated Neumann sum.
 
     The theory wants both learning rates to fall as (step + 1) ** (-1/3).
@@ -65,20 +65,10 @@ class MRBO(Solver):
         whole("num_terms", self.num_terms)
         samples.check_share("eta", self.eta)
         positive("decay", self.decay, zero=True)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1 + self.num_terms
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         return begin_momenta(oracles)
@@ -86,7 +76,7 @@ class MRBO(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
 
         def inverse(at: tuple[Tree, Tree], vector: Tensor) -> Tensor:
             return samples.neumann(oracles, at, vector, rate, self.num_terms)

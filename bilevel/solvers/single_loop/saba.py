@@ -10,7 +10,6 @@ blocks is the full derivative whatever the table holds. Its variance vanishes wh
 rest.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -22,15 +21,16 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import SEEDS, whole
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import rows, samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class SABA(Solver):
+class SABA(Stochastic):
     """Stochastic average bilevel algorithm: SOBA with a table of gradients for each block of rows.
 
     It converges with constant step sizes. Its batch is all rows (`train(batch_size=None)`), which it
@@ -65,7 +65,7 @@ class SABA(Solver):
     def __post_init__(self) -> None:
         whole("batch_size", self.batch_size)
         whole("seed", self.seed, *SEEDS)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def memory(self, problem: Problem, upper_batch: Any, lower_batch: Any) -> int:
         """The bytes that the solver's tensors will take for these data, all rows of either level."""
@@ -76,16 +76,6 @@ class SABA(Solver):
     def num_lower_batches(self) -> int:
         return 1
 
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
-
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         y, x = samples.zeros(oracles.lower), samples.zeros(oracles.upper)
         blocks = rows.of_both(oracles, self.batch_size, "SABA")
@@ -95,7 +85,7 @@ class SABA(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         blocks, tables = rows.of_both(oracles, self.batch_size, "SABA"), state["tables"]
         numbers = rows.drawn(blocks, state["seed"], state["calls"])
         given = rows.looked_up(oracles, tables, blocks, numbers)

@@ -1,4 +1,4 @@
-r"""What the single-loop solvers share: samples of the three systems they move along, step sizes.
+r"""What the single-loop solvers share: samples of the three systems they move along.
 
 With $v$ for the solution of the linear system $\partial^2_{yy} G \, v = - \partial_y F$, a bilevel
 problem is three equations in three variables,
@@ -18,13 +18,10 @@ from torch import Tensor
 from bilevel.autodiff import fill, gradients, vector_jacobian_product
 from bilevel.distributed import mean_over_ranks
 from bilevel.linear.base import relative
-from bilevel.losses.true_gradient import refuse_no_lower_loss
-from bilevel.optimizers import Optimizers
 from bilevel.oracles import Evaluation, Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import positive
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.step_sizes import own_step_sizes
 from bilevel.tree import Layout, Tree, leaves
 
 Told: TypeAlias = tuple[Tensor, dict[str, Tensor], Tree]  # a loss, its logs, the buffers it left
@@ -270,42 +267,8 @@ def move_both(
     )
 
 
-def check_step_size(setting: float | None) -> None:
-    """Refuse a step size that is neither `None` nor positive."""
-    if setting is not None:
-        positive("step_size", setting)
-
-
 def check_share(name: str, setting: float) -> None:
     """Refuse a weight outside (0, 1]."""
     positive(name, setting)
     if setting > 1:
         raise ValueError(f"`{name}` must lie in (0, 1], got {setting!r}")
-
-
-def step_size(
-    oracles: Oracles, setting: float | None, lower_optimizer: Optimizers | None, solver: str
-) -> Tensor:
-    """The step size of the linear system's variable, a scalar or one number for each entry.
-
-    It is 0 for the entries of a lower variable that no optimizer moves: the system leaves it out.
-
-    Args:
-        oracles: the problem.
-        setting: the solver's own; `None` for the learning rates that the lower optimizer has now.
-        lower_optimizer: the running optimizer(s) of the lower level.
-        solver: name of the solver.
-
-    Raises:
-        ValueError: if there is neither, the optimizers move other variables or have options that are
-            learned, or the lower level is no plain loss.
-    """
-    refuse_no_lower_loss(oracles.problem, f"`{solver}`")
-    found = own_step_sizes(oracles, setting, lower_optimizer, solver, "solves a linear system")
-    variables = oracles.slots.variables("lower")
-    rates = [found.get(name, 0.0) for name in variables]
-    if len({id(rate) if isinstance(rate, Tensor) else rate for rate in rates}) == 1:
-        like = next(iter(variables.values()))
-        return torch.as_tensor(rates[0], dtype=like.dtype, device=like.device)
-    pairs = zip(variables.values(), rates, strict=True)
-    return torch.cat([p.new_full((p.numel(),), float(rate)) for p, rate in pairs])

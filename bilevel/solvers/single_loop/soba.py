@@ -10,7 +10,6 @@ $$ y \mathrel{-}= \rho \, \partial_y G, \qquad
 Cost: two gradients and two products, no inner loop, no memory beyond v.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -20,15 +19,16 @@ from bilevel.arguments import explained_settings
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class SOBA(Solver):
+class SOBA(Stochastic):
     """Stochastic bilevel algorithm: y, v and x move at once, without inner loops.
 
     The steps of x and of y are the two optimizers'. With constant step sizes it stops at a floor that
@@ -59,20 +59,10 @@ class SOBA(Solver):
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> Tensor:
         return samples.zeros(oracles.lower)
@@ -80,7 +70,7 @@ class SOBA(Solver):
     def respond(
         self, oracles: Oracles, state: Tensor, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         told, lower, upper, after = samples.at_once(oracles, type(self), _step, state, rate)
         return samples.move_both(oracles, told, lower, upper, after, num_products=1)
 

@@ -6,7 +6,6 @@ is corrected by what one minibatch says at both points about the move since,
 $$ d_t = d_{t-1} + g(x_t, y_t, v_t) - g(x_{t-1}, y_{t-1}, v_{t-1}) . $$
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -18,15 +17,16 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.refusals import SEEDS, whole
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import rows, samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree, leaves
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class SRBA(Solver):
+class SRBA(Stochastic):
     """Stochastic recursive bilevel algorithm: exact directions once in a period, differences between.
 
     It converges with constant step sizes. Its batch is all rows (`train(batch_size=None)`). Memory:
@@ -63,7 +63,7 @@ class SRBA(Solver):
         whole("batch_size", self.batch_size)
         whole("seed", self.seed, *SEEDS)
         whole("period", 1 if self.period is None else self.period)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def memory(self, problem: Problem) -> int:
         """The bytes that the solver's tensors take, whatever the data."""
@@ -73,16 +73,6 @@ class SRBA(Solver):
     def num_lower_batches(self) -> int:
         return 1
 
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
-
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         y, x = samples.zeros(oracles.lower), samples.zeros(oracles.upper)
         held = {"vector": y, "before": samples.point(oracles, y), "estimate": [[y, y, x], [y, x]]}
@@ -91,7 +81,7 @@ class SRBA(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, "SRBA")
+        rate = self.rate(oracles, lower_optimizer)
         blocks, calls = rows.of_both(oracles, self.batch_size, "SRBA"), state["calls"]
         period = self.period or max(1, sum(r.rows for r in blocks) // (2 * self.batch_size))
         given, batches = [state["vector"], rate], None

@@ -6,7 +6,6 @@ $$ \Big(\frac{dy^*}{dx}\Big)^{\!\top} \partial_y F \approx - (\partial^2_{yx} G)
 each $H_j$ the lower Hessian on a minibatch of its own.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,15 +14,16 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import whole
 from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class StocBiO(Solver):
+class StocBiO(Stochastic):
     """Stochastic bilevel optimizer: a warm-started lower loop and a Neumann sum over fresh minibatches.
 
     Not a single loop: the lower steps are those of `train` (`lower_steps=10` in the paper's
@@ -53,23 +53,13 @@ class StocBiO(Solver):
 
     def __post_init__(self) -> None:
         whole("num_terms", self.num_terms)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return 1 + self.num_terms
 
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
-
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         at = oracles.upper, oracles.lower
         first = oracles.on(None, oracles.lower_batches[:1]).linearize_lower(*at)
 

@@ -9,7 +9,6 @@ $$ d_t = w_t + (1 - \eta_t) ( d_{t-1} - w_{t-1} ) , \qquad \eta_t = \eta_0 \, (t
 with $w_{t-1}$ taken again on the minibatches, and with the p, of step t.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -20,16 +19,17 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import SEEDS, positive, whole
 from bilevel.solvers.answers import Directions
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
 from bilevel.solvers.single_loop.momentum import begin_momenta, double_momentum
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class SUSTAIN(Solver):
+class SUSTAIN(Stochastic):
     """Single-timescale double momentum: recursive momentum over one term of a Neumann series.
 
     The theory wants both learning rates to fall as (step + 1) ** (-1/3).
@@ -71,20 +71,10 @@ class SUSTAIN(Solver):
         whole("seed", self.seed, *SEEDS)
         samples.check_share("eta", self.eta)
         positive("decay", self.decay, zero=True)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return self.num_terms  # one for the two derivatives, the rest for the products
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, Any]:
         return begin_momenta(oracles) | {"seed": self.seed}
@@ -92,7 +82,7 @@ class SUSTAIN(Solver):
     def respond(
         self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None
     ) -> Directions:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         length = samples.drawn_length(self.num_terms, (state["seed"], state["calls"]))
 
         def inverse(at: tuple[Tree, Tree], vector: Tensor) -> Tensor:

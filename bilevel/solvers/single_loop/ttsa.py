@@ -7,7 +7,6 @@ p uniform in $0, \dots, K - 1$ and each $H_j$ the lower Hessian on a minibatch o
 estimate of the sum of the first K terms, at half the products and far more noise.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,15 +15,16 @@ from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import SEEDS, whole
 from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.base import Solver
 from bilevel.solvers.single_loop import samples
+from bilevel.solvers.single_loop.base import Stochastic
+from bilevel.solvers.step_sizes import check_step_size
 from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class TTSA(Solver):
+class TTSA(Stochastic):
     """Two-timescale stochastic approximation: one lower step, a randomised hypergradient.
 
     The lower step is that of `train` (`lower_steps=1`). The name is the schedule of the optimizers: x
@@ -57,26 +57,16 @@ class TTSA(Solver):
     def __post_init__(self) -> None:
         whole("num_terms", self.num_terms)
         whole("seed", self.seed, *SEEDS)
-        samples.check_step_size(self.step_size)
+        check_step_size(self.step_size)
 
     def num_lower_batches(self) -> int:
         return self.num_terms  # one for the two derivatives, the rest for the products
-
-    def approximates(self) -> bool:
-        return True
-
-    def context(self, oracles: Oracles) -> AbstractContextManager[None]:
-        return oracles.differentiated_twice(type(self).__name__)
-
-    def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
-        with self.context(oracles):
-            samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
 
     def begin(self, oracles: Oracles) -> dict[str, int]:
         return {"calls": 0, "seed": self.seed}
 
     def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        rate = samples.step_size(oracles, self.step_size, lower_optimizer, type(self).__name__)
+        rate = self.rate(oracles, lower_optimizer)
         at = oracles.upper, oracles.lower
         first = oracles.on(None, oracles.lower_batches[:1]).linearize_lower(*at)
 
