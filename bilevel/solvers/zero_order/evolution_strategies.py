@@ -18,21 +18,18 @@ from torch import Tensor
 
 from bilevel.arguments import explained_settings
 from bilevel.distributed import mean_over_ranks
-from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import SEEDS, positive, whole
-from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.first_order.base import FirstOrder
-from bilevel.solvers.first_order.runs import check_run, lower_run
+from bilevel.solvers.first_order.runs import check_run
 from bilevel.solvers.step_sizes import Rates
-from bilevel.solvers.zero_order.directions import next_call, random_directions
-from bilevel.tree import Tree, add, norm
+from bilevel.solvers.zero_order.base import ZeroOrder, along_random_directions
+from bilevel.tree import Tree
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class EvolutionStrategies(FirstOrder):
+class EvolutionStrategies(ZeroOrder):
     """Antithetic evolution strategies on x -> F(x, y_T(x)).
 
     Args:
@@ -67,34 +64,21 @@ class EvolutionStrategies(FirstOrder):
         positive("sigma", self.sigma)
         whole("seed", self.seed, *SEEDS)
 
-    def num_lower_batches(self) -> int:
-        return self.num_steps
+    def estimate(
+        self, oracles: Oracles, state: Any, rates: Rates, answer: Tree, cotangent: Tree
+    ) -> Tree:
+        def slope(u: Tree) -> Tensor:
+            plus, minus = (self._value(oracles, rates, u, sign) for sign in (1, -1))
+            return (plus - minus) / (2 * self.sigma * self.num_pairs)
 
-    def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"seed": self.seed, "calls": 0}
+        total = along_random_directions(state, oracles.upper, self.num_pairs, slope)
+        # the estimate has the direct term in it, which is added to every response
+        _, direct, _ = oracles.partials("upper", oracles.upper, answer)
+        return {n: g - direct[n] for n, g in total.items()}
 
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        step_sizes, upper = self.rates(oracles, lower_optimizer), oracles.upper
-        answer, _ = lower_run(oracles, oracles.lower, step_sizes, self.num_steps)
-        _, _, residual = oracles.partials("lower", upper, answer)
-
-        def vjp(cotangent: Tree) -> ResponseProduct:
-            total = {n: torch.zeros_like(x) for n, x in upper.items()}
-            for u in random_directions(state, upper, self.num_pairs):
-                plus, minus = (self._value(oracles, step_sizes, u, s) for s in (1, -1))
-                slope = (plus - minus) / (2 * self.sigma * self.num_pairs)
-                total = {n: g + slope.to(g.dtype) * u[n] for n, g in total.items()}
-            # the estimate has the direct term in it, which is added to every response
-            _, direct, _ = oracles.partials("upper", upper, answer)
-            product = {n: g - direct[n] for n, g in total.items()}
-            return ResponseProduct(product, num_products=0, state=next_call(state))
-
-        return Response(answer, vjp, norm(residual))
-
-    def _value(self, oracles: Oracles, step_sizes: Rates, u: Tree, sign: int) -> Tensor:
+    def _value(self, oracles: Oracles, rates: Rates, u: Tree, sign: int) -> Tensor:
         """The upper loss at the end of the lower run at displaced upper variables."""
-        there = {n: x.detach() for n, x in add(oracles.upper, u, sign * self.sigma).items()}
-        end, _ = lower_run(oracles, oracles.lower, step_sizes, self.num_steps, upper=there)
+        there, end = self.displaced_run(oracles, rates, u, sign * self.sigma)
         with torch.no_grad():
             loss = oracles.evaluate("upper", there, end).loss
         return mean_over_ranks([loss])[0]

@@ -11,23 +11,21 @@ a squared error of $(d + 1) / Q$ of its square, d the number of upper variables.
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
+from torch import Tensor
 
 from bilevel.arguments import explained_settings
-from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.refusals import SEEDS, positive, whole
-from bilevel.solvers.answers import Response, ResponseProduct
-from bilevel.solvers.first_order.base import FirstOrder
-from bilevel.solvers.first_order.runs import check_run, lower_run
-from bilevel.solvers.zero_order.directions import next_call, random_directions
-from bilevel.tree import Tree, add, dot, norm
+from bilevel.solvers.first_order.runs import check_run
+from bilevel.solvers.step_sizes import Rates
+from bilevel.solvers.zero_order.base import ZeroOrder, along_random_directions
+from bilevel.tree import Tree, add, dot
 
 
 @final
 @explained_settings
 @dataclass(frozen=True)
-class PZOBO(FirstOrder):
+class PZOBO(ZeroOrder):
     """Partial zeroth-order bilevel optimization: no Hessian, no Jacobian.
 
     Args:
@@ -61,25 +59,12 @@ class PZOBO(FirstOrder):
         positive("displacement", self.displacement)
         whole("seed", self.seed, *SEEDS)
 
-    def num_lower_batches(self) -> int:
-        return self.num_steps
+    def estimate(
+        self, oracles: Oracles, state: Any, rates: Rates, answer: Tree, cotangent: Tree
+    ) -> Tree:
+        def slope(u: Tree) -> Tensor:
+            _, end = self.displaced_run(oracles, rates, u, self.displacement)
+            along = dot(add(end, answer, -1.0), cotangent)
+            return along / (self.displacement * self.num_directions)
 
-    def begin(self, oracles: Oracles) -> dict[str, Any]:
-        return {"seed": self.seed, "calls": 0}
-
-    def respond(self, oracles: Oracles, state: Any, lower_optimizer: Optimizers | None) -> Response:
-        step_sizes, upper = self.rates(oracles, lower_optimizer), oracles.upper
-        answer, _ = lower_run(oracles, oracles.lower, step_sizes, self.num_steps)
-        _, _, residual = oracles.partials("lower", upper, answer)
-
-        def vjp(cotangent: Tree) -> ResponseProduct:
-            total = {n: torch.zeros_like(x) for n, x in upper.items()}
-            for u in random_directions(state, upper, self.num_directions):
-                there = {n: x.detach() for n, x in add(upper, u, self.displacement).items()}
-                end, _ = lower_run(oracles, oracles.lower, step_sizes, self.num_steps, upper=there)
-                slope = dot(add(end, answer, -1.0), cotangent)
-                slope = slope / (self.displacement * self.num_directions)
-                total = {n: g + slope.to(g.dtype) * u[n] for n, g in total.items()}
-            return ResponseProduct(total, state=next_call(state))
-
-        return Response(answer, vjp, norm(residual))
+        return along_random_directions(state, oracles.upper, self.num_directions, slope)
