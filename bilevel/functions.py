@@ -1,5 +1,6 @@
 """Problems that are made from functions and dicts of tensors."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast, final
 
@@ -63,9 +64,8 @@ class Variables(nn.Module):
         return {key: held[key] for key in self._order}
 
 
-@final
-class FunctionProblem(Problem):
-    """What `Problem.from_functions` returns."""
+class _TwoLosses(Problem):
+    """Abstract base of problems whose losses are two functions of the variables."""
 
     upper: Variables
     lower: Variables
@@ -81,6 +81,24 @@ class FunctionProblem(Problem):
         self._losses = _Functions(upper_loss, "lower_loss", lower_loss)
         self.upper = Variables(upper, "upper")
         self.lower = Variables(lower, "lower")
+
+    def _get_name(self) -> str:
+        return "Problem.from_functions"
+
+    @abstractmethod
+    def extra_repr(self) -> str:
+        """The functions, and what there is besides."""
+
+    def upper_loss(self, batch: Any) -> Loss:
+        return cast(Loss, self._losses("upper_loss", self.upper, self.lower, batch))
+
+    def lower_loss(self, batch: Any) -> Loss:
+        return cast(Loss, self._losses("lower_loss", self.upper, self.lower, batch))
+
+
+@final
+class FunctionProblem(_TwoLosses):
+    """What `Problem.from_functions` returns."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         losses = state["_losses"]
@@ -88,55 +106,28 @@ class FunctionProblem(Problem):
             losses = _Functions(losses["upper"], "lower_loss", losses["lower"])
         super().__setstate__({**state, "_losses": losses})  # type: ignore[no-untyped-call]
 
-    def _get_name(self) -> str:
-        return "Problem.from_functions"
-
     def extra_repr(self) -> str:
         return str(self._losses)
 
-    def upper_loss(self, batch: Any) -> Loss:
-        return cast(Loss, self._losses("upper_loss", self.upper, self.lower, batch))
-
-    def lower_loss(self, batch: Any) -> Loss:
-        return cast(Loss, self._losses("lower_loss", self.upper, self.lower, batch))
-
 
 @final
-class ConstrainedFunctions(Problem):
+class ConstrainedFunctions(_TwoLosses):
     """What `Problem.from_functions` returns where there are constraints."""
-
-    upper: Variables
-    lower: Variables
 
     def __init__(
         self,
-        upper_loss: Callable[[Any, Any, Any], Loss],
-        lower_loss: Callable[[Any, Any, Any], Loss],
-        upper: TensorDict,
-        lower: TensorDict,
         constraints: Callable[[Any], Mapping[str, Constraint]],
         proximal_step: float,
+        *functions_and_variables: Any,
     ) -> None:
-        super().__init__()
         callable_or_none("constraints", constraints, "constraints(upper) -> {name: constraint}")
         positive("proximal_step", proximal_step)
-        self._losses = _Functions(upper_loss, "lower_loss", lower_loss)
-        self.upper = Variables(upper, "upper")
-        self.lower = Variables(lower, "lower")
+        super().__init__(*functions_and_variables)
         self._constraints = constraints
         self.proximal_step = float(proximal_step)
 
-    def _get_name(self) -> str:
-        return "Problem.from_functions"
-
     def extra_repr(self) -> str:
         return f"{self._losses}\nconstraints: by a function of the upper variables"
-
-    def upper_loss(self, batch: Any) -> Loss:
-        return cast(Loss, self._losses("upper_loss", self.upper, self.lower, batch))
-
-    def lower_loss(self, batch: Any) -> Loss:
-        return cast(Loss, self._losses("lower_loss", self.upper, self.lower, batch))
 
     def lower_constraints(self) -> Mapping[str, Constraint]:
         return self._constraints(self.upper.tensors())

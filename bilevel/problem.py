@@ -198,8 +198,10 @@ class Problem(nn.Module, ABC):
         """The loss of one level; what the oracles call."""
         if what in ("constraints", "initial_lower"):
             return self.lower_constraints() if what == "constraints" else self.initial_lower()
+        if what == "condition":
+            return self.lower_condition(batch)
         answers = {"upper": self.upper_loss, "lower": self.lower_loss, "share": self.share}
-        return {**answers, "condition": self.lower_condition}[what](batch)
+        return answers[what](batch)
 
     def shard(self, batch: Any, rank: int, ranks: int) -> Any:
         """One rank's share of a batch, where several processes train together.
@@ -303,15 +305,12 @@ class Problem(nn.Module, ABC):
             >>> problem.lower_loss(None)
             tensor(0., grad_fn=<SumBackward0>)
         """
-        from bilevel.functions import (  # which derive from this
-            ConstrainedFunctions,
-            FunctionProblem,
-        )
+        from bilevel.functions import ConstrainedFunctions, FunctionProblem  # made of this
 
         if constraints is None:
             return FunctionProblem(upper_loss, lower_loss, upper, lower)
-        given = upper_loss, lower_loss, upper, lower, constraints, proximal_step
-        return ConstrainedFunctions(*given)
+        what = upper_loss, lower_loss, upper, lower
+        return ConstrainedFunctions(constraints, proximal_step, *what)
 
     @staticmethod
     def from_condition(

@@ -54,6 +54,21 @@ def refuse_no_lower_loss(problem: Problem, solver: str, advice: str = "") -> Non
         )
 
 
+def refuse_no_true_loss(problem: Problem, lower: Tree, solver: str) -> None:
+    """Refuse a lower level whose loss, as it is differentiated, is not all there is.
+
+    Args:
+        problem: the problem.
+        lower: its lower variables.
+        solver: name of the solver.
+
+    Raises:
+        ValueError: with what is in the way.
+    """
+    refuse_untrue(problem, lower, solver)
+    refuse_no_lower_loss(problem, f"`{solver}`")
+
+
 def unused_by(problem: str, count: int) -> str:
     """What is said of a lower loss that depends on none of its variables, of which there are `count`."""
     return (

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
-from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue
+from bilevel.losses.true_gradient import refuse_no_true_loss
 from bilevel.optimizers import Optimizers
 from bilevel.oracles import Oracles
 from bilevel.solvers.base import Solver
@@ -24,8 +24,7 @@ class FirstOrder(Solver):
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         variables = oracles.slots.variables("lower")
-        refuse_untrue(oracles.problem, variables, type(self).__name__)
-        refuse_no_lower_loss(oracles.problem, f"`{type(self).__name__}`")
+        refuse_no_true_loss(oracles.problem, variables, type(self).__name__)
         return nullcontext()
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, final
 
 from bilevel.arguments import explained_settings
 from bilevel.autodiff import vector_jacobian_product
-from bilevel.losses.true_gradient import refuse_no_lower_loss, refuse_untrue
+from bilevel.losses.true_gradient import refuse_no_true_loss
 from bilevel.optimizers import Optimizers, listed
 from bilevel.oracles import Oracles
 from bilevel.refusals import positive
@@ -67,8 +67,7 @@ class SAMA(Solver):
 
     def context(self, oracles: Oracles) -> AbstractContextManager[None]:
         variables = oracles.slots.variables("lower")
-        refuse_untrue(oracles.problem, variables, type(self).__name__)
-        refuse_no_lower_loss(oracles.problem, f"`{type(self).__name__}`")
+        refuse_no_true_loss(oracles.problem, variables, type(self).__name__)
         return nullcontext()
 
     def check(self, oracles: Oracles, lower_optimizer: Optimizers | None) -> None:
